@@ -1,0 +1,169 @@
+"""Checks of a whole configuration: every field's type and range, and the rules between fields."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_collections
+
+from apt_jax.config.load import flat_keys, get_key, kind_of, nearest
+from apt_jax.config.schema import BY_KEY, FIELDS, Field
+from apt_jax.errors import UserError
+
+
+def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns the config if every rule holds, else raises UserError with the first broken rule.
+
+    Values are checked, files and devices are not: a config can be checked on any machine.
+    """
+    _check_keys(config)
+    for field in FIELDS:
+        _check_value(field, get_key(config, field.key))
+    for rule in (_data, _model, _discriminator, _stage, _objective, _train, _mesh):
+        rule(config)
+    return config
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _check_keys(config: ml_collections.ConfigDict) -> None:
+    present = flat_keys(config)
+    for key in present:
+        _require(key in BY_KEY, f"unknown config key {key!r}{nearest(key, BY_KEY)}")
+    for key in BY_KEY:
+        _require(key in present, f"config key {key!r} is missing; start from "
+                                 "apt_jax.config.base_config()")
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, float) or type(value) is int
+    return type(value) is type(default)
+
+
+def _check_value(field: Field, value: Any) -> None:
+    default = field.default
+    _require(_same_type(value, default),
+             f"{field.key} takes {kind_of(field.key, default)}, not {value!r}")
+    if field.choices is not None:
+        _require(value in field.choices,
+                 f"{field.key} = {value!r} is not one of {', '.join(field.choices)}"
+                 f"{nearest(str(value), field.choices)}")
+    items = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple):
+        item = default[0] if default else 0
+        _require(all(_same_type(v, item) for v in value),
+                 f"{field.key} takes {kind_of(field.key, default)}, not {value!r}")
+    for number in items:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        _require(math.isfinite(number), f"{field.key} = {number} is not finite")
+        if field.low is not None:
+            sign = ">" if field.open_low else ">="
+            good = number > field.low if field.open_low else number >= field.low
+            _require(good, f"{field.key} = {value!r} must be {sign} {field.low}")
+        if field.high is not None:
+            _require(number <= field.high, f"{field.key} = {value!r} must be <= {field.high}")
+
+
+def _data(c: ml_collections.ConfigDict) -> None:
+    _require(bool(c.data.path), "data.path is empty; use 'bundled:emoji' or a folder written by "
+                                "apt-jax prepare")
+    if c.data.path.startswith("bundled:"):
+        _require(c.data.path == "bundled:emoji",
+                 f"data.path = {c.data.path!r} is not bundled, did you mean 'bundled:emoji'?")
+    _require(len(c.data.frames) > 0, "data.frames is empty; name at least one clip length, "
+                                     "for images (1,)")
+    _require(len(set(c.data.frames)) == len(c.data.frames),
+             f"data.frames = {c.data.frames} names a length twice")
+    _require((c.data.height == 0) == (c.data.width == 0),
+             f"data.height = {c.data.height} and data.width = {c.data.width}: set both, or both "
+             "to 0 for the stored size")
+
+
+def _model(c: ml_collections.ConfigDict) -> None:
+    m = c.model
+    _require(len(m.patch) == 3, f"model.patch = {m.patch} must be (frames, rows, columns)")
+    _require(len(m.rope_axes) == 3, f"model.rope_axes = {m.rope_axes} must be "
+                                    "(frames, rows, columns)")
+    _require(m.heads * m.head_dim == m.width,
+             f"model.heads * model.head_dim = {m.heads} * {m.head_dim} = {m.heads * m.head_dim} "
+             f"must equal model.width = {m.width}")
+    _require(all(axis % 2 == 0 for axis in m.rope_axes),
+             f"model.rope_axes = {m.rope_axes} must all be even: rotary channels come in pairs")
+    _require(sum(m.rope_axes) == m.head_dim,
+             f"model.rope_axes = {m.rope_axes} sum to {sum(m.rope_axes)} and must sum to "
+             f"model.head_dim = {m.head_dim}")
+    _require(m.in_channels == m.out_channels,
+             f"model.in_channels = {m.in_channels} and model.out_channels = {m.out_channels} must "
+             "be equal: the velocity has the sample's shape")
+    for name, size, patch in (("height", c.data.height, m.patch[1]),
+                              ("width", c.data.width, m.patch[2])):
+        _require(size % patch == 0, f"data.{name} = {size} is not a multiple of its patch {patch} "
+                                    f"(model.patch = {m.patch})")
+    for frames in c.data.frames:
+        _require(frames % m.patch[0] == 0, f"data.frames = {c.data.frames}: {frames} is not a "
+                                           f"multiple of its patch {m.patch[0]} "
+                                           f"(model.patch = {m.patch})")
+
+
+def _discriminator(c: ml_collections.ConfigDict) -> None:
+    d = c.discriminator
+    for tap in d.taps:
+        _require(tap <= c.model.depth, f"discriminator.taps = {d.taps}: block {tap} is beyond "
+                                       f"model.depth = {c.model.depth}")
+    _require(list(d.taps) == sorted(set(d.taps)),
+             f"discriminator.taps = {d.taps} must rise without repeats")
+    _require(c.model.width % d.heads == 0, f"discriminator.heads = {d.heads} must divide "
+                                           f"model.width = {c.model.width}")
+
+
+def _stage(c: ml_collections.ConfigDict) -> None:
+    for key in ("generator", "diffusion"):
+        value = c.init[key]
+        if value.startswith("bundled:"):
+            _require(value == "bundled:base",
+                     f"init.{key} = {value!r} is not bundled, did you mean 'bundled:base'?")
+    if c.stage == "consistency":
+        _require(bool(c.init.diffusion), "stage consistency needs init.diffusion: the teacher's "
+                                         "weights, e.g. 'bundled:base' or a run folder")
+    if c.stage == "adversarial":
+        _require(bool(c.init.generator), "stage adversarial needs init.generator: the distilled "
+                                         "generator, e.g. the run folder of the consistency stage")
+        _require(bool(c.init.diffusion), "stage adversarial needs init.diffusion: the original "
+                                         "diffusion weights that start the discriminator")
+
+
+def _objective(c: ml_collections.ConfigDict) -> None:
+    a = c.objective.adversarial
+    _require(a.fixed_time == -1 or 0 <= a.fixed_time <= 1,
+             f"objective.adversarial.fixed_time = {a.fixed_time} must be -1 (draw t) or lie in "
+             "0 to 1")
+    _require(not (a.r2 and a.r1_mode == "exact"),
+             "objective.adversarial.r2 has no exact form here; set r1_mode to 'approximate'")
+
+
+def _train(c: ml_collections.ConfigDict) -> None:
+    _require(c.train.batch_size % c.train.accumulate == 0,
+             f"train.batch_size = {c.train.batch_size} is not a multiple of train.accumulate = "
+             f"{c.train.accumulate}")
+    _require(c.train.ema_decay < 1, "train.ema_decay = 1 would never leave the first weights; use "
+                                    "less than 1")
+    _require(c.optimizer.decay < 1, "optimizer.decay must be less than 1")
+    _require(c.optimizer.b1 < 1 and c.optimizer.b2 < 1, "optimizer.b1 and b2 must be less than 1")
+    _require(c.train.sample_every == 0 or len(c.train.sample_prompts) > 0,
+             "train.sample_every is set but train.sample_prompts is empty")
+    _require(c.optimizer.warmup_steps <= c.train.steps,
+             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is longer than train.steps = "
+             f"{c.train.steps}")
+
+
+def _mesh(c: ml_collections.ConfigDict) -> None:
+    for key in ("replica", "fsdp"):
+        _require(c.mesh[key] != 0, f"mesh.{key} = 0; use a count of devices, or -1 for the rest")
+    _require(not (c.mesh.replica == -1 and c.mesh.fsdp == -1),
+             "mesh.replica and mesh.fsdp are both -1; only one can be the rest")

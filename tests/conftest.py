@@ -1,0 +1,28 @@
+"""Test session set-up: eight virtual CPU devices, no noise. Runs before anything imports jax."""
+
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("GLOG_minloglevel", "3")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import logging  # noqa: E402
+
+import hypothesis  # noqa: E402
+
+assert "jax" not in sys.modules, "a plugin imported jax before the virtual devices were set"
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+# Two slow cores shared with compilations: no deadlines, and the same examples in every run.
+hypothesis.settings.register_profile(
+    "apt", deadline=None, derandomize=True, max_examples=50, print_blob=True
+)
+hypothesis.settings.load_profile("apt")
