@@ -1,0 +1,1 @@
+"""Measures of samples against real data, and the page that shows them."""
