@@ -1,0 +1,193 @@
+"""MMDiT: two streams (text, video) with joint attention (Sec. 3.1, Fig. 1).
+
+With modulation="per_block" the mathematics is that of diffusers' QwenImageTransformer2DModel;
+modulation="shared" has one modulation vector for the whole network plus learned offsets per block and
+stream, which is how the 8B preset gets its parameter count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from apt_jax.kernels.attention import attention
+from apt_jax.nn.embeddings import TimeEmbedding, patchify, unpatchify
+from apt_jax.nn.linear import MLP, linear
+from apt_jax.nn.modulation import modulate, split_modulation
+from apt_jax.nn.norm import RMSNorm, layer_norm
+from apt_jax.nn.rope import Rotation, rotate, text_rotation, video_rotation
+from apt_jax.nn.stack import run_stack, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Sizes of an MMDiT. width = heads * head_dim; rope_axes (frame, row, column) sum to head_dim."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    patch: tuple[int, int, int] = (1, 2, 2)
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    head_dim: int = 32
+    rope_axes: tuple[int, int, int] = (8, 12, 12)
+    rope_theta: float = 10_000.0
+    text_width: int = 384
+    mlp_ratio: float = 4.0
+    modulation: str = "per_block"
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Token grid (F', H', W') of a sample [B, F, H, W, C]; ValueError when patches do not fit."""
+        sizes = tuple(shape[1:4])
+        if any(s % p for s, p in zip(sizes, self.patch)):
+            raise ValueError(f"frames, height, width {sizes} are not multiples of patch {self.patch}")
+        return tuple(s // p for s, p in zip(sizes, self.patch))
+
+
+class Stream(nnx.Module):
+    """One stream's weights in a block: modulation, QKV with QK norm, output projection, MLP."""
+
+    def __init__(self, c: MMDiTConfig, *, rngs: nnx.Rngs):
+        dt = c.compute_dtype
+        self.heads = c.heads
+        if c.modulation == "per_block":
+            self.modulation = linear(c.width, 6 * c.width, dtype=dt, rngs=rngs, zero=True)
+        else:
+            self.modulation = nnx.Param(jnp.zeros((6 * c.width,), jnp.float32))
+        self.qkv = linear(c.width, 3 * c.width, dtype=dt, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim)
+        self.k_norm = RMSNorm(c.head_dim)
+        self.out = linear(c.width, c.width, dtype=dt, rngs=rngs)
+        self.mlp = MLP(c.width, c.mlp_ratio, dtype=dt, rngs=rngs)
+
+    def modulations(self, condition: jax.Array):
+        """condition: SiLU of the time embedding [B, D] (per block), or the shared vector [B, 6 D]."""
+        if isinstance(self.modulation, nnx.Linear):
+            return split_modulation(self.modulation(condition))
+        return split_modulation(condition + self.modulation[...].astype(condition.dtype))
+
+    def project(self, x: jax.Array, rotation: Rotation):
+        """x [B, N, D] -> rotated, normalised q and k, and v, each [B, N, heads, head_dim]."""
+        b, n, _ = x.shape
+        q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.heads, -1), 3, axis=2)
+        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
+
+
+class Block(nnx.Module):
+    """Joint attention over [text, video] tokens, then each stream's own MLP."""
+
+    def __init__(self, c: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.video = Stream(c, rngs=rngs)
+        self.text = Stream(c, rngs=rngs)
+
+    def __call__(self, video, text, condition, rotations, key_mask):
+        video_attn, video_mlp = self.video.modulations(condition)
+        text_attn, text_mlp = self.text.modulations(condition)
+
+        qv, kv, vv = self.video.project(modulate(video, video_attn), rotations[0])
+        qt, kt, vt = self.text.project(modulate(text, text_attn), rotations[1])
+        joint = attention(
+            jnp.concatenate([qt, qv], axis=1),  # [B, L + N, heads, head_dim]
+            jnp.concatenate([kt, kv], axis=1),
+            jnp.concatenate([vt, vv], axis=1),
+            key_mask,
+        )
+        joint = joint.reshape(*joint.shape[:2], -1)  # [B, L + N, D]
+        length = text.shape[1]
+        text = text + text_attn.gate * self.text.out(joint[:, :length])
+        video = video + video_attn.gate * self.video.out(joint[:, length:])
+
+        video = video + video_mlp.gate * self.video.mlp(modulate(video, video_mlp))
+        text = text + text_mlp.gate * self.text.mlp(modulate(text, text_mlp))
+        return video, text
+
+
+class Backbone(nnx.Module):
+    """Embeddings and blocks: what generator and discriminator share."""
+
+    def __init__(self, c: MMDiTConfig, *, rngs: nnx.Rngs):
+        dt = c.compute_dtype
+        pt, ph, pw = c.patch
+        self.config = c
+        self.video_in = linear(c.in_channels * pt * ph * pw, c.width, dtype=dt, rngs=rngs)
+        self.text_norm = RMSNorm(c.text_width)
+        self.text_in = linear(c.text_width, c.width, dtype=dt, rngs=rngs)
+        self.time = TimeEmbedding(c.width, dtype=dt, rngs=rngs)
+        if c.modulation == "shared":
+            self.modulation = linear(c.width, 6 * c.width, dtype=dt, rngs=rngs, zero=True)
+        self.blocks = stack(lambda r: Block(c, rngs=r), c.depth, rngs)
+
+    def __call__(self, x, t, text, text_mask, taps: Sequence[int] = ()):
+        """x [B, F, H, W, C], t [B], text [B, L, text_width], text_mask bool [B, L] ->
+
+        visual tokens [B, N, D] after the last block, the list of those after `taps`, time [B, D].
+        """
+        c = self.config
+        chex.assert_rank([x, t, text, text_mask], [5, 1, 3, 2])
+        chex.assert_equal_shape_prefix([x, t, text, text_mask], 1)
+        chex.assert_axis_dimension(x, 4, c.in_channels)
+        chex.assert_axis_dimension(text, 2, c.text_width)
+        chex.assert_type(text_mask, bool)
+        grid = c.grid(x.shape)
+        length = text.shape[1]
+
+        video = self.video_in(patchify(x, c.patch))  # [B, N, D]
+        words = self.text_in(self.text_norm(text))  # [B, L, D]
+        time = self.time(t)  # [B, D]
+        condition = jax.nn.silu(time)
+        if c.modulation == "shared":
+            condition = self.modulation(condition)  # [B, 6 D]
+        rotations = (
+            video_rotation(grid, c.rope_axes, c.rope_theta),
+            text_rotation(length, grid, c.rope_axes, c.rope_theta),
+        )
+        key_mask = jnp.concatenate(
+            [text_mask, jnp.ones((x.shape[0], video.shape[1]), bool)], axis=1
+        )  # [B, L + N]
+
+        (video, _), tapped = run_stack(
+            self.blocks,
+            lambda block, carry: block(*carry, condition, rotations, key_mask),
+            (video, words),
+            depth=c.depth,
+            taps=taps,
+            remat=c.remat,
+        )
+        return video, [v for v, _ in tapped], time
+
+
+class MMDiT(nnx.Module):
+    """Velocity network v(x_t, t, c): [B, F, H, W, C] -> float32 [B, F, H, W, C_out]."""
+
+    def __init__(self, c: MMDiTConfig, *, rngs: nnx.Rngs):
+        dt = c.compute_dtype
+        pt, ph, pw = c.patch
+        self.config = c
+        self.backbone = Backbone(c, rngs=rngs)
+        self.norm_out = linear(c.width, 2 * c.width, dtype=dt, rngs=rngs, zero=True)
+        self.proj_out = linear(
+            c.width, c.out_channels * pt * ph * pw, dtype=dt, rngs=rngs, zero=True
+        )
+
+    def __call__(self, x, t, text, text_mask):
+        """x float [B, F, H, W, C]; t float [B] in [0, 1] (1 = noise); text float [B, L, text_width];
+
+        text_mask bool [B, L], False for padding. Returns the velocity, float32.
+        ValueError when F, H, W are not multiples of the patch; AssertionError on wrong ranks.
+        """
+        video, _, time = self.backbone(x, t, text, text_mask)
+        scale, shift = jnp.split(self.norm_out(jax.nn.silu(time))[:, None], 2, axis=-1)  # [B, 1, D]
+        video = layer_norm(video) * (1 + scale) + shift
+        v = unpatchify(self.proj_out(video), self.config.grid(x.shape), self.config.patch)
+        return v.astype(jnp.float32)  # [B, F, H, W, C_out]

@@ -1,0 +1,1 @@
+"""Layers shared by every model: functional binding, norms, embeddings, RoPE, attention, stacks."""

@@ -1,0 +1,52 @@
+"""A Flax NNX module used as a pure function of a plain parameter dict.
+
+The optimiser, the checkpoints, the sharding rules and the weight files all want one thing: a nested
+dict of arrays with string keys. `Network` keeps the module's static part (graphdef) and turns
+`net(params, *inputs)` into a pure function, so G and D stay separate and either can be differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Static description of a module: how to make it, and its graph without the arrays."""
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    graphdef: Any = dataclasses.field(repr=False)
+    shapes: Params = dataclasses.field(repr=False)
+
+    @classmethod
+    def build(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+        """Trace `make(rngs)` abstractly: no array is allocated, whatever the size."""
+        module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        graphdef, state = nnx.split(module)
+        return cls(make, graphdef, nnx.to_pure_dict(state))
+
+    def abstract(self) -> Params:
+        """Nested dict of jax.ShapeDtypeStruct, the shapes and dtypes of `init`'s result."""
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.shapes)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters (float32 nested dict). Jittable; give out_shardings to shard them."""
+        return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key))))
+
+    def bind(self, params: Params) -> nnx.Module:
+        """The module with these parameters, for calls other than the forward pass."""
+        return nnx.merge(self.graphdef, params)
+
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        return self.bind(params)(*args, **kwargs)
+
+    def parameter_count(self) -> int:
+        """Number of parameters, without allocating them."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
