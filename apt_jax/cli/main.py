@@ -1,0 +1,142 @@
+"""The `apt-jax` command line: finds the subcommand, parses its flags, prints errors in one line.
+
+A subcommand is a module `apt_jax.cli.NAME` with
+
+    add_arguments(parser)   adds its flags; a module docstring and EXAMPLES become its --help
+    run(args) -> int|None   does the work; args.overrides is the list of --config.key=value
+
+and is imported only when it is asked for, so that `apt-jax --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from apt_jax.errors import UserError
+
+COMMANDS = {
+    "train": "train one stage: pretrain, consistency or adversarial",
+    "sample": "draw images or clips from prompts",
+    "evaluate": "measure samples against the data: Frechet distance, KID, sharpness",
+    "report": "write a self-contained HTML page of a study",
+    "prepare": "turn a folder of captioned images and clips into a data set",
+}
+
+OVERVIEW_EXAMPLES = """\
+examples:
+  apt-jax train --config configs/demo_image.py --workdir runs/image
+  apt-jax train --config configs/demo_image.py --workdir runs/image --config.train.steps=50
+  apt-jax sample --checkpoint runs/image --prompt "red heart" --out runs/hearts
+  apt-jax COMMAND --help
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, no usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see '{self.prog} --help'")
+
+
+def _overview() -> _Parser:
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = _Parser(
+        prog="apt-jax",
+        usage="apt-jax COMMAND [flags]",
+        description="One-step text-to-image and text-to-video by adversarial post-training.\n\n"
+                    f"commands:\n{lines}",
+        epilog=OVERVIEW_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    return parser
+
+
+def command_parser(name: str) -> tuple[_Parser, object]:
+    """The parser of one subcommand, complete with its help, and the module that runs it."""
+    module = importlib.import_module(f"apt_jax.cli.{name}")
+    parser = _Parser(
+        prog=f"apt-jax {name}",
+        description=(module.__doc__ or COMMANDS[name]).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parts = [parser.epilog or ""]
+    if getattr(module, "EXAMPLES", ""):
+        parts.append("examples:\n" + module.EXAMPLES.rstrip())
+    if _takes_config(parser):
+        from apt_jax.config.schema import describe_fields
+
+        parts.append("config overrides (key and default):\n" + describe_fields())
+    parser.epilog = "\n\n".join(part for part in parts if part)
+    return parser, module
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> bool:
+    return any("--config" in action.option_strings for action in parser._actions)
+
+
+def parse_command(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, object]:
+    """Parses a subcommand's flags into (args, module). UserError for anything left over."""
+    from apt_jax.config.load import nearest, split_overrides
+
+    parser, module = command_parser(name)
+    overrides, rest = split_overrides(arguments)
+    if overrides and not _takes_config(parser):
+        raise UserError(f"apt-jax {name} takes no config overrides, but got {overrides[0]}; see "
+                        f"'apt-jax {name} --help'")
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
+        first = unknown[0]
+        if first.startswith("-"):
+            flag = first.split("=", 1)[0]
+            raise UserError(f"unknown flag {flag!r}{nearest(flag, flags)}")
+        raise UserError(f"unexpected argument {first!r}; see 'apt-jax {name} --help'")
+    args.overrides = overrides
+    return args, module
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit status; raises UserError for a wrong one."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _overview().print_help()
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        from apt_jax import __version__
+
+        print(f"apt_jax {__version__}")
+        return 0
+    if name not in COMMANDS:
+        from apt_jax.config.load import nearest
+
+        what = "flag" if name.startswith("-") else "command"
+        known = ["--help", "--version"] if what == "flag" else list(COMMANDS)
+        raise UserError(f"unknown {what} {name!r}{nearest(name, known)}")
+    args, module = parse_command(name, rest)
+    return int(module.run(args) or 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Status: 0 done, 2 a wrong input (one line on stderr), 130 interrupted."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    try:
+        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"apt-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("apt-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `apt-jax ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
