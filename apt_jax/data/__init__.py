@@ -1,0 +1,1 @@
+"""Data sets: records, manifest, buckets, plan, pipeline, preparation, the bundled pack."""
