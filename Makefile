@@ -1,0 +1,52 @@
+# make help lists the targets. Everything is installed into a virtual environment in this folder.
+
+PYTHON ?= python3
+EXTRAS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+# The default python3 gets .venv; any other interpreter gets an environment of its own.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
+
+.PHONY: help demo demo-full demo-long test fixtures venv venv-test clean distclean
+
+help:
+	@echo "make demo        the whole method on the bundled data: writes runs/demo, prints the table"
+	@echo "make demo-full   the same, pre-training the base model too"
+	@echo "make demo-long   the same at length: hours on two cores, minutes on a GPU"
+	@echo "make test        all tests"
+	@echo "make fixtures    regenerate the PyTorch fixtures of the tests (needs torch and diffusers)"
+	@echo "make clean       remove build products and caches; distclean: the environments too"
+	@echo ""
+	@echo "PYTHON=python3.13   another interpreter, with its own environment (.venv-3.13)"
+	@echo "EXTRAS=cuda         install this extra of setup.py too"
+	@echo "DEMO_ARGS=...       more flags for launch/demo.py;  PYTEST_ARGS=... for pytest"
+
+venv:
+	@launch/venv.sh "$(PYTHON)" "$(VENV)" demo "$(EXTRAS)"
+
+venv-test:
+	@launch/venv.sh "$(PYTHON)" "$(VENV)" test "$(EXTRAS)"
+
+demo: venv
+	@$(VENV)/bin/python launch/demo.py --workdir runs/demo $(DEMO_ARGS)
+
+demo-full: venv
+	@$(VENV)/bin/python launch/demo.py --workdir runs/demo-full --pretrain $(DEMO_ARGS)
+
+demo-long: venv
+	@$(VENV)/bin/python launch/demo.py --workdir runs/demo-long --pretrain --long $(DEMO_ARGS)
+
+test: venv-test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+fixtures: venv-test
+	@$(VENV)/bin/python tests/fixtures/generate.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find apt_jax configs launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-*
