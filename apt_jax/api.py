@@ -1,0 +1,340 @@
+"""The Python interface: load a checkpoint, sample, show, save. `apt-jax sample` uses the same.
+
+    import apt_jax
+    generator = apt_jax.load("bundled:base")
+    samples = generator.sample(["red heart"], mode="euler", seed=0)
+    apt_jax.show(samples)
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import html
+import json
+import statistics
+import time as clock
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from apt_jax import media
+from apt_jax.config import base_config, load_json
+from apt_jax.config.load import nearest
+from apt_jax.diffusion.samplers import euler, one_step, two_step
+from apt_jax.errors import UserError
+from apt_jax.models.presets import make_generator
+from apt_jax.weights import load_generator
+
+MODES = ("one_step", "two_step", "euler")
+FPS = 8.0  # of the clips that `save` and `show` write
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Generated pictures or clips.
+
+    Attributes:
+      frames: uint8 [N, F, H, W, 3]; F is 1 for images.
+      captions: N prompts, one a sample.
+      settings: how they were made: mode, steps, guidance, seed, ..., as plain JSON values.
+      seconds: median time of one forward pass over `settings["batch"]` samples after compilation,
+        or None if it was not measured.
+    """
+
+    frames: np.ndarray
+    captions: tuple[str, ...]
+    settings: dict[str, Any]
+    seconds: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def load(path: str | Path = "bundled:base", weights: str = "ema") -> Generator:
+    """Loads a generator.
+
+    Args:
+      path: "bundled:base", a run folder, or a folder with model.safetensors and config.json.
+      weights: "ema" (what the paper samples from) or "raw"; a run folder has both.
+
+    Raises UserError if there is nothing to load or it does not fit.
+    """
+    model, params = load_generator(path, weights)
+    return Generator(model, params, _settings(path), source=str(path), weights=weights)
+
+
+def _settings(path: str | Path) -> ml_collections.ConfigDict:
+    """A whole config: that of the run, or the defaults with what a weights folder says of itself."""
+    from importlib import resources
+
+    text = str(path)
+    if text.startswith("bundled:"):
+        folder = resources.files("apt_jax") / "assets" / text.removeprefix("bundled:")
+    else:
+        folder = Path(path)
+        if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").is_file():
+            return load_json(folder / "config.json")
+    card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = base_config()
+    for group in ("data", "sample"):
+        for key, value in (card.get(group) or {}).items():
+            if key in config[group]:
+                config[group][key] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+class Generator:
+    """A velocity network with its weights: prompts in, pictures or clips out.
+
+    Attributes: model (config.model), params (nested dict of arrays), config (whole ConfigDict:
+    default size, guidance and so on), source, weights.
+    """
+
+    def __init__(self, model: Any, params: Any, config: ml_collections.ConfigDict | None = None,
+                 source: str = "", weights: str = "ema"):
+        self.model = model
+        self.config = config if config is not None else base_config()
+        self.source, self.weights = source, weights
+        self.network = make_generator(model)
+        self.params = jax.tree.map(jnp.asarray, params)
+        self._compiled: dict[tuple, Callable] = {}
+        self._encoder = None
+
+    def __repr__(self) -> str:
+        return (f"Generator({self.source!r}, weights={self.weights!r}, "
+                f"{self.network.parameter_count() / 1e6:.2f}M parameters)")
+
+    # -- text --------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Text states float32 [N, L, D] and mask bool [N, L] of prompts; '' is the empty caption."""
+        if self._encoder is None:
+            from apt_jax.data.captions import TextEncoder
+
+            if self.model["text_width"] != TextEncoder.width:
+                raise UserError(
+                    f"this generator reads text states of width {self.model['text_width']}, the "
+                    f"text encoder here ({TextEncoder.name}) gives {TextEncoder.width}; pass "
+                    "states of its own encoder to Generator.draw")
+            self._encoder = TextEncoder()
+        return self._encoder.encode(list(prompts), self.config.data.max_text_tokens)
+
+    # -- sampling ----------------------------------------------------------------------------
+
+    def sample(self, prompts: str | Sequence[str], mode: str = "one_step", seed: int = 0, *,
+               count: int = 1, frames: int | None = None, height: int | None = None,
+               width: int | None = None, steps: int | None = None,
+               guidance: float | None = None, time: float | None = None,
+               fresh_noise: bool | None = None, batch: int = 64, timing: int = 0) -> Samples:
+        """Draws `count` samples of every prompt.
+
+        Sample i starts from noise of (seed, i), whatever the mode, the weights and the batch: the
+        same seed compares samplers and checkpoints on the same noise.
+
+        Args:
+          prompts: one caption or several.
+          mode: "one_step" (Eq. 3-5), "two_step", or "euler" (the diffusion sampler, guided).
+          frames, height, width: size of a sample; by default what the generator was trained on.
+          steps, guidance: of euler; by default the config's `sample` group.
+          time, fresh_noise: of two_step: t between the steps, and new noise for the second.
+          batch: most samples per forward pass.
+          timing: repeat the forward pass this often and keep the median time in `.seconds`.
+
+        Returns Samples, N = len(prompts) * count, the samples of a prompt side by side.
+        Raises UserError for settings that do not fit the mode or the network.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("there is no prompt; give at least one")
+        if count < 1:
+            raise UserError(f"count = {count} must be at least 1")
+        captions = tuple(prompt for prompt in prompts for _ in range(count))
+        text, mask = self.encode([*prompts, ""])
+        rows = np.repeat(np.arange(len(prompts)), count)
+        return self.draw(text[rows], mask[rows], captions, null=(text[-1], mask[-1]), mode=mode,
+                         seed=seed, frames=frames, height=height, width=width, steps=steps,
+                         guidance=guidance, time=time, fresh_noise=fresh_noise, batch=batch,
+                         timing=timing)
+
+    def draw(self, text: np.ndarray, text_mask: np.ndarray, captions: Sequence[str], *,
+             null: tuple[np.ndarray, np.ndarray], mode: str = "one_step", seed: int = 0,
+             frames: int | None = None, height: int | None = None, width: int | None = None,
+             steps: int | None = None, guidance: float | None = None, time: float | None = None,
+             fresh_noise: bool | None = None, batch: int = 64, timing: int = 0) -> Samples:
+        """`sample` from text states: text float [N, L, D], text_mask bool [N, L], null [L, D], [L]."""
+        settings = self._resolve(mode, seed, frames, height, width, steps, guidance, time,
+                                 fresh_noise)
+        shape = (settings["frames"], settings["height"], settings["width"],
+                 self.model["in_channels"])
+        total = len(text)
+        size = min(batch, total)
+        forward = self._forward(mode, settings.get("steps", 0), settings["shift"])
+        knobs = {key: settings[key] for key in ("guidance", "time", "fresh_noise")
+                 if key in settings}
+        parts, seconds = [], None
+        for start in range(0, total, size):
+            rows = np.arange(start, start + size).clip(max=total - 1)  # the last part is padded
+            index = jnp.arange(start, start + size)
+            inputs = (self.params, jnp.asarray(text[rows], jnp.float32),
+                      jnp.asarray(text_mask[rows]), jnp.asarray(null[0], jnp.float32),
+                      jnp.asarray(null[1]), _noise(seed, index, shape),
+                      _noise(seed, index, shape, second=True) if knobs.get("fresh_noise") else None,
+                      knobs.get("guidance", 1.0), knobs.get("time", 0.5))
+            x = np.asarray(forward(*inputs))
+            if timing and seconds is None:
+                seconds = _median_seconds(lambda: forward(*inputs), timing)  # noqa: B023
+            parts.append(media.to_uint8(x[: total - start]))
+        return Samples(np.concatenate(parts), tuple(captions), {**settings, "batch": size}, seconds)
+
+    def _resolve(self, mode, seed, frames, height, width, steps, guidance, time, fresh_noise
+                 ) -> dict[str, Any]:
+        """All settings of a call with their defaults, checked."""
+        if mode not in MODES:
+            raise UserError(f"unknown mode {mode!r}{nearest(str(mode), MODES)}")
+        for name, value, owner in (("steps", steps, "euler"), ("guidance", guidance, "euler"),
+                                   ("time", time, "two_step"),
+                                   ("fresh_noise", fresh_noise or None, "two_step")):
+            if value is not None and mode != owner:
+                raise UserError(f"{name} = {value} belongs to mode {owner!r}, not {mode!r}")
+        if self.model["in_channels"] != 3:
+            raise UserError(f"this generator makes latents of {self.model['in_channels']} channels, "
+                            "and apt_jax has no decoder for them")
+        data, sample = self.config.data, self.config.sample
+        settings: dict[str, Any] = {
+            "checkpoint": self.source, "weights": self.weights, "mode": mode, "seed": int(seed),
+            "frames": max(data.frames) if frames is None else int(frames),
+            "height": data.height if height is None else int(height),
+            "width": data.width if width is None else int(width),
+            "shift": float(sample.shift),
+        }
+        if mode == "euler":
+            settings["steps"] = int(sample.steps if steps is None else steps)
+            settings["guidance"] = float(sample.guidance if guidance is None else guidance)
+            if settings["steps"] < 1:
+                raise UserError(f"steps = {steps} must be at least 1")
+        if mode == "two_step":
+            settings["time"] = float(sample.two_step_time if time is None else time)
+            settings["fresh_noise"] = bool(
+                sample.two_step_fresh if fresh_noise is None else fresh_noise)
+            if not 0 < settings["time"] < 1:
+                raise UserError(f"time = {time} must lie between 0 and 1")
+        for name, patch in zip(("frames", "height", "width"), self.model["patch"]):
+            size = settings[name]
+            if size < 1:
+                raise UserError(f"{name} = {size}: the size of a sample is not known; give "
+                                "frames, height and width")
+            if size % patch:
+                raise UserError(f"{name} = {size} is not a multiple of the network's patch {patch}")
+        return settings
+
+    def _forward(self, mode: str, steps: int, shift: float) -> Callable:
+        """The compiled forward pass of a mode; shapes compile anew by themselves."""
+        key = (mode, steps, shift)
+        if key not in self._compiled:
+            network = self.network
+
+            @jax.jit
+            def forward(params, text, mask, null_text, null_mask, z, fresh, guidance, time):
+                velocity = functools.partial(network, params)
+                if mode == "one_step":
+                    return one_step(velocity, z, text, mask)
+                if mode == "two_step":
+                    return two_step(velocity, z, text, mask, t=time, fresh=fresh)
+                return euler(velocity, z, text, mask, null_text, null_mask, steps=steps,
+                             guidance=guidance, shift=shift)
+
+            self._compiled[key] = forward
+        return self._compiled[key]
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "second"))
+def _noise(seed: int, index: jax.Array, shape: tuple[int, ...], second: bool = False) -> jax.Array:
+    """Standard normal [B, *shape]: row i depends on (seed, index[i]) only."""
+    root = jax.random.fold_in(jax.random.key(seed), 1 if second else 0)
+    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _median_seconds(call: Callable, times: int) -> float:
+    laps = []
+    for _ in range(times):
+        start = clock.perf_counter()
+        jax.block_until_ready(call())
+        laps.append(clock.perf_counter() - start)
+    return statistics.median(laps)
+
+
+# -- looking and keeping ----------------------------------------------------------------------------
+
+
+class Page:
+    """HTML that a notebook displays; `.html` is the text."""
+
+    def __init__(self, text: str):
+        self.html = text
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def show(samples: Samples, size: int = 128, columns: int = 0) -> Any:
+    """For a notebook's last line: a PIL picture (images) or HTML with a looping clip (clips).
+
+    size: pixels of a sample's shorter side, enlarged by a whole factor. columns: 0 is about square.
+    """
+    from PIL import Image
+
+    if samples.frames.shape[1] == 1:
+        sheet = media.grid(samples.frames[:, 0], columns, samples.captions, size)
+        return Image.fromarray(sheet)
+    sheet = media.webp_bytes(media.clip_grid(samples.frames, columns, samples.captions, size), FPS)
+    name = html.escape(", ".join(dict.fromkeys(samples.captions)), quote=True)
+    data = base64.b64encode(sheet).decode()
+    return Page(f'<img alt="{name}" src="data:image/webp;base64,{data}">')
+
+
+def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
+    """Writes samples into a folder (made if needed); returns the paths.
+
+    Images: NNN_caption.png and grid.png. Clips: NNN_caption.mp4 and .webp, and grid.webp. Either
+    way sample.json with the settings. Files are the samples' own size, but MP4 and grids enlarged.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    clips = samples.frames.shape[1] > 1
+    paths, files = [], []
+    for i, (frames, caption) in enumerate(zip(samples.frames, samples.captions)):
+        stem = f"{i:03d}_{_slug(caption)}"
+        if clips:
+            new = [media.save_mp4(folder / f"{stem}.mp4", frames, FPS),
+                   media.save_webp(folder / f"{stem}.webp", frames, FPS)]
+        else:
+            new = [media.save_png(folder / f"{stem}.png", frames[0])]
+        paths += new
+        files.append({"caption": caption, "files": [path.name for path in new]})
+    if clips:
+        sheet = media.clip_grid(samples.frames, labels=samples.captions, size=size)
+        paths.append(media.save_webp(folder / "grid.webp", sheet, FPS))
+    else:
+        sheet = media.grid(samples.frames[:, 0], labels=samples.captions, size=size)
+        paths.append(media.save_png(folder / "grid.png", sheet))
+    record = {**samples.settings, "seconds": samples.seconds, "samples": files}
+    path = folder / "sample.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return [*paths, path]
+
+
+def _slug(text: str, length: int = 40) -> str:
+    """A file name for a caption: lower-case letters, digits and underscores."""
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+    return "_".join(words)[:length].rstrip("_") or "empty"
