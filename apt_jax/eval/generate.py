@@ -1,0 +1,99 @@
+"""Draw samples for a measurement: fixed noise per index, so that methods share their seeds."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apt_jax.diffusion import samplers
+from apt_jax.errors import UserError
+from apt_jax.eval.progress import Progress
+from apt_jax.media import to_uint8
+
+MODES = ("one_step", "two_step", "euler")
+
+
+def sample_noise(seed: int, index: jax.Array, shape: tuple[int, int, int, int],
+                 stream: int = 0) -> jax.Array:
+    """Unit normal noise float32 [B, *shape], row i a function of (seed, index[i], stream) only.
+
+    Batch size, order and method do not matter, so row i of every method is the same prompt and z.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), stream)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
+    return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+
+
+class Generation:
+    """One sampler, compiled once per sample shape and used for any number of sets.
+
+    net(params, x, t, text, text_mask) -> velocity. mode: "one_step", "two_step" (two_step_time,
+    fresh noise or the same) or "euler" (steps, shift; the guidance is an argument of the call, so a
+    sweep compiles nothing anew). `seconds` is the time of the last call without compilation.
+    """
+
+    def __init__(self, net: Callable, mode: str, *, steps: int = 25, shift: float = 1.0,
+                 two_step_time: float = 0.5, two_step_fresh: bool = False, batch: int = 64):
+        if mode not in MODES:
+            raise UserError(f"unknown sampling mode {mode!r}; use one of {', '.join(MODES)}")
+        self.net, self.mode, self.batch = net, mode, batch
+        self.steps, self.shift = steps, shift
+        self.two_step_time, self.two_step_fresh = two_step_time, two_step_fresh
+        self.seconds = 0.0
+        self._program = jax.jit(self._draw, static_argnames=("shape",))
+
+    def _draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape):
+        velocity = partial(self.net, params)
+        z = sample_noise(seed, index, shape)
+        if self.mode == "one_step":
+            return samplers.one_step(velocity, z, text, mask)
+        if self.mode == "two_step":
+            fresh = sample_noise(seed, index, shape, stream=1) if self.two_step_fresh else None
+            return samplers.two_step(velocity, z, text, mask, self.two_step_time, fresh)
+        return samplers.euler(velocity, z, text, mask, null_text, null_mask, steps=self.steps,
+                              guidance=guidance, shift=self.shift)
+
+    def __call__(self, params, text: np.ndarray, mask: np.ndarray,
+                 shape: tuple[int, int, int, int], *, seed: int = 0, guidance: float = 1.0,
+                 null_text: np.ndarray | None = None, null_mask: np.ndarray | None = None,
+                 first: int = 0, label: str = "") -> np.ndarray:
+        """Samples for text float32 [N, L, D], mask bool [N, L] -> frames uint8 [N, F, H, W, C].
+
+        shape: (F, H, W, C) of one sample. null_text [L, D], null_mask [L]: the negative prompt, needed
+        by "euler". first: index of the first sample, for its noise. The last batch is padded.
+        """
+        if self.mode == "euler" and (null_text is None or null_mask is None):
+            raise UserError("euler sampling needs null_text and null_mask, the states of the "
+                            "empty caption; take them from the data's manifest")
+        if null_text is None:
+            null_text, null_mask = np.zeros_like(text[0]), np.zeros_like(mask[0])
+        shape, total = tuple(int(side) for side in shape), len(text)
+        batch = min(self.batch, total)
+        out = np.empty((total, *shape), np.uint8)
+        index = np.minimum(np.arange(-(-total // batch) * batch), total - 1)  # padded: the last
+
+        def run(rows):
+            return self._program(params, jnp.asarray(rows + first), seed, text[rows], mask[rows],
+                                 null_text, null_mask, guidance, shape)
+
+        jax.block_until_ready(run(index[:batch]))  # compiles; not part of the sampling time
+        with Progress(total, label, "samples") as progress:
+            for start in range(0, total, batch):
+                x = to_uint8(np.asarray(run(index[start:start + batch])))
+                count = min(batch, total - start)
+                out[start:start + count] = x[:count]
+                progress.advance(count)
+            self.seconds = progress.seconds
+        return out
+
+
+def generate(net: Callable, params, text: np.ndarray, mask: np.ndarray,
+             shape: tuple[int, int, int, int], mode: str, seed: int = 0, batch: int = 64,
+             guidance: float = 1.0, null_text: np.ndarray | None = None,
+             null_mask: np.ndarray | None = None, label: str = "", **settings) -> np.ndarray:
+    """One set of samples: `Generation(net, mode, **settings)` called once -> uint8 frames."""
+    return Generation(net, mode, batch=batch, **settings)(
+        params, text, mask, shape, seed=seed, guidance=guidance, null_text=null_text,
+        null_mask=null_mask, label=label)
