@@ -1,0 +1,37 @@
+"""Trains one stage in a run folder; the same command continues a run that was stopped.
+
+Ctrl-C or SIGTERM finishes the step, saves and leaves. A finished run returns at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = """\
+  apt-jax train --config configs/demo_image.py --workdir runs/image
+  apt-jax train --config configs/demo_image.py --workdir runs/no_r1 \\
+      --config.objective.adversarial.r1=false --config.init.generator=runs/consistency
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `apt-jax train`."""
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help="config file with get_config(), e.g. configs/demo_image.py")
+    parser.add_argument("--workdir", required=True, metavar="DIR",
+                        help="run folder; made if missing, continued if it holds checkpoints")
+    parser.add_argument("--quiet", action="store_true", help="no progress output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; exit status 0 also after a signal, when the state is saved."""
+    from apt_jax.config import load_config, validate
+    from apt_jax.train.loop import train
+
+    config = validate(load_config(args.config, args.overrides))
+
+    summary = train(config, args.workdir, quiet=args.quiet)
+    if summary["status"] == "complete":
+        print(f"{config.name}: {summary['step']} steps in {summary['seconds']:.0f} s of training, "
+              f"in {summary['workdir']}")
+    return 0

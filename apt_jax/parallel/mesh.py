@@ -1,0 +1,106 @@
+"""The device mesh: from the sizes in the config to `jax.sharding.Mesh`.
+
+Axes: `replica` copies the parameters, `fsdp` shards them; both split the batch. A further axis is
+added by naming it in `AXES` (and in `BATCH_AXES` if it splits the batch): everything else, the
+sharding rules included, reads these two tuples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from apt_jax.errors import UserError
+
+AXES = ("replica", "fsdp")
+BATCH_AXES = ("replica", "fsdp")
+
+
+def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
+    """Sizes of all axes of `AXES`, the one `-1` (at most one) replaced by what is left.
+
+    Args:
+      sizes: axis name -> size; an axis that is absent has size 1.
+      device_count: number of devices the mesh must use, all of them.
+
+    Raises:
+      UserError: sizes that do not multiply to `device_count`, naming the nearest size that does.
+    """
+    given = {axis: int(sizes[axis]) if axis in sizes else 1 for axis in AXES}
+    for axis, size in given.items():
+        if size == 0 or size < -1:
+            raise UserError(
+                f"mesh.{axis} = {size} is no size; set a positive number, or -1 for all the rest")
+    free = [axis for axis, size in given.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"mesh.{free[0]} and mesh.{free[1]} are both -1; set -1 on one axis only")
+    fixed = math.prod(size for size in given.values() if size != -1)
+    if free and device_count % fixed == 0:
+        given[free[0]] = device_count // fixed
+        return given
+    if not free and fixed == device_count:
+        return given
+    # Name one axis to change and the size nearest to the given one that makes the mesh fit.
+    axis = max((a for a in AXES if given[a] != -1), key=lambda a: given[a])
+    others = fixed // given[axis]
+    if device_count % others:
+        raise UserError(
+            f"the mesh {_describe(given)} does not fit {device_count} devices; "
+            f"set mesh.{axis} = -1 and every other axis to 1")
+    room = device_count // others
+    fits = [d for d in range(1, room + 1) if room % d == 0] if free else [room]
+    nearest = min(fits, key=lambda d: (abs(d - given[axis]), d))
+    raise UserError(
+        f"the mesh {_describe(given)} does not fit {device_count} devices; "
+        f"the nearest size that works is mesh.{axis} = {nearest}")
+
+
+def _describe(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `AXES` over all devices (or over `devices`).
+
+    The axes are Auto: the compiler places the collectives, the models carry no sharding code.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = resolve_sizes(sizes, len(devices))
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices,
+                         axis_types=(AxisType.Auto,) * len(shape))
+
+
+def batch_spec() -> PartitionSpec:
+    """The leading (batch) axis over every axis of `BATCH_AXES`."""
+    return PartitionSpec(BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of one array of a batch, [B, ...]."""
+    return NamedSharding(mesh, batch_spec())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many devices one batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Refuses a global batch that the mesh and the accumulation cannot split evenly."""
+    if accumulate < 1:
+        raise UserError(f"train.accumulate = {accumulate} must be at least 1; set it to 1")
+    unit = batch_ways(mesh) * accumulate
+    if batch_size < 1 or batch_size % unit:
+        nearest = max(unit, round(batch_size / unit) * unit)
+        raise UserError(
+            f"train.batch_size = {batch_size} does not split over {batch_ways(mesh)} devices "
+            f"times {accumulate} microbatches; the nearest size that works is {nearest}")

@@ -1,0 +1,221 @@
+"""Checkpoints of everything a run is, by Orbax, asynchronously.
+
+RUN/checkpoints/<step>/state holds the arrays of `train/state.py`, .../meta the config, the data
+position and the seconds trained. A restore returns the state; there is no way to restore "into"
+something and throw it away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from apt_jax.config import config_from_json, config_to_json
+from apt_jax.errors import UserError
+from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
+
+BROKEN = "broken_checkpoints"
+STATE, META = "state", "meta"
+
+# A state up to SMALL bytes is cut into files below FILE_BYTES, which any transfer takes; larger
+# ones into the library's own 2 GB files.
+SMALL, FILE_BYTES, CHUNK_BYTES = 2**30, 12 * 2**20, 4 * 2**20
+
+# Config fields that fix the arrays of the state; a change of one is another run.
+IDENTITY = ("stage", "optimizer.name", "discriminator.taps", "discriminator.backbone",
+            "discriminator.heads")
+# Fields of config.model that change how it is computed, not what it is.
+COMPUTE_ONLY = ("dtype", "remat")
+# Fields whose change is allowed but alters draws or data order.
+COURSE = ("seed", "data.path", "data.split", "data.frames", "train.batch_size")
+
+
+class Restored(NamedTuple):
+    state: dict[str, Any]
+    step: int
+    seconds: float  # trained before, over all attempts
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def differences(saved: Any, config: Any) -> tuple[str | None, list[str]]:
+    """What keeps a checkpoint of `saved` from going on under `config`.
+
+    Returns:
+      The first difference that makes another run of it (None if there is none), and those that
+      are allowed but change the course of the run, each as "key = old there, new here".
+    """
+    def says(key):
+        return f"{key} = {_get(saved, key)!r} there, {_get(config, key)!r} here"
+
+    identity = [key for key in IDENTITY
+                if config.stage == "adversarial" or not key.startswith("discriminator")]
+    identity += [f"model.{key}" for key in config.model if key not in COMPUTE_ONLY]
+    hard = next((says(key) for key in identity if _get(saved, key) != _get(config, key)), None)
+    return hard, [says(key) for key in COURSE if _get(saved, key) != _get(config, key)]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, workdir: str | Path, config: Any, say: Callable[[str], None] = print):
+        """Opens (and makes) WORKDIR/checkpoints; `say` takes one-line warnings."""
+        # Orbax reports every phase of every save at INFO, and a torn folder at WARNING.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._workdir = Path(workdir).resolve()
+        self._folder = self._workdir / CHECKPOINTS
+        self._config, self._say = config, say
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(
+            self._folder,
+            item_handlers={STATE: ocp.PyTreeCheckpointHandler(),
+                           META: ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._config.train.keep, cleanup_tmp_directories=True,
+                enable_async_checkpointing=True))
+
+    def latest(self) -> int | None:
+        """Step of the newest finished checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: dict[str, Any], data: Mapping[str, Any],
+             seconds: float) -> None:
+        """Starts to write `state`; it may be donated as soon as this returns.
+
+        Args:
+          step: finished updates.
+          data: the data position, JSON-able.
+          seconds: trained so far.
+        """
+        if step in self._manager.all_steps():
+            return
+        meta = {"step": step, "data": dict(data), "seconds": seconds,
+                "config": config_to_json(self._config)}
+        small = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= SMALL
+        arguments = ocp.args.PyTreeSave(
+            state,
+            save_args=(jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+                       if small else None),
+            ocdbt_target_data_file_size=FILE_BYTES if small else None)
+        self._manager.save(step, args=ocp.args.Composite(
+            **{STATE: arguments, META: ocp.args.JsonSave(meta)}))
+
+    def restore(self, abstract: dict[str, Any]) -> Restored | None:
+        """The newest checkpoint that can be read, on the shardings of `abstract`; None if there
+        is none at all.
+
+        Unreadable ones newer than it are moved to WORKDIR/broken_checkpoints with a warning.
+        UserError for a checkpoint of another config, or if none of several can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        broken: dict[int, str] = {}
+        for step in steps:
+            try:
+                restored = self._read(step, abstract)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a torn folder makes the reader raise
+                broken[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                continue
+            if broken:
+                self._set_aside(broken, step)
+            return restored
+        if broken:
+            raise UserError(f"none of the checkpoints in {self._folder} can be read (step "
+                            f"{steps[0]}: {broken[steps[0]]}); move that folder away to start anew")
+        return None
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> Restored:
+        meta = self._manager.restore(
+            step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+        self._check(config_from_json(meta["config"]), step)
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(**{STATE: _restore_args(abstract)}))[STATE]
+        if int(state["step"]) != step:
+            raise ValueError(f"it holds step {int(state['step'])}")
+        return Restored(state, step, float(meta["seconds"]))
+
+    def _check(self, saved: Any, step: int) -> None:
+        hard, course = differences(saved, self._config)
+        if hard:
+            raise UserError(f"{self._folder}/{step} is of another config: {hard}; use another "
+                            "--workdir, or the config it was trained with")
+        for line in course:
+            self._say(f"warning: the checkpoint was trained with another {line}")
+
+    def _set_aside(self, broken: Mapping[int, str], good: int) -> None:
+        """Moves unreadable checkpoints away, so that their steps can be saved again."""
+        self._manager.close()
+        for step, reason in broken.items():
+            target = self._workdir / BROKEN / str(step)
+            self._say(f"warning: checkpoint {step} cannot be read ({reason}); moved to {target}, "
+                      f"going on from step {good}")
+            if jax.process_index() == 0:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(self._folder / str(step), target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("broken checkpoints moved")
+        self._manager = self._open()
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+
+
+def write_run_files(workdir: Path, config: Any) -> None:
+    """config.json and versions.json of a run folder, each written at once or not at all."""
+    from apt_jax.config import save_json
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_json(config, workdir / CONFIG_FILE)
+    part = workdir / f".versions.json.{os.getpid()}.tmp"
+    part.write_text(json.dumps(versions(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, workdir / "versions.json")
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on besides config and data: packages, Python, devices."""
+    import platform
+    from importlib import metadata
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    from apt_jax import __version__
+
+    devices = jax.devices()
+    return {"apt_jax": __version__, "python": platform.python_version(), "packages": found,
+            "platform": devices[0].platform, "device": devices[0].device_kind,
+            "devices": len(devices), "processes": jax.process_count()}

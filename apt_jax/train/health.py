@@ -1,0 +1,52 @@
+"""Stops a run that has broken, warns of one that is about to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from apt_jax.errors import UserError
+
+# A discriminator that wins everywhere has loss 0; at the start both softplus terms give 2 ln 2.
+COLLAPSE_LOSS = 0.05
+COLLAPSE_STEPS = 50
+
+
+def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None) -> None:
+    """Raises UserError when one update gave a loss, gradient or new weight that is no number.
+
+    Args:
+      step: the number of the update (the first is 1).
+      metrics: its scalars; those named "finite" or ".../finite" are 1.0 for a sound update.
+      last_good: step of the newest checkpoint, None if there is none.
+    """
+    bad = [name for name, value in metrics.items()
+           if name.split("/")[-1] == "finite" and not value == 1.0]
+    if not bad:
+        return
+    network = bad[0].split("/")[0] if "/" in bad[0] else "generator"
+    good = (f"the last good checkpoint is step {last_good}" if last_good is not None
+            else "there is no checkpoint yet")
+    raise UserError(
+        f"the {network}'s loss or gradient was not finite at step {step}; {good}, the broken state "
+        "was not saved. Try a lower optimizer.learning_rate, model.dtype = float32, or a larger "
+        "objective.adversarial.r1_weight, and run the same command again")
+
+
+class CollapseWatch:
+    """Warns once when D's GAN loss stays near zero: the sign of collapse without R1 (Sec. 5.1)."""
+
+    def __init__(self, warn: Callable[[str], None], loss: float = COLLAPSE_LOSS,
+                 steps: int = COLLAPSE_STEPS):
+        self._warn, self._loss, self._steps = warn, loss, steps
+        self._run, self._done = 0, False
+
+    def observe(self, step: int, d_loss: float) -> None:
+        """Takes D's loss of one update."""
+        self._run = self._run + 1 if d_loss < self._loss else 0
+        if self._run >= self._steps and not self._done:
+            self._done = True
+            self._warn(
+                f"step {step}: the discriminator's loss has been below {self._loss} for "
+                f"{self._run} steps; it wins everywhere and the generator learns nothing "
+                "(collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma or "
+                "r1_weight, or a lower optimizer.discriminator_learning_rate")

@@ -1,0 +1,221 @@
+"""The one training loop of all stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from apt_jax.config import validate
+from apt_jax.errors import UserError
+from apt_jax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from apt_jax.train.checkpoint import Checkpoints, write_run_files
+from apt_jax.train.health import CollapseWatch, check_finite
+from apt_jax.train.logs import MetricLog, Progress
+from apt_jax.train.preemption import Preemption
+from apt_jax.train.state import frozen_inputs, init_state, set_up
+from apt_jax.train.steps import build_update
+
+BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's part of a batch to the devices: arrays [B, ...] of the global batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, batch[name])
+            for name in BATCH_KEYS}
+
+
+def train(config: Any, workdir: str | Path, *, quiet: bool = False,
+          dataset: Any = None) -> dict[str, Any]:
+    """Trains one stage in a run folder; a folder with checkpoints is continued.
+
+    Args:
+      config: a whole configuration; `validate` is called on it.
+      workdir: the run folder (config.json, versions.json, checkpoints/, metrics.jsonl,
+        tensorboard/, samples/).
+      quiet: no progress output; warnings still show.
+      dataset: an opened data set in place of the one `config.data` names.
+
+    Returns:
+      {"status": "complete" or "preempted", "step", "seconds" (trained, over all attempts),
+      "workdir", "metrics" (the last logged)}.
+
+    Raises:
+      UserError: a config, checkpoint, mesh or data set that does not fit; a non-finite loss.
+    """
+    config = validate(config)
+    run = _Run(config, Path(workdir), quiet)
+    try:
+        return run.train(dataset)
+    finally:
+        run.close()
+
+
+class _Run:
+    """The parts of one run, opened in the order in which they can be wrong."""
+
+    def __init__(self, config: Any, workdir: Path, quiet: bool):
+        self.config, self.workdir = config, workdir
+        self.first = jax.process_index() == 0
+        self.quiet = quiet
+        self.progress: Progress | None = None
+        self.log: MetricLog | None = None
+        self.mesh = make_mesh(config.mesh)
+        check_batch(self.mesh, config.train.batch_size, config.train.accumulate)
+        self.setup = set_up(config, self.mesh)
+        self.checkpoints = Checkpoints(workdir, config, self.say)
+        self.window: list[tuple[int, dict]] = []  # metrics on the device since the last log
+        self.checked = 0  # updates known to be sound
+        self.metrics: dict[str, float] = {}
+        self.watch = CollapseWatch(self.say)
+
+    def say(self, text: str) -> None:
+        """A line for the user, from one process."""
+        if not self.first:
+            return
+        if self.progress is not None:
+            self.progress.say(text)
+        else:
+            import sys
+
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.close()
+        if self.log is not None:
+            self.log.close()
+        self.checkpoints.close()
+
+    def train(self, dataset: Any) -> dict[str, Any]:
+        config, total = self.config, self.config.train.steps
+        restored = self.checkpoints.restore(self.setup.abstract)
+        step = restored.step if restored else 0
+        before = restored.seconds if restored else 0.0
+        if self.first:
+            write_run_files(self.workdir, config)
+        if step >= total:
+            self.say(f"{config.name}: already trained for {step} steps")
+            return self._summary("complete", step, before)
+        dataset = _open(config) if dataset is None else dataset
+        null_text, null_mask = dataset.null_text, dataset.null_mask
+        frozen = frozen_inputs(config, self.setup, null_text, null_mask, replicated(self.mesh))
+        state = restored.state if restored else init_state(config, self.setup)
+        restored = None
+        if step:
+            self.say(f"{config.name}: going on from step {step}")
+        update = build_update(config, self.setup.nets, self.setup.optimizers, self.mesh,
+                              self.setup.shardings)
+        self.log = MetricLog(self.workdir, step, writes=self.first)
+        self.progress = Progress(total, step, config.name, shows=self.first and not self.quiet)
+        self.checked = step
+        previews = None
+        stream = _stream(config, dataset, step)
+        batch = next(stream)
+        begun = time.monotonic()
+
+        def seconds():
+            return before + time.monotonic() - begun
+
+        def save():
+            self._check(step)  # waits for the step: what is written is known to be sound
+            self.checkpoints.save(step, state, {"seed": config.seed, "next_batch": step},
+                                  seconds())
+
+        with Preemption() as stop:
+            while step < total:
+                on_device = put_batch(batch, self.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = update(state, frozen, on_device)
+                step += 1
+                self.window.append((step, metrics))
+                if step < total:
+                    batch = next(stream)  # read while the device works
+                # One step late: the device has the next step to do meanwhile, and the host never
+                # runs further ahead of it than that.
+                self._check(step - 1)
+                note = None
+                if step % config.train.log_every == 0 or step == total:
+                    note = self._log(step, seconds())
+                self.progress.update(step, note)
+                if config.train.sample_every and (
+                        step % config.train.sample_every == 0 or step == total):
+                    if previews is None:
+                        previews = self._previews(dataset, batch)
+                    if previews:
+                        previews.write(step, state["generator_ema"])
+                if step % config.train.checkpoint_every == 0 or step == total:
+                    save()
+                if name := stop.asked(step):
+                    save()
+                    self.checkpoints.wait()
+                    self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "
+                             "same command goes on from there")
+                    return self._summary("preempted", step, seconds())
+        self.checkpoints.wait()
+        return self._summary("complete", step, seconds())
+
+    def _check(self, upto: int) -> None:
+        """Raises for the first update up to `upto` that was not sound."""
+        while self.checked < upto:
+            step = self.checked + 1
+            _, metrics = self.window[step - self.window[0][0]]
+            flags = jax.device_get({n: v for n, v in metrics.items() if n.endswith("finite")})
+            check_finite(step, flags, self.checkpoints.latest())
+            self.checked = step
+
+    def _log(self, step: int, seconds: float) -> str:
+        """Writes the means since the last log; returns the numbers to show."""
+        self._check(step)
+        rows = [(s, {n: float(v) for n, v in values.items()})
+                for s, values in jax.device_get(self.window)]
+        self.window.clear()
+        for s, row in rows:
+            if "discriminator/loss" in row:
+                self.watch.observe(s, row["discriminator/loss"])
+        self.metrics = {name: float(np.mean([row[name] for _, row in rows]))
+                        for name in rows[0][1] if not name.endswith("finite")}
+        self.log.write(step, {**self.metrics, "seconds": seconds})
+        shown = [name for name in self.metrics if name.split("/")[-1] == "loss"]
+        return ", ".join(f"{name} {self.metrics[name]:.4g}" for name in sorted(shown))
+
+    def _previews(self, dataset: Any, batch: Mapping[str, np.ndarray]) -> Any:
+        from apt_jax.train.previews import Previews, find_prompts
+
+        config = self.config
+        prompts, text, mask = find_prompts(dataset, config.train.sample_prompts, self.say)
+        return Previews(config, self.setup.generator, self.mesh, self.workdir / "samples", prompts,
+                        text, mask, dataset.null_text, dataset.null_mask, batch["x"].shape[1:])
+
+    def _summary(self, status: str, step: int, seconds: float) -> dict[str, Any]:
+        return {"status": status, "step": step, "seconds": round(seconds, 3),
+                "workdir": str(self.workdir), "metrics": dict(self.metrics)}
+
+
+def _open(config: Any) -> Any:
+    from apt_jax.data.pipeline import open_dataset
+
+    data = config.data
+    return open_dataset(data.path, split=data.split, frames=data.frames, height=data.height,
+                        width=data.width, frame_stride=data.frame_stride,
+                        max_text_tokens=data.max_text_tokens,
+                        caption_dropout=data.caption_dropout)
+
+
+def _stream(config: Any, dataset: Any, start_step: int) -> Any:
+    from apt_jax.data.pipeline import batches
+
+    processes = jax.process_count()
+    if config.train.batch_size % processes:
+        raise UserError(f"train.batch_size = {config.train.batch_size} does not split over "
+                        f"{processes} processes; use a multiple of it")
+    return iter(batches(dataset, batch_size=config.train.batch_size, seed=config.seed,
+                        start_step=start_step, process_index=jax.process_index(),
+                        process_count=processes, threads=config.data.threads,
+                        prefetch=config.data.prefetch))

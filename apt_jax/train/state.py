@@ -1,0 +1,160 @@
+"""The state of a run: one plain dict of arrays, born sharded.
+
+    step               int32 scalar, finished updates
+    key                uint32 [2], key data of the run's random key; never changes
+    generator          params, float32 masters
+    generator_ema      their average
+    generator_opt      optax state
+    discriminator      params                  (stage adversarial)
+    discriminator_opt  optax state             (stage adversarial)
+
+Draws and data position are functions of (key, seed, step), so this and the step is all a resumed
+run needs to go on bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from apt_jax.errors import UserError
+from apt_jax.models.discriminator import discriminator_from_diffusion
+from apt_jax.models.presets import make_discriminator, make_generator
+from apt_jax.objectives import Nets
+from apt_jax.parallel.sharding import MIN_ELEMENTS, abstract_like, infer_shardings, path_string
+from apt_jax.train.optimizers import discriminator_optimizer, generator_optimizer
+from apt_jax.weights import load_generator
+
+State = dict[str, Any]
+
+
+class Setup(NamedTuple):
+    """Everything static about a run."""
+
+    generator: Any  # nn.functional.Network
+    discriminator: Any  # the same, or None
+    optimizers: dict[str, Any]
+    abstract: State  # jax.ShapeDtypeStruct leaves with shardings
+    shardings: State
+    nets: Nets
+
+
+def set_up(config: Any, mesh: Mesh, min_elements: int = MIN_ELEMENTS) -> Setup:
+    """Networks, optimisers and the abstract, sharded state of `config`; allocates nothing.
+
+    Arrays below `min_elements` are not sharded over fsdp.
+    """
+    adversarial = config.stage == "adversarial"
+    generator = make_generator(config.model)
+    discriminator = (make_discriminator(config.model, config.discriminator) if adversarial
+                     else None)
+    optimizers = {"generator": generator_optimizer(config)}
+    if adversarial:
+        optimizers["discriminator"] = discriminator_optimizer(config)
+    abstract = jax.eval_shape(
+        lambda g, d: _assemble(config.seed, g, d, optimizers), generator.abstract(),
+        discriminator.abstract() if adversarial else None)
+    shardings = infer_shardings(abstract, mesh, min_elements)
+    return Setup(generator, discriminator, optimizers, abstract_like(abstract, shardings),
+                 shardings, Nets(generator, discriminator))
+
+
+def _assemble(seed: int, generator: Any, discriminator: Any, optimizers: dict) -> State:
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "key": jax.random.key_data(jax.random.key(seed)),
+        "generator": generator,
+        # A copy: one buffer cannot be donated twice.
+        "generator_ema": jax.tree.map(jnp.copy, generator),
+        "generator_opt": optimizers["generator"].init(generator),
+    }
+    if discriminator is not None:
+        state["discriminator"] = discriminator
+        state["discriminator_opt"] = optimizers["discriminator"].init(discriminator)
+    return state
+
+
+def check_like(params: Any, abstract: Any, source: str) -> None:
+    """UserError naming the first parameter of `params` that the network has not, lacks or shapes
+    otherwise."""
+    def flat(tree):
+        return {path_string(path): tuple(leaf.shape)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    have, want = flat(params), flat(abstract)
+    for name in sorted(want):
+        if name not in have:
+            raise UserError(f"{source} has no parameter {name!r} that config.model asks for; "
+                            "set config.model as the weights were trained")
+        if have[name] != want[name]:
+            raise UserError(
+                f"{source}: parameter {name!r} is {have[name]}, config.model makes it "
+                f"{want[name]}; set config.model as the weights were trained")
+    for name in sorted(set(have) - set(want)):
+        raise UserError(f"{source} has a parameter {name!r} that config.model does not make; "
+                        "set config.model as the weights were trained")
+
+
+def load_params(source: str, which: str, setup: Setup, dtype: Any = np.float32) -> Any:
+    """Generator weights of a run, a weights folder or the bundled base, on the mesh, float32."""
+    _, params = load_generator(source, which)
+    abstract = setup.generator.abstract()
+    check_like(params, abstract, source)
+    return jax.tree.map(
+        lambda value, sharding: jax.device_put(np.asarray(value, dtype), sharding), params,
+        setup.shardings["generator"])
+
+
+def init_state(config: Any, setup: Setup) -> State:
+    """The state at step 0.
+
+    The generator starts from init.generator (in the consistency stage, where that is empty, from
+    init.diffusion: the student starts as its teacher), or from scratch. The discriminator's
+    backbone starts from init.diffusion, the original diffusion weights, never from the distilled
+    ones (Sec. 3.3); its heads are new.
+    """
+    generator_key, discriminator_key = jax.random.split(jax.random.key(config.seed + 1))
+    source, which = config.init.generator, config.init.generator_weights
+    if config.stage == "consistency" and not source:
+        source, which = config.init.diffusion, "ema"
+    if source:
+        generator = load_params(source, which, setup)
+    else:
+        generator = jax.jit(setup.generator.init, out_shardings=setup.shardings["generator"])(
+            generator_key)
+    discriminator = None
+    if config.stage == "adversarial":
+        if config.init.diffusion:
+            diffusion = load_params(config.init.diffusion, "ema", setup)
+            start = jax.jit(
+                lambda params, key: discriminator_from_diffusion(params, setup.discriminator, key),
+                out_shardings=setup.shardings["discriminator"])
+            discriminator = start(diffusion, discriminator_key)
+        else:
+            discriminator = jax.jit(
+                setup.discriminator.init,
+                out_shardings=setup.shardings["discriminator"])(discriminator_key)
+    return jax.jit(
+        lambda g, d: _assemble(config.seed, g, d, setup.optimizers),
+        out_shardings=setup.shardings)(generator, discriminator)
+
+
+def frozen_inputs(config: Any, setup: Setup, null_text: np.ndarray, null_mask: np.ndarray,
+                  replicated: Any) -> dict[str, Any]:
+    """What a stage's loss reads besides the state: the teacher and the negative prompt.
+
+    Args:
+      null_text, null_mask: [L, D] float32 and [L] bool, the states of the empty caption.
+    """
+    if config.stage != "consistency":
+        return {}
+    if not config.init.diffusion:
+        raise UserError("stage = consistency needs a teacher; set init.diffusion to the "
+                        "pre-training run or its weights folder")
+    return {"teacher": load_params(config.init.diffusion, "ema", setup),
+            "null_text": jax.device_put(np.asarray(null_text, np.float32), replicated),
+            "null_mask": jax.device_put(np.asarray(null_mask, bool), replicated)}

@@ -1,0 +1,197 @@
+"""The compiled update of every stage: one gradient routine, one step per network.
+
+A step is a pure function of (state, frozen, batch): its random keys come from the state's key and
+step, one per sample of the global batch, so the draws do not depend on how the batch is cut into
+microbatches or over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from apt_jax.objectives import adversarial, consistency, flow_matching
+from apt_jax.parallel.mesh import BATCH_AXES, replicated
+from apt_jax.train.ema import update_ema
+from apt_jax.train.optimizers import stop_frozen
+
+State = dict[str, Any]
+Metrics = dict[str, jax.Array]
+# (params, batch, keys [b]) -> (loss [b], aux of [b])
+SampleLoss = Callable[[Any, dict, jax.Array], tuple[jax.Array, dict]]
+StepFunction = Callable[[State, dict, dict], tuple[State, Metrics]]
+
+# Separates the draws of the two steps of one adversarial update (fresh noise for each).
+GENERATOR_TAG, DISCRIMINATOR_TAG = 0, 1
+
+
+def sample_keys(key_data: jax.Array, step: jax.Array, tag: int, batch_size: int) -> jax.Array:
+    """One key per sample of the global batch, a function of (run key, step, tag): keys [B]."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
+    return jax.random.split(jax.random.fold_in(key, tag), batch_size)
+
+
+def _split(tree: Any, microbatches: int, mesh: Mesh) -> Any:
+    """[B, ...] -> [A, B / A, ...], every device keeping the samples it has.
+
+    Sample i goes to microbatch i % A: with contiguous microbatches each of them would lie on a
+    few devices only and had to be sent around.
+    """
+    spec = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+    def one(x):
+        x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])  # [B/A, A, ...]
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), spec)  # [A, B/A, ...]
+
+    return jax.tree.map(one, tree)
+
+
+def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
+             microbatches: int, mesh: Mesh, shardings: Any) -> tuple[Any, Metrics]:
+    """The gradient of sum(loss * mask) / sum(mask) over the global batch, and the means of aux.
+
+    Args:
+      loss_fn: losses per sample.
+      params: tree of float32 arrays.
+      batch: arrays [B, ...] with "loss_mask" float32 [B]; B is divisible by microbatches times
+        the devices that split the batch.
+      keys: [B] random keys.
+      microbatches: how many parts the batch is cut into; the memory of activations falls with it,
+        the result is the same (up to the order of the sums).
+      shardings: where the gradients lie (the parameters' own shardings).
+
+    Returns:
+      Gradients like params, and scalars "loss", "gradient_norm" and one per aux name.
+    """
+    total = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+
+    def objective(params, part, part_keys):
+        loss, aux = loss_fn(params, part, part_keys)  # [b]
+        means = {name: jnp.sum(value * part["loss_mask"]) / total
+                 for name, value in {**aux, "loss": loss}.items()}
+        return means["loss"], means
+
+    def on_part(part, part_keys):
+        grads, means = jax.grad(objective, has_aux=True)(params, part, part_keys)
+        return jax.lax.with_sharding_constraint(grads, shardings), means
+
+    if microbatches == 1:
+        grads, means = on_part(batch, keys)
+    else:
+        parts = _split((batch, keys), microbatches, mesh)
+        one = jax.eval_shape(on_part, *jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
+
+        def body(carry, part):
+            return jax.tree.map(jnp.add, carry, on_part(*part)), None
+
+        (grads, means), _ = jax.lax.scan(body, zero, parts)
+    return grads, {**means, "gradient_norm": optax.global_norm(grads)}
+
+
+def _apply(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any,
+           metrics: Metrics) -> tuple[Any, Any, Metrics]:
+    """One optimiser update; adds "finite", 1.0 while loss, gradient and update are all numbers."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    size = optax.global_norm(updates)
+    numbers = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"] + size)
+    return (optax.apply_updates(params, updates), opt_state,
+            {**metrics, "update_norm": size, "finite": numbers.astype(jnp.float32)})
+
+
+def generator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation,
+                     config: Any, mesh: Mesh, shardings: Any) -> StepFunction:
+    """The step that trains the generator and its average; it ends the update (step + 1).
+
+    Args:
+      loss_fn: (params, frozen, batch, keys) -> (loss [b], aux).
+      shardings: tree of shardings of the state.
+    """
+    def step(state, frozen, batch):
+        keys = sample_keys(state["key"], state["step"], GENERATOR_TAG, batch["x"].shape[0])
+        if "discriminator" in state:
+            frozen = {**frozen, "discriminator": state["discriminator"]}
+        grads, metrics = gradient(
+            lambda params, part, part_keys: loss_fn(params, frozen, part, part_keys),
+            state["generator"], batch, keys, microbatches=config.train.accumulate, mesh=mesh,
+            shardings=shardings["generator"])
+        params, opt_state, metrics = _apply(optimizer, grads, state["generator_opt"],
+                                            state["generator"], metrics)
+        count = state["step"] + 1
+        ema = update_ema(state["generator_ema"], params, config.train.ema_decay, count,
+                         config.train.ema_from_step)
+        return {**state, "step": count, "generator": params, "generator_opt": opt_state,
+                "generator_ema": ema}, metrics
+
+    return _compile(step, mesh, shardings)
+
+
+def discriminator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation,
+                         config: Any, mesh: Mesh, shardings: Any) -> StepFunction:
+    """The step that trains the discriminator against the present generator."""
+    frozen_backbone = config.discriminator.backbone == "frozen"
+
+    def step(state, frozen, batch):
+        keys = sample_keys(state["key"], state["step"], DISCRIMINATOR_TAG, batch["x"].shape[0])
+        frozen = {**frozen, "generator": state["generator"]}
+
+        def loss(params, part, part_keys):
+            params = stop_frozen(params) if frozen_backbone else params
+            return loss_fn(params, frozen, part, part_keys)
+
+        grads, metrics = gradient(loss, state["discriminator"], batch, keys,
+                                  microbatches=config.train.accumulate, mesh=mesh,
+                                  shardings=shardings["discriminator"])
+        params, opt_state, metrics = _apply(optimizer, grads, state["discriminator_opt"],
+                                            state["discriminator"], metrics)
+        return {**state, "discriminator": params, "discriminator_opt": opt_state}, metrics
+
+    return _compile(step, mesh, shardings)
+
+
+def _compile(step: StepFunction, mesh: Mesh, shardings: Any) -> StepFunction:
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def build_update(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: Any
+                 ) -> StepFunction:
+    """The update of `config.stage`: (state, frozen, batch) -> (state, metrics).
+
+    Args:
+      nets: `objectives.Nets`.
+      optimizers: dict with "generator" and, in the adversarial stage, "discriminator".
+      shardings: tree of shardings of the state.
+
+    Returns:
+      A function that runs one compiled step, or in the adversarial stage one step of D and then
+      one of G (alternating updates, Sec. 3.3) on the same samples with fresh noise. The state is
+      donated. Metrics are float32 scalars on the device; the adversarial ones are named
+      "discriminator/..." and "generator/...". Each new batch shape compiles once.
+    """
+    def bind(loss, section):
+        return lambda params, frozen, batch, keys: loss(params, frozen, batch, keys, nets, section)
+
+    objective = config.objective
+    if config.stage == "pretrain":
+        return generator_update(bind(flow_matching.loss, objective.flow),
+                                optimizers["generator"], config, mesh, shardings)
+    if config.stage == "consistency":
+        return generator_update(bind(consistency.loss, objective.consistency),
+                                optimizers["generator"], config, mesh, shardings)
+    d_step = discriminator_update(bind(adversarial.discriminator_loss, objective.adversarial),
+                                  optimizers["discriminator"], config, mesh, shardings)
+    g_step = generator_update(bind(adversarial.generator_loss, objective.adversarial),
+                              optimizers["generator"], config, mesh, shardings)
+
+    def update(state, frozen, batch):
+        state, d_metrics = d_step(state, frozen, batch)
+        state, g_metrics = g_step(state, frozen, batch)
+        metrics = {f"discriminator/{name}": value for name, value in d_metrics.items()}
+        return state, metrics | {f"generator/{name}": value for name, value in g_metrics.items()}
+
+    return update
