@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -235,8 +236,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
         beside = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"config file {str(file)!r} does not exist{nearest(str(file), beside)}")
     scope: dict[str, Any] = {"__name__": f"apt_jax_config_{file.stem}", "__file__": str(file)}
-    folder = str(file.parent.resolve())  # so that a config can import the one it varies
+    folder = str(file.parent.resolve())  # so that a config can import what its family shares
     sys.path.insert(0, folder)
+    before = set(sys.modules)
     try:
         exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), scope)
         get_config = scope.get("get_config")
@@ -253,8 +255,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     except Exception as error:  # the user's own code: any exception becomes one line
         raise UserError(f"{_where(error, file)}: {_problem(error, keys)}") from None
     finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:  # another folder may have a file of the same name
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(folder + os.sep):
+                del sys.modules[name]
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{file}: get_config() returned a {type(config).__name__}; it must return "
                         "an ml_collections ConfigDict")

@@ -1,0 +1,27 @@
+"""What the demo's stages share: 16 px Fluent emoji, one small generator.
+
+Not a config by itself; demo_pretrain.py, demo_consistency.py, demo_image.py and demo_video.py
+import it.
+"""
+
+from apt_jax.config import base_config
+
+
+def demo_config():
+    config = base_config()
+    config.data.path = "bundled:emoji"
+    config.data.height = config.data.width = 16
+    config.data.max_text_tokens = 16
+
+    config.model.patch = (1, 2, 2)  # 64 tokens a frame
+    config.model.width = 128
+    config.model.depth = 4
+    config.model.heads = 4
+    config.model.head_dim = 32
+    config.model.rope_axes = (8, 12, 12)
+    config.model.text_width = 384  # all-MiniLM-L6-v2
+
+    config.train.batch_size = 64
+    config.train.checkpoint_every = 200
+    config.sample.guidance = 3.0
+    return config
