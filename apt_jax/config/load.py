@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -205,11 +206,11 @@ def _where(error: BaseException, path: Path) -> str:
 
 def _problem(error: BaseException, keys: Sequence[str]) -> str:
     """One line for what a config file raised, naming the right key where a name was wrong."""
-    if isinstance(error, (KeyError, AttributeError)) and error.args:
-        words = str(error.args[0]).replace("'", '"').split('"')
-        name = words[1] if len(words) > 2 else ""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, (KeyError, AttributeError)) and "ml_collections" in last:
+        name = re.search(r"[\"']([A-Za-z_]\w*)[\"'\\]", str(error))
         if name:
-            return f"unknown config key {name!r}{nearest(name, keys)}"
+            return f"unknown config key {name[1]!r}{nearest(name[1], keys)}"
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
