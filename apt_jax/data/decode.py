@@ -1,0 +1,140 @@
+"""Open one media file: how long and large it is, and chosen frames of it as RGB.
+
+Images and animations (png, jpg, webp, gif) go through Pillow, which also composes animated WebP
+and GIF frames rightly; videos (mp4, webm, mov, mkv) go through PyAV.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from apt_jax.data.buckets import crop_box
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
+MEDIA = PICTURES + VIDEOS
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """What a file holds: frames (1 = an image), size as displayed, frames a second (0 = image)."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def probe(path: pathlib.Path) -> Media:
+    """Look at a file without decoding more than it must. Raises whatever the decoder raises."""
+    return _probe_video(path) if path.suffix.lower() in VIDEOS else _probe_picture(path)
+
+
+def read(
+    path: pathlib.Path,
+    wanted: Sequence[int],
+    height: int,
+    width: int,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> np.ndarray:
+    """Frames number `wanted` (ascending), cropped to the aspect and resized with antialias.
+
+    Returns uint8 [len(wanted), height, width, 3]; transparency is laid over `background`; EXIF
+    orientation and video rotation are applied. ValueError if the file has fewer frames.
+    """
+    frames = _read_video(path, wanted) if path.suffix.lower() in VIDEOS else _read_picture(
+        path, wanted, background
+    )
+    fitted = [fit(frame, height, width) for frame in frames]
+    if len(fitted) < len(wanted):
+        raise ValueError(f"only {len(fitted)} of {len(wanted)} chosen frames could be decoded")
+    return np.stack(fitted)
+
+
+def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Centre crop to the target's aspect and resize with antialias -> uint8 [height, width, 3]."""
+    if (image.height, image.width) != (height, width):
+        box = crop_box(image.height, image.width, height, width)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(image)
+
+
+def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """RGB, with transparency laid over the background."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        under = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(under, image)
+    return image.convert("RGB")
+
+
+def _probe_picture(path: pathlib.Path) -> Media:
+    with Image.open(path, formats=_FORMATS) as image:
+        frames = getattr(image, "n_frames", 1)
+        width, height = image.size
+        if frames == 1:
+            if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # stored on its side
+                width, height = height, width
+            return Media(1, height, width, 0.0)
+        # The duration of a frame is known only once the frame is loaded; the first stands for all.
+        image.seek(0)
+        image.load()
+        milliseconds = image.info.get("duration") or 100
+        return Media(frames, height, width, 1000.0 / milliseconds)
+
+
+def _read_picture(path: pathlib.Path, wanted: Sequence[int], background):
+    with Image.open(path, formats=_FORMATS) as image:
+        if getattr(image, "n_frames", 1) == 1:
+            yield from (flatten(ImageOps.exif_transpose(image), background) for _ in wanted[:1])
+            return
+        for number in wanted:
+            try:
+                image.seek(number)
+            except EOFError:
+                return
+            yield flatten(image, background)
+
+
+def _probe_video(path: pathlib.Path) -> Media:
+    import av
+
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("no video stream")
+        stream = container.streams.video[0]
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise ValueError("no frame could be decoded")
+        height, width = first.height, first.width
+        if round(getattr(first, "rotation", 0) or 0) % 180:
+            height, width = width, height
+        rate = stream.average_rate or stream.guessed_rate or 25
+        frames = stream.frames
+    if not frames:  # webm and mkv do not say; packets are frames for the codecs in use
+        with av.open(str(path)) as container:
+            frames = sum(p.size > 0 for p in container.demux(container.streams.video[0]))
+    return Media(int(frames), height, width, float(rate))
+
+
+def _read_video(path: pathlib.Path, wanted: Sequence[int]):
+    import av
+
+    left = list(wanted)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream)):
+            if not left:
+                return
+            if number == left[0]:
+                left.pop(0)
+                turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
+                array = frame.to_ndarray(format="rgb24")
+                yield Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)))

@@ -1,0 +1,158 @@
+"""One sample as bytes, and ArrayRecord shards of them.
+
+Layout of a record, little endian (no pickle, readable in a page of any language):
+
+    magic b"APTR" | version uint8 | header length uint32 | header: UTF-8 JSON
+    text values int8 [tokens, width] | text scales float32 [tokens] | picture: one WebP
+
+The header holds frames, height, width, fps, caption, source, group, tokens, text_width. A clip is
+one WebP with its frames tiled from top to bottom, then in further columns where WebP's limit of
+16,383 pixels asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from apt_jax.data.quantise import dequantise
+from apt_jax.errors import UserError
+
+MAGIC = b"APTR"
+VERSION = 1
+_HEAD = struct.Struct("<4sBI")
+_WEBP_LIMIT = 16383
+_KEYS = ("frames", "height", "width", "fps", "caption", "source", "group", "tokens", "text_width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One captioned image or clip.
+
+    picture is the encoded WebP; text_values int8 [tokens, text_width] and text_scales float32
+    [tokens] are the quantised states of the caption's tokens. fps is 0 for an image. source names
+    the file it was made from; records of one group are always in the same split.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    caption: str
+    source: str
+    group: str
+    text_values: np.ndarray
+    text_scales: np.ndarray
+    picture: bytes
+
+    def decode(self) -> np.ndarray:
+        """The frames, uint8 [F, H, W, 3]."""
+        return decode_frames(self.picture, self.frames, self.height, self.width)
+
+    def text(self) -> np.ndarray:
+        """The states of the caption's tokens, float32 [tokens, text_width]."""
+        return dequantise(self.text_values, self.text_scales)
+
+
+def _columns(frames: int, height: int) -> tuple[int, int]:
+    rows = min(frames, max(1, _WEBP_LIMIT // height))
+    return rows, -(-frames // rows)
+
+
+def encode_frames(frames: np.ndarray, quality: int = 90) -> bytes:
+    """uint8 [F, H, W, 3] -> one WebP of the tiled frames (method 6; the same bytes every time)."""
+    f, h, w, _ = frames.shape
+    rows, columns = _columns(f, h)
+    if h > _WEBP_LIMIT or columns * w > _WEBP_LIMIT:
+        raise UserError(
+            f"{f} frames of {w}x{h} do not fit one WebP ({_WEBP_LIMIT} pixels a side); "
+            "prepare smaller or shorter clips"
+        )
+    tiled = np.zeros((rows * columns, h, w, 3), np.uint8)
+    tiled[:f] = frames
+    tiled = tiled.reshape(columns, rows * h, w, 3).transpose(1, 0, 2, 3)
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(tiled.reshape(rows * h, columns * w, 3))).save(
+        out, "WEBP", quality=quality, method=6
+    )
+    return out.getvalue()
+
+
+def decode_frames(picture: bytes, frames: int, height: int, width: int) -> np.ndarray:
+    """The inverse of `encode_frames` up to WebP's loss; ValueError if the size disagrees."""
+    with Image.open(io.BytesIO(picture), formats=("WEBP",)) as image:
+        array = np.asarray(image.convert("RGB"))
+    rows, columns = _columns(frames, height)
+    if array.shape != (rows * height, columns * width, 3):
+        raise ValueError(f"picture {array.shape} is not {frames} frames of {height}x{width}")
+    tiles = array.reshape(rows * height, columns, width, 3).transpose(1, 0, 2, 3)
+    return tiles.reshape(rows * columns, height, width, 3)[:frames]
+
+
+def pack(record: Record) -> bytes:
+    """Record -> bytes."""
+    tokens, text_width = record.text_values.shape
+    values = {k: getattr(record, k) for k in _KEYS[:-2]} | {
+        "tokens": tokens,
+        "text_width": text_width,
+    }
+    header = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join(
+        (
+            _HEAD.pack(MAGIC, VERSION, len(header)),
+            header,
+            np.ascontiguousarray(record.text_values, np.int8).tobytes(),
+            np.ascontiguousarray(record.text_scales, "<f4").tobytes(),
+            record.picture,
+        )
+    )
+
+
+def unpack(data: bytes) -> Record:
+    """Bytes -> Record; ValueError that says what is wrong when they are no record."""
+    if len(data) < _HEAD.size:
+        raise ValueError("a record shorter than its head")
+    magic, version, length = _HEAD.unpack_from(data)
+    if magic != MAGIC or version != VERSION:
+        raise ValueError(f"not a version {VERSION} record: {magic!r} version {version}")
+    start = _HEAD.size + length
+    header = json.loads(data[_HEAD.size : start])
+    if sorted(header) != sorted(_KEYS):
+        raise ValueError(f"record header has keys {sorted(header)}")
+    tokens, width = header.pop("tokens"), header.pop("text_width")
+    middle, end = start + tokens * width, start + tokens * (width + 4)
+    if end > len(data):
+        raise ValueError("a record cut short")
+    return Record(
+        **header,
+        text_values=np.frombuffer(data, np.int8, tokens * width, start).reshape(tokens, width),
+        text_scales=np.frombuffer(data, "<f4", tokens, middle),
+        picture=data[end:],
+    )
+
+
+def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> int:
+    """Write records into one ArrayRecord file, appearing whole or not at all; returns the count."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    # One record a group: any record is read alone. WebP does not shrink further.
+    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    count = 0
+    try:
+        for record in records:
+            writer.write(record)
+            count += 1
+    finally:
+        writer.close()
+    os.replace(partial, path)
+    return count
