@@ -1,0 +1,280 @@
+"""One self-contained HTML page of a study: pictures side by side, curves, the table, how it was made.
+
+Everything is inline (PNG and animated WebP as data URIs, SVG curves, CSS); the page needs no network
+and no script, and reads in light and dark. Parts that are missing are named on it.
+"""
+
+import base64
+import html
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from apt_jax import media
+from apt_jax.eval import report_curves
+from apt_jax.eval.measure import clip_features
+from apt_jax.eval.nearest import nearest
+from apt_jax.eval.progress import duration
+from apt_jax.eval.samples import SampleSet
+from apt_jax.eval.study import COLUMNS, ENTRIES, KINDS, Study, gates, read_study
+from apt_jax.eval.table import HEADINGS, rows
+
+PROMPTS = {"image": 14, "video": 8}  # rows of the side-by-side
+NEAREST = {"image": 10, "video": 5}  # rows of the memorisation check
+FPS = 6.0
+CELL = 104  # displayed pixels of a frame's shorter side
+
+
+def write_report(directory: Path | str, title: str = "One step instead of twenty-five") -> Path:
+    """Write DIRECTORY/report.html from what is in the directory and return its path.
+
+    Raises UserError where there is no such directory; whatever else is missing is named on the page.
+    """
+    study = read_study(directory)
+    sections = [("result", "Result", _result(study))]
+    for kind, name in KINDS.items():
+        if study.samples.get(kind):
+            sections.append((kind, name, _side_by_side(study, kind) + _nearest(study, kind)
+                             + _overview(study, kind)))
+    if study.runs:
+        sections.append(("curves", "Training curves", report_curves.section(study.runs)))
+    sections.append(("method", "How it was measured", _method(study)))
+    sections.append(("details", "Configurations and versions", _details(study)))
+    if study.missing:
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in study.missing)
+        sections.insert(0, ("missing", "Missing parts", f'<ul class="missing">{items}</ul>'))
+    template = resources.files("apt_jax.eval").joinpath("report_template.html").read_text("utf-8")
+    page = Template(template).substitute(
+        title=html.escape(title), lead=_lead(study), facts=_facts(study),
+        navigation="<nav>" + "".join(
+            f'<a href="#{key}">{name}</a>' for key, name, _ in sections) + "</nav>",
+        body="\n".join(
+            f'<section id="{key}"><h2>{name}</h2>\n{text}\n</section>' for key, name, text in sections))
+    path = study.directory / "report.html"
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def _lead(study: Study) -> str:
+    kinds = [name.lower() for kind, name in KINDS.items()
+             if kind in study.summary or study.samples.get(kind)]
+    what = " and ".join(kinds) or "samples"
+    return (f"Captioned {what} made in a single step by adversarial post-training (APT), beside the "
+            "25-step diffusion model it grew from and the consistency model it started at: same "
+            "prompts, same noise. The pictures are rendered artwork, not photographs.")
+
+
+def _facts(study: Study) -> str:
+    facts = []
+    data = study.summary.get("data")
+    if isinstance(data, dict):
+        facts += [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in data.items()]
+    elif data:
+        facts.append(f"data: {data}")
+    if "seed" in study.summary:
+        facts.append(f"seed {study.summary['seed']}")
+    seconds = study.summary.get("seconds")
+    if isinstance(seconds, dict):
+        total = sum(v for v in seconds.values() if isinstance(v, int | float))
+        facts.append(f"made in {duration(total)}")
+    return " · ".join(html.escape(text) for text in facts)
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _result(study: Study) -> str:
+    parts = []
+    verdicts = gates(study.summary)
+    if verdicts:
+        items = []
+        for gate in verdicts:
+            state, word = {True: ("holds", "holds"), False: ("fails", "does not hold"),
+                           None: ("", "not measured")}[gate.holds]
+            value = "–" if gate.ratio is None else f"{gate.ratio:.2f}"
+            items.append(
+                f'<li class="{state}">{KINDS[gate.kind]}: FD of {ENTRIES[gate.entry]} / '
+                f'{ENTRIES[gate.against]}<b>{value}</b>at most {gate.limit:g}: '
+                f'<span class="verdict">{word}</span></li>')
+        parts.append(f'<ul class="gates">{"".join(items)}</ul>')
+    parts += [_table(study.summary[kind], name) for kind, name in KINDS.items()
+              if isinstance(study.summary.get(kind), dict)]
+    seconds = study.summary.get("seconds")
+    if isinstance(seconds, dict) and seconds:
+        stages = " · ".join(f"{html.escape(key.replace('_', ' '))} {duration(value)}"
+                            for key, value in seconds.items() if isinstance(value, int | float))
+        parts.append(f'<p class="soft">Wall-clock time: {stages}.</p>')
+    return "\n".join(parts) or '<p class="missing">No measurements yet.</p>'
+
+
+def _table(kind: dict, name: str) -> str:
+    names = [entry for entry in ENTRIES if isinstance(kind.get(entry), dict)]
+    distances = [kind[entry].get("fd") for entry in names]
+    largest = max((d for d in distances if isinstance(d, int | float)), default=1) or 1
+    body = rows(kind)
+    shown = [i for i in range(1, len(HEADINGS)) if any(row[i] not in ("", "-") for row in body)]
+    lines = []
+    for entry, distance, row in zip(names, distances, body):
+        style = {"floor": ' class="floor"', "apt_1": ' class="main"'}.get(entry, "")
+        width = 100 * distance / largest if isinstance(distance, int | float) else 0
+        cells = "".join(f"<td>{row[i]}</td>" for i in shown)
+        lines.append(f'<tr{style}><td>{row[0]}</td>{cells}'
+                     f'<td class="bar"><div style="width:{width:.1f}%"></div></td></tr>')
+    heads = "".join(f"<th>{HEADINGS[i]}</th>" for i in shown)
+    return (f'<div class="wide"><h3>{name}</h3><table><thead><tr><th></th>{heads}<th></th></tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
+
+
+def _method(study: Study) -> str:
+    floors = []
+    for kind, name in KINDS.items():
+        floor = (study.summary.get(kind) or {}).get("floor") or {}
+        if "n" in floor and "n_reference" in floor:
+            floors.append(f"{name.lower()} {floor['n']:,} against {floor['n_reference']:,}")
+    halves = f" (here {'; '.join(floors)})" if floors else ""
+    return f"""
+<p><b>FD-MobileNetV2</b> is the Fréchet distance between Gaussians fitted to ImageNet MobileNetV2
+features at 96 px, projected on the leading principal components (128 unless the summary says
+otherwise) of the whole real training set. It is not FID and cannot be compared with one. Lower is
+better. For clips every frame counts as a picture; <b>motion FD</b> is the same distance on the
+differences of neighbouring frames' features, and is no FVD.</p>
+<p><b>Real against real</b> is the floor: random disjoint halves of the real set{halves}. A distance of
+this kind falls as more samples are taken, so compare only rows with a like n.</p>
+<p><b>Sharpness</b> is the mean absolute difference of neighbouring pixels, shown as a ratio to the
+data's: below 1 is blurrier, above 1 is sharper or noisier. Where a sampler has a guidance weight, the
+row shows its best value.</p>
+<p>The prompts shown are spread evenly over the set and were not picked. Samples in a row share their
+noise.</p>"""
+
+
+def _details(study: Study) -> str:
+    parts = []
+    for run in study.runs:
+        for what, document in (("config", run.config), ("versions", run.versions)):
+            if document:
+                parts.append(_fold(f"{run.name}: {what}", json.dumps(document, indent=2)))
+    if study.summary:
+        parts.append(_fold("summary.json", json.dumps(study.summary, indent=2)))
+    return "\n".join(parts) or "<p>None found.</p>"
+
+
+def _fold(name: str, text: str) -> str:
+    return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _image(clip: np.ndarray, alt: str, size: int = CELL) -> str:
+    """<img> of uint8 [F, H, W, 3]: a PNG, or an animated WebP where it moves."""
+    height, width = clip.shape[1:3]
+    scale = size / min(height, width)
+    if len(clip) > 1:
+        kind, data = "webp", media.webp_bytes(clip, FPS)
+    else:
+        kind, data = "png", media.png_bytes(clip[0])
+    return (f'<img class="frame" width="{round(width * scale)}" height="{round(height * scale)}" '
+            f'alt="{html.escape(alt, quote=True)}" '
+            f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
+
+
+def _same_row(samples: SampleSet, index: int, caption: str) -> np.ndarray | None:
+    """The clip for a caption: at the same index where captions agree, else the caption's first."""
+    if index < len(samples.captions) and samples.captions[index] == caption:
+        return samples.frames[index]
+    if caption in samples.captions:
+        return samples.frames[samples.captions.index(caption)]
+    return None
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return [int(i) for i in np.unique(np.linspace(0, total - 1, min(count, total)).round())]
+
+
+def _leader(found: dict[str, SampleSet]) -> str:
+    """The entry whose captions choose the rows: APT's, or else the first there is."""
+    return next(name for name in ("apt_1", *COLUMNS) if name in found)
+
+
+def _side_by_side(study: Study, kind: str) -> str:
+    found = study.samples[kind]
+    columns = {name: text for name, text in COLUMNS.items() if name in found}
+    captions = found[_leader(found)].captions
+    if not captions:
+        return '<p class="missing">The sample files are empty.</p>'
+    lines = []
+    for index in _spread(len(captions), PROMPTS[kind]):
+        cells = []
+        for name, text in columns.items():
+            clip = _same_row(found[name], index, captions[index])
+            cells.append("<td>" + (
+                f'<span class="blank" style="width:{CELL}px;height:{CELL}px"></span>' if clip is None
+                else _image(clip, f"{captions[index]}, {text}")) + "</td>")
+        lines.append(f"<tr><td>{html.escape(captions[index])}</td>{''.join(cells)}</tr>")
+    heads = "".join(f'<th{" class=main" if name == "apt_1" else ""}>{text}</th>'
+                    for name, text in columns.items())
+    frames, height, width = found[_leader(found)].frames.shape[1:4]
+    size = f"{width} × {height} px" + (f", {frames} frames, looping" if frames > 1 else "")
+    return (f'<p class="soft">{size}, enlarged without smoothing. A row is one caption and one noise; '
+            "“real” is that caption's training picture.</p>"
+            f'<div class="wide"><table class="side"><thead><tr><th>caption</th>{heads}</tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
+
+
+def _nearest(study: Study, kind: str) -> str:
+    found = study.samples[kind]
+    if "apt_1" not in found or "data" not in found or not found["apt_1"].captions:
+        return '<p class="missing">Nearest training pictures need apt_1.npz and data.npz.</p>'
+    samples, data = found["apt_1"], found["data"]
+    chosen = _spread(len(samples.frames), NEAREST[kind])
+    features = clip_features(data.frames, label="nearest training pictures").mean(1)
+    index, distance = nearest(clip_features(samples.frames[chosen]).mean(1), features, k=4)
+    lines = []
+    for row, sample in enumerate(chosen):
+        cells = "".join(
+            f'<td{" class=gap" if k == 0 else ""}>'
+            f"{_image(data.frames[i], data.captions[i])}"
+            f'<span class="distance">{html.escape(data.captions[i])}<br>{d:.1f}</span></td>'
+            for k, (i, d) in enumerate(zip(index[row], distance[row])))
+        lines.append(f"<tr><td>{html.escape(samples.captions[sample])}</td>"
+                     f"<td>{_image(samples.frames[sample], samples.captions[sample])}</td>{cells}</tr>")
+    heads = "".join(f'<th{" class=gap" if k == 0 else ""}>{text}</th>' for k, text in enumerate(
+        ["nearest", "second", "third", "fourth"][:index.shape[1]]))
+    return ("<h3>Nearest training pictures</h3>"
+            '<p class="soft">The training pictures closest to an APT sample (Euclidean in the raw '
+            "features, the number below; clips by the mean over frames). The sample's own caption "
+            "may come first; a pixel-for-pixel copy would be memorisation.</p>"
+            '<div class="wide"><table class="side"><thead><tr><th>caption</th>'
+            f'<th class="main">APT, 1 step</th>{heads}</tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
+
+
+def _overview(study: Study, kind: str) -> str:
+    """A fold with many APT samples at once: single rows can flatter."""
+    if "apt_1" not in study.samples[kind]:
+        return ""
+    samples = study.samples[kind]["apt_1"].frames
+    chosen = samples[_spread(len(samples), 96 if kind == "image" else 40)]
+    if not len(chosen):
+        return ""
+    sheet = media.clip_grid(chosen, columns=min(16 if kind == "image" else 10, len(chosen)))
+    image = _image(sheet, "many APT samples", sheet.shape[1]).replace('class="frame"', 'class="sheet"')
+    scale = media.factor_for(chosen, 64)
+    image = image.replace(f'width="{sheet.shape[2]}" height="{sheet.shape[1]}"',
+                          f'width="{sheet.shape[2] * scale}"')
+    return (f"<details><summary>{len(chosen)} samples of APT in one step, spread over the set</summary>"
+            f"<p>{image}</p></details>")
