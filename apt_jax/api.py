@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import html
 import json
 import statistics
-import time as clock
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,11 @@ import numpy as np
 from apt_jax import media
 from apt_jax.config import base_config, load_json
 from apt_jax.config.load import nearest
-from apt_jax.diffusion.samplers import euler, one_step, two_step
 from apt_jax.errors import UserError
+from apt_jax.eval.generate import MODES, Generation
 from apt_jax.models.presets import make_generator
 from apt_jax.weights import load_generator
 
-MODES = ("one_step", "two_step", "euler")
 FPS = 8.0  # of the clips that `save` and `show` write
 
 
@@ -44,8 +41,8 @@ class Samples:
       frames: uint8 [N, F, H, W, 3]; F is 1 for images.
       captions: N prompts, one a sample.
       settings: how they were made: mode, steps, guidance, seed, ..., as plain JSON values.
-      seconds: median time of one forward pass over `settings["batch"]` samples after compilation,
-        or None if it was not measured.
+      seconds: median time after compilation to draw `settings["batch"]` samples and bring them to
+        the host, or None if it was not measured.
     """
 
     frames: np.ndarray
@@ -104,7 +101,7 @@ class Generator:
         self.source, self.weights = source, weights
         self.network = make_generator(model)
         self.params = jax.tree.map(jnp.asarray, params)
-        self._compiled: dict[tuple, Callable] = {}
+        self._generations: dict[tuple, Generation] = {}
         self._encoder = None
 
     def __repr__(self) -> str:
@@ -145,7 +142,7 @@ class Generator:
           steps, guidance: of euler; by default the config's `sample` group.
           time, fresh_noise: of two_step: t between the steps, and new noise for the second.
           batch: most samples per forward pass.
-          timing: repeat the forward pass this often and keep the median time in `.seconds`.
+          timing: draw a batch so often again and keep the median time in `.seconds`.
 
         Returns Samples, N = len(prompts) * count, the samples of a prompt side by side.
         Raises UserError for settings that do not fit the mode or the network.
@@ -173,25 +170,22 @@ class Generator:
                                  fresh_noise)
         shape = (settings["frames"], settings["height"], settings["width"],
                  self.model["in_channels"])
-        total = len(text)
-        size = min(batch, total)
-        forward = self._forward(mode, settings.get("steps", 0), settings["shift"])
-        knobs = {key: settings[key] for key in ("guidance", "time", "fresh_noise")
-                 if key in settings}
-        parts, seconds = [], None
-        for start in range(0, total, size):
-            rows = np.arange(start, start + size).clip(max=total - 1)  # the last part is padded
-            index = jnp.arange(start, start + size)
-            inputs = (self.params, jnp.asarray(text[rows], jnp.float32),
-                      jnp.asarray(text_mask[rows]), jnp.asarray(null[0], jnp.float32),
-                      jnp.asarray(null[1]), _noise(seed, index, shape),
-                      _noise(seed, index, shape, second=True) if knobs.get("fresh_noise") else None,
-                      knobs.get("guidance", 1.0), knobs.get("time", 0.5))
-            x = np.asarray(forward(*inputs))
-            if timing and seconds is None:
-                seconds = _median_seconds(lambda: forward(*inputs), timing)  # noqa: B023
-            parts.append(media.to_uint8(x[: total - start]))
-        return Samples(np.concatenate(parts), tuple(captions), {**settings, "batch": size}, seconds)
+        size = min(batch, len(text))
+        generation = self._generation(settings, size)
+
+        def forward(rows: slice) -> np.ndarray:
+            return generation(
+                self.params, np.asarray(text[rows], np.float32), np.asarray(text_mask[rows], bool),
+                shape, seed=seed, guidance=settings.get("guidance", 1.0),
+                null_text=np.asarray(null[0], np.float32), null_mask=np.asarray(null[1], bool))
+
+        pixels = forward(slice(None))
+        laps = []
+        for _ in range(timing):
+            forward(slice(size))
+            laps.append(generation.seconds)
+        return Samples(pixels, tuple(captions), {**settings, "batch": size},
+                       statistics.median(laps) if laps else None)
 
     def _resolve(self, mode, seed, frames, height, width, steps, guidance, time, fresh_noise
                  ) -> dict[str, Any]:
@@ -234,41 +228,16 @@ class Generator:
                 raise UserError(f"{name} = {size} is not a multiple of the network's patch {patch}")
         return settings
 
-    def _forward(self, mode: str, steps: int, shift: float) -> Callable:
-        """The compiled forward pass of a mode; shapes compile anew by themselves."""
-        key = (mode, steps, shift)
-        if key not in self._compiled:
-            network = self.network
-
-            @jax.jit
-            def forward(params, text, mask, null_text, null_mask, z, fresh, guidance, time):
-                velocity = functools.partial(network, params)
-                if mode == "one_step":
-                    return one_step(velocity, z, text, mask)
-                if mode == "two_step":
-                    return two_step(velocity, z, text, mask, t=time, fresh=fresh)
-                return euler(velocity, z, text, mask, null_text, null_mask, steps=steps,
-                             guidance=guidance, shift=shift)
-
-            self._compiled[key] = forward
-        return self._compiled[key]
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "second"))
-def _noise(seed: int, index: jax.Array, shape: tuple[int, ...], second: bool = False) -> jax.Array:
-    """Standard normal [B, *shape]: row i depends on (seed, index[i]) only."""
-    root = jax.random.fold_in(jax.random.key(seed), 1 if second else 0)
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(index)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-def _median_seconds(call: Callable, times: int) -> float:
-    laps = []
-    for _ in range(times):
-        start = clock.perf_counter()
-        jax.block_until_ready(call())
-        laps.append(clock.perf_counter() - start)
-    return statistics.median(laps)
+    def _generation(self, settings: dict[str, Any], batch: int) -> Generation:
+        """The sampler of these settings, compiled at most once per shape of its inputs."""
+        known = {"steps": "steps", "shift": "shift", "time": "two_step_time",
+                 "fresh_noise": "two_step_fresh"}
+        options = {name: settings[key] for key, name in known.items() if key in settings}
+        key = (settings["mode"], batch, *sorted(options.items()))
+        if key not in self._generations:
+            self._generations[key] = Generation(self.network, settings["mode"], batch=batch,
+                                                **options)
+        return self._generations[key]
 
 
 # -- looking and keeping ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 die() { echo "apt_jax: $*" >&2; exit 2; }
 
 command -v "$python" >/dev/null || die "there is no '$python'; install Python 3.11 or newer, or name one: make test PYTHON=python3.12"
-version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
   || die "'$python' does not run; name another Python: make test PYTHON=python3.12"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
   || die "'$python' is Python $version, but 3.11 or newer is needed; name one: make test PYTHON=python3.12"
