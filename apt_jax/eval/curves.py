@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 34, 38  # margins around the plotted area
+WIDTH, HEIGHT = 400, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 42, 38  # margins around the plotted area
 MAX_POINTS = 400
 
 
@@ -30,10 +30,8 @@ def line_plot(title: str, series: Sequence[Series], x_label: str = "step", y_lab
         return (f'<p class="missing">{html.escape(title)}: no values to plot</p>')
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x_range = _widened(min(xs), max(xs), 0.0)
-    if log:  # to whole decades, or a little around the values where they span less than one
-        low, high = math.log10(min(ys)), math.log10(max(ys))
-        y_range = ((math.floor(low), math.ceil(high)) if high - low > 0.7
-                   else _widened(low, high, 0.1))
+    if log:
+        y_range = _widened(math.log10(min(ys)), math.log10(max(ys)), 0.06)
         y_ticks = _log_ticks(*y_range)
     else:
         y_range = _widened(min(ys), max(ys), 0.06)
@@ -47,18 +45,18 @@ def line_plot(title: str, series: Sequence[Series], x_label: str = "step", y_lab
 
     parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
              f'aria-label="{html.escape(title, quote=True)}">',
-             f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>']
+             f'<text class="title" x="{LEFT}" y="17">{html.escape(title)}</text>']
     bottom = HEIGHT - BOTTOM
     for value, text in y_ticks:
         y = place(x_range[0], 10 ** value if log else value)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         if text:
-            parts.append(f'<text class="label" x="{LEFT - 6}" y="{y + 3.5:.1f}" '
+            parts.append(f'<text class="label" x="{LEFT - 6}" y="{y + 4:.1f}" '
                          f'text-anchor="end">{text}</text>')
     for value in nice_ticks(*x_range, 5):
         x = LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
-                     f'<text class="label" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">'
+                     f'<text class="label" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
                      f'{_tick_text(value)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP - 4}V{bottom}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" '
@@ -71,9 +69,9 @@ def line_plot(title: str, series: Sequence[Series], x_label: str = "step", y_lab
     for i, line in enumerate(kept):
         parts.append(f'<path class="line s{i % 6}" d="{_path(line, place)}"/>')
         if len(kept) > 1 or line.name:
-            parts.append(f'<line class="line s{i % 6}" x1="{at}" x2="{at + 14}" y1="25" y2="25"/>'
-                         f'<text class="label" x="{at + 18}" y="28.5">{html.escape(line.name)}</text>')
-            at += 30 + 6.2 * len(line.name)
+            parts.append(f'<line class="line s{i % 6}" x1="{at}" x2="{at + 14}" y1="30" y2="30"/>'
+                         f'<text class="label" x="{at + 18}" y="34">{html.escape(line.name)}</text>')
+            at += 34 + 6.6 * len(line.name)
     return "".join(parts) + "</svg>"
 
 
@@ -110,22 +108,20 @@ def _path(line: Series, place) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten apart) from low to high."""
+    """About `count` round values (1, 2, 2.5 or 5 times a power of ten apart) from low to high."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if raw <= m * power * (1 + 1e-9))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if raw <= m * power * (1 + 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Exponents and texts: decades where there are at least two, else 1-2-5 or round values."""
+    """Exponents and texts: decades where there are three or more, else 1-2-5 or round values."""
     decades = [(k, _tick_text(10.0 ** k)) for k in range(math.ceil(low), math.floor(high) + 1)]
-    if len(decades) > 6:
-        decades = decades[::-(-len(decades) // 6)]
     if len(decades) >= 3:
-        return decades
+        return decades[::-(-len(decades) // 6)]
     values = [m * 10.0 ** k for k in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
     ticks = [(math.log10(v), _tick_text(v)) for v in values if low <= math.log10(v) <= high]
     if len(ticks) >= 2:

@@ -26,7 +26,7 @@ from apt_jax.eval.table import HEADINGS, rows
 PROMPTS = {"image": 14, "video": 8}  # rows of the side-by-side
 NEAREST = {"image": 10, "video": 5}  # rows of the memorisation check
 FPS = 6.0
-CELL = 104  # displayed pixels of a frame's shorter side
+CELL = 128  # displayed pixels of a frame's shorter side
 
 
 def write_report(directory: Path | str, title: str = "One step instead of twenty-five") -> Path:
@@ -107,8 +107,7 @@ def _result(study: Study) -> str:
                            None: ("", "not measured")}[gate.holds]
             value = "–" if gate.ratio is None else f"{gate.ratio:.2f}"
             items.append(
-                f'<li class="{state}">{KINDS[gate.kind]}: FD of {ENTRIES[gate.entry]} / '
-                f'{ENTRIES[gate.against]}<b>{value}</b>at most {gate.limit:g}: '
+                f'<li class="{state}">{gate.text}<b>{value}</b>at most {gate.limit:g}: '
                 f'<span class="verdict">{word}</span></li>')
         parts.append(f'<ul class="gates">{"".join(items)}</ul>')
     parts += [_table(study.summary[kind], name) for kind, name in KINDS.items()

@@ -26,7 +26,9 @@ ENTRIES = {
     "apt_2": "APT, 2 steps",
 }
 COLUMNS = {"data": "real"} | {name: text for name, text in ENTRIES.items() if name != "floor"}
-# kind -> (entry, against, what the ratio of their FDs must not exceed), issue's gates of the demo.
+_SHORT = {"apt_1": "APT in 1 step", "consistency_1": "consistency model in 1 step",
+          "diffusion_25": "diffusion in 25 steps"}
+# kind -> (entry, against, what the ratio of their FDs must not exceed), the demo's gates.
 GATES = {
     "image": (("apt_1", "consistency_1", 0.6), ("apt_1", "diffusion_25", 1.75)),
     "video": (("apt_1", "consistency_1", 0.7),),
@@ -42,6 +44,10 @@ class Gate:
     against: str
     limit: float
     ratio: float | None
+
+    @property
+    def text(self) -> str:
+        return f"{KINDS[self.kind]}: FD of {_SHORT[self.entry]} / {_SHORT[self.against]}"
 
     @property
     def holds(self) -> bool | None:

@@ -38,7 +38,7 @@ def rows(kind: dict) -> list[list[str]]:
 
 
 HEADINGS = ("", "FD-MobileNetV2", "to diffusion", "motion FD", "sharpness to data", "n", "guidance",
-            "sampling")
+            "sampling time")
 
 
 def format_table(summary: dict) -> str:
@@ -60,8 +60,7 @@ def format_table(summary: dict) -> str:
                 lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
         lines.append("")
     for gate in gates(summary):
-        name = f"{ENTRIES[gate.entry]} / {ENTRIES[gate.against]}"
         verdict = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[gate.holds]
         value = "-" if gate.ratio is None else f"{gate.ratio:.2f}"
-        lines.append(f"{KINDS[gate.kind]}: FD {name} = {value}, at most {gate.limit:g}: {verdict}")
+        lines.append(f"{gate.text} = {value}, at most {gate.limit:g}: {verdict}")
     return "\n".join(lines).rstrip()
