@@ -81,6 +81,9 @@ class Settings:
                 raise UserError(
                     f"prepare: {key} = {getattr(self, key)!r} is not allowed; see --help"
                 )
+        for notice in self.notices:
+            if not pathlib.Path(notice).is_file():
+                raise UserError(f"prepare: no file {notice}; give the path of a licence text")
 
 
 @dataclasses.dataclass(frozen=True)

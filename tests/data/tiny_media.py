@@ -1,0 +1,83 @@
+"""Tiny media files and a stand-in text encoder for the tests of preparation."""
+
+import hashlib
+import json
+
+import numpy as np
+from PIL import Image
+
+
+class HashEncoder:
+    """Texts to states by a hash: one token a word plus one; quick and without weights."""
+
+    name, width = "hash", 12
+
+    def __init__(self):
+        self.calls = 0
+
+    def encode(self, captions, max_tokens):
+        self.calls += 1
+        text = np.zeros((len(captions), max_tokens, self.width), np.float32)
+        mask = np.zeros((len(captions), max_tokens), bool)
+        for i, caption in enumerate(captions):
+            for j, word in enumerate(["^", *caption.split()][:max_tokens]):
+                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
+                text[i, j] = np.random.default_rng(seed).normal(size=self.width)
+                mask[i, j] = True
+        return text, mask
+
+
+def picture(number, height=24, width=24):
+    """A smooth picture that differs by number, uint8 [H, W, 3]."""
+    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    return np.stack([255 * x, 255 * y, np.full_like(x, number * 37 % 256)], -1).astype(np.uint8)
+
+
+def save_image(path, number=0, height=24, width=24, **options):
+    Image.fromarray(picture(number, height, width)).save(path, **options)
+
+
+def save_animation(path, frames, height=24, width=24, duration=50):
+    """Animated WebP or GIF by the suffix; frame i is flat grey i * 20."""
+    images = [Image.new("RGB", (width, height), (i * 20 % 256,) * 3) for i in range(frames)]
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0,
+                   **options)
+
+
+def save_video(path, frames, height=32, width=48, rate=10, rotation=0):
+    """mp4 or webm by the suffix; frame i is flat grey i * 20; rotation as display metadata."""
+    import av
+
+    codec = "libvpx" if path.suffix == ".webm" else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i in range(frames):
+            array = np.full((height, width, 3), i * 20 % 256, np.uint8)
+            if rotation:
+                array[: height // 2] = 255
+            for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def write_table(folder, rows):
+    """metadata.jsonl from (file_name, text[, group]) rows."""
+    keys = ("file_name", "text", "group")
+    lines = [json.dumps(dict(zip(keys, row))) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def image_folder(folder, count, size=24):
+    """A folder of `count` captioned pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        save_image(folder / f"p{i:03d}.png", i, size, size)
+        rows.append((f"p{i:03d}.png", f"picture number {i}"))
+    write_table(folder, rows)
+    return folder
