@@ -164,8 +164,12 @@ class Generator:
              null: tuple[np.ndarray, np.ndarray], mode: str = "one_step", seed: int = 0,
              frames: int | None = None, height: int | None = None, width: int | None = None,
              steps: int | None = None, guidance: float | None = None, time: float | None = None,
-             fresh_noise: bool | None = None, batch: int = 64, timing: int = 0) -> Samples:
-        """`sample` from text states: text float [N, L, D], text_mask bool [N, L], null [L, D], [L]."""
+             fresh_noise: bool | None = None, batch: int = 64, timing: int = 0,
+             label: str = "") -> Samples:
+        """`sample` from text states: text float [N, L, D], text_mask bool [N, L], null [L, D], [L].
+
+        label: names a progress line on stderr; empty shows none.
+        """
         settings = self._resolve(mode, seed, frames, height, width, steps, guidance, time,
                                  fresh_noise)
         shape = (settings["frames"], settings["height"], settings["width"],
@@ -173,18 +177,20 @@ class Generator:
         size = min(batch, len(text))
         generation = self._generation(settings, size)
 
-        def forward(rows: slice) -> np.ndarray:
+        def forward(rows: slice, label: str = "") -> np.ndarray:
             return generation(
                 self.params, np.asarray(text[rows], np.float32), np.asarray(text_mask[rows], bool),
                 shape, seed=seed, guidance=settings.get("guidance", 1.0),
-                null_text=np.asarray(null[0], np.float32), null_mask=np.asarray(null[1], bool))
+                null_text=np.asarray(null[0], np.float32), null_mask=np.asarray(null[1], bool),
+                label=label)
 
-        pixels = forward(slice(None))
+        pixels = forward(slice(None), label)
+        settings |= {"batch": size, "sampling_seconds": round(generation.seconds, 4)}
         laps = []
         for _ in range(timing):
             forward(slice(size))
             laps.append(generation.seconds)
-        return Samples(pixels, tuple(captions), {**settings, "batch": size},
+        return Samples(pixels, tuple(captions), settings,
                        statistics.median(laps) if laps else None)
 
     def _resolve(self, mode, seed, frames, height, width, steps, guidance, time, fresh_noise

@@ -1,7 +1,7 @@
 """Draw samples for a measurement: fixed noise per index, so that methods share their seeds."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Generation:
         self.steps, self.shift = steps, shift
         self.two_step_time, self.two_step_fresh = two_step_time, two_step_fresh
         self.seconds = 0.0
+        self._warm: set[tuple] = set()  # shapes that were compiled
         self._program = jax.jit(self._draw, static_argnames=("shape",))
 
     def _draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape):
@@ -78,7 +79,10 @@ class Generation:
             return self._program(params, jnp.asarray(rows + first), seed, text[rows], mask[rows],
                                  null_text, null_mask, guidance, shape)
 
-        jax.block_until_ready(run(index[:batch]))  # compiles; not part of the sampling time
+        shapes = (batch, shape, text.shape[1:])
+        if shapes not in self._warm:  # compile first: it is not part of the sampling time
+            jax.block_until_ready(run(index[:batch]))
+            self._warm.add(shapes)
         with Progress(total, label, "samples") as progress:
             for start in range(0, total, batch):
                 x = to_uint8(np.asarray(run(index[start:start + batch])))
@@ -89,11 +93,32 @@ class Generation:
         return out
 
 
+class _Identity:
+    """A key that is equal to itself only; a Network holds dicts and has no hash of its own."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other) -> bool:
+        return self.value is other.value
+
+
+@lru_cache(maxsize=8)
+def _generation(net: _Identity, mode: str, batch: int, settings: tuple) -> Generation:
+    return Generation(net.value, mode, batch=batch, **dict(settings))
+
+
 def generate(net: Callable, params, text: np.ndarray, mask: np.ndarray,
              shape: tuple[int, int, int, int], mode: str, seed: int = 0, batch: int = 64,
              guidance: float = 1.0, null_text: np.ndarray | None = None,
              null_mask: np.ndarray | None = None, label: str = "", **settings) -> np.ndarray:
-    """One set of samples: `Generation(net, mode, **settings)` called once -> uint8 frames."""
-    return Generation(net, mode, batch=batch, **settings)(
-        params, text, mask, shape, seed=seed, guidance=guidance, null_text=null_text,
-        null_mask=null_mask, label=label)
+    """One set of samples -> frames uint8 [N, F, H, W, C]; see `Generation` for the arguments.
+
+    Calls with the same network object and settings share one compiled sampler, whatever the weights.
+    """
+    generation = _generation(_Identity(net), mode, batch, tuple(sorted(settings.items())))
+    return generation(params, text, mask, shape, seed=seed, guidance=guidance,
+                      null_text=null_text, null_mask=null_mask, label=label)

@@ -21,7 +21,7 @@ from apt_jax.eval.nearest import nearest
 from apt_jax.eval.progress import duration
 from apt_jax.eval.samples import SampleSet
 from apt_jax.eval.study import COLUMNS, ENTRIES, KINDS, Study, gates, read_study
-from apt_jax.eval.table import HEADINGS, rows
+from apt_jax.eval.table import HEADINGS, rows, used_columns
 
 PROMPTS = {"image": 14, "video": 8}  # rows of the side-by-side
 NEAREST = {"image": 10, "video": 5}  # rows of the memorisation check
@@ -125,7 +125,7 @@ def _table(kind: dict, name: str) -> str:
     distances = [kind[entry].get("fd") for entry in names]
     largest = max((d for d in distances if isinstance(d, int | float)), default=1) or 1
     body = rows(kind)
-    shown = [i for i in range(1, len(HEADINGS)) if any(row[i] not in ("", "-") for row in body)]
+    shown = used_columns(body)[1:]
     lines = []
     for entry, distance, row in zip(names, distances, body):
         style = {"floor": ' class="floor"', "apt_1": ' class="main"'}.get(entry, "")

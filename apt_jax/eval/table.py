@@ -41,26 +41,33 @@ HEADINGS = ("", "FD-MobileNetV2", "to diffusion", "motion FD", "sharpness to dat
             "sampling time")
 
 
+def lay_out(headings: list[str], body: list[list[str]]) -> str:
+    """Aligned text: the first column to the left, the others to the right, a rule under the headings."""
+    table = [headings, *body]
+    widths = [max(len(row[i]) for row in table) for i in range(len(headings))]
+    lines = ["  ".join([row[0].ljust(widths[0])] + [
+        cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip() for row in table]
+    lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
+    return "\n".join(lines)
+
+
+def used_columns(body: list[list[str]]) -> list[int]:
+    """The columns worth showing: name, FD, and every other one that has a value somewhere."""
+    return [i for i in range(len(HEADINGS)) if i < 2 or any(row[i] not in ("", "-") for row in body)]
+
+
 def format_table(summary: dict) -> str:
     """The whole table as text: a block per kind, then the gates with their ratios."""
-    lines = []
+    blocks = []
     for kind, title in KINDS.items():
-        if kind not in summary:
-            continue
-        body = rows(summary[kind])
-        columns = [i for i in range(len(HEADINGS))
-                   if i < 2 or any(row[i] not in ("", "-") for row in body)]
-        table = [[HEADINGS[i] for i in columns]] + [[row[i] for i in columns] for row in body]
-        table[0][0] = title
-        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-        for number, row in enumerate(table):
-            cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
-            lines.append("  ".join(cells).rstrip())
-            if number == 0:
-                lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
-        lines.append("")
+        if kind in summary:
+            body = rows(summary[kind])
+            columns = used_columns(body)
+            blocks.append(lay_out([title] + [HEADINGS[i] for i in columns[1:]],
+                                  [[row[i] for i in columns] for row in body]))
+    lines = []
     for gate in gates(summary):
         verdict = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[gate.holds]
         value = "-" if gate.ratio is None else f"{gate.ratio:.2f}"
         lines.append(f"{gate.text} = {value}, at most {gate.limit:g}: {verdict}")
-    return "\n".join(lines).rstrip()
+    return "\n\n".join([*blocks, "\n".join(lines)]).rstrip()
