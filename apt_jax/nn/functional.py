@@ -17,7 +17,7 @@ from flax import nnx
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so jax.jit(net) works
 class Network:
     """Static description of a module: how to make it, and its graph without the arrays."""
 
