@@ -42,7 +42,7 @@ test: venv-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 fixtures: venv-test
-	@$(VENV)/bin/python tests/fixtures/generate.py
+	@$(VENV)/bin/python tests/fixtures/make_fixtures.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
