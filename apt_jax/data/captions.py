@@ -43,7 +43,7 @@ class TextEncoder:
         return lambda ids, mask: np.asarray(forward(params, ids, mask))
 
     def tokenize(self, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token ids with [CLS] and [SEP], at most max_tokens each; a cut keeps [SEP] and is logged."""
+        """Token ids with [CLS] and [SEP], at most max_tokens; a cut is logged and keeps [SEP]."""
         if not 2 <= max_tokens <= _LENGTHS[-1]:
             raise ValueError(f"max_tokens must be in 2..{_LENGTHS[-1]}, got {max_tokens}")
         ids = [e.ids for e in self._tokenizer.encode_batch(list(captions))]

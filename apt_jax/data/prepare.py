@@ -199,7 +199,7 @@ def _write_text(path: pathlib.Path, text: str) -> None:
 
 
 def _scan(source, items, settings, progress_file, pool, progress):
-    """Probe every file; returns (plans, skipped). Results are kept in progress_file, a line each."""
+    """Probe every file; returns (plans, skipped). progress_file keeps the results, a line each."""
     known = {}
     if progress_file.is_file():
         for line in progress_file.read_text("utf-8").splitlines():
@@ -270,13 +270,14 @@ def _write_shards(source, out, plans, settings, encoder, work, pool, progress):
             jobs.append((name, bucket, by_bucket[bucket][start : start + settings.shard_records]))
 
     shards, skipped = [], []
-    with tqdm.tqdm(total=len(plans), desc="writing", unit="file", disable=not progress) as bar:
+    notes = {name: work / f"{name}.json" for name, _, _ in jobs}
+    kept = sum(len(part) for name, _, part in jobs if notes[name].is_file())  # by an earlier run
+    with tqdm.tqdm(
+        total=len(plans), initial=kept, desc="writing", unit="file", disable=not progress
+    ) as bar:
         for name, bucket, part in jobs:
-            note = work / f"{name}.json"
-            if note.is_file():  # finished by an earlier run
-                bar.update(len(part))
-                bar.initial += len(part)  # so that rate and time left speak of this run
-            else:
+            note = notes[name]
+            if not note.is_file():
                 done = _write_shard(source, out / name, part, settings, encoder, pool, bar)
                 _write_text(note, json.dumps(done))
             value = json.loads(note.read_text("utf-8"))

@@ -37,8 +37,8 @@ def converted(weights, tmp_path):
 def test_a_small_random_bert(fixture, tmp_path):
     tensors, about = fixture
     start = "random.weights."
-    params = converted({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)},
-                       tmp_path)
+    weights = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    params = converted(weights, tmp_path)
     ids, mask = tensors["random.ids"], tensors["random.mask"]
     states = np.asarray(minilm.forward(params, ids, mask, about["heads"]))
     assert states.shape == (3, 9, 24) and states.dtype == np.float32

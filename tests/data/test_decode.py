@@ -1,0 +1,79 @@
+"""Every kind of file: how long it is, which frames come out, orientation and transparency."""
+
+import numpy as np
+import pytest
+import tiny_media as tiny
+from PIL import Image
+
+from apt_jax.data import decode
+
+
+def grey(frames):
+    return [int(round(f.mean() / 20)) for f in frames]
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.mp4", "a.webm"])
+def test_chosen_frames_of_moving_files(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix in decode.VIDEOS:
+        tiny.save_video(path, 10, rate=20)
+    else:
+        tiny.save_animation(path, 10, height=32, width=48, duration=50)
+    media = decode.probe(path)
+    assert (media.frames, media.height, media.width) == (10, 32, 48)
+    assert media.fps == pytest.approx(20, rel=0.01)
+    frames = decode.read(path, [0, 3, 4, 9], 16, 16)
+    assert frames.shape == (4, 16, 16, 3) and frames.dtype == np.uint8
+    assert grey(frames) == [0, 3, 4, 9]
+    with pytest.raises(ValueError, match="only 1 of 2"):
+        decode.read(path, [9, 10], 16, 16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif"])
+def test_images(tmp_path, name):
+    tiny.save_image(tmp_path / name, 3, 20, 30)
+    assert decode.probe(tmp_path / name) == decode.Media(1, 20, 30, 0.0)
+    frames = decode.read(tmp_path / name, [0], 20, 30)
+    assert np.abs(frames[0].astype(int) - tiny.picture(3, 20, 30)).mean() < 8
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show
+    tiny.save_image(tmp_path / "a.jpg", 0, 20, 30, exif=exif, quality=100)
+    media = decode.probe(tmp_path / "a.jpg")
+    assert (media.height, media.width) == (30, 20)
+    frame = decode.read(tmp_path / "a.jpg", [0], 30, 20)[0]
+    want = np.rot90(tiny.picture(0, 20, 30), -1)
+    assert np.abs(frame.astype(int) - want).mean() < 8
+
+
+def test_video_rotation(tmp_path):
+    """Stored with a white upper half and a quarter turn: shown, the white half is at one side."""
+    tiny.save_video(tmp_path / "a.mp4", 3, 32, 48, rotation=90)
+    media = decode.probe(tmp_path / "a.mp4")
+    assert (media.height, media.width) == (48, 32)
+    frame = decode.read(tmp_path / "a.mp4", [0], 48, 32)[0].astype(int)
+    left, right = frame[:, :14].mean(), frame[:, 18:].mean()
+    assert left > 200 and right < 50  # turned 90 degrees counterclockwise: the top goes left
+
+
+def test_transparency_is_laid_over_the_background(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:4] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    frame = decode.read(tmp_path / "a.png", [0], 8, 8, (0, 0, 255))[0]
+    assert frame[0, 0].tolist() == [255, 0, 0] and frame[7, 0].tolist() == [0, 0, 255]
+
+
+def test_fit_crops_the_centre():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 255
+    assert decode.fit(Image.fromarray(image), 10, 10).min() == 255
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.mp4", "a.webp", "a.webm"])
+def test_rubbish_raises(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is no picture" * 20)
+    with pytest.raises(Exception):  # noqa: B017 each decoder has its own
+        decode.probe(tmp_path / name)
