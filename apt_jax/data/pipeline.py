@@ -200,8 +200,7 @@ class _Steps:
 
     def __init__(self, dataset: Dataset, plan: Plan, process_index: int, process_count: int):
         self._dataset, self._plan = dataset, plan
-        local = plan.batch_size // process_count
-        self._part = slice(process_index * local, (process_index + 1) * local)
+        self._process_index, self._process_count = process_index, process_count
         self._dropped = functools.lru_cache(maxsize=4)(
             lambda epoch: dropped_captions(
                 dataset.records, dataset.caption_dropout, plan.seed, epoch
@@ -214,7 +213,9 @@ class _Steps:
     def __getitem__(self, step: int) -> dict:
         epoch, _ = self._plan.position(step)
         planned = self._plan.batch(step)
-        return self.assemble(planned.bucket, planned.records[self._part], self._dropped(epoch))
+        local = len(planned.records) // self._process_count
+        part = planned.records[self._process_index * local : (self._process_index + 1) * local]
+        return self.assemble(planned.bucket, part, self._dropped(epoch))
 
     def assemble(self, bucket: int, numbers: np.ndarray, dropped: np.ndarray) -> dict:
         data, shape = self._dataset, self._dataset.shapes[bucket]
@@ -239,15 +240,20 @@ class _Steps:
         }
 
 
-def plan_of(dataset: Dataset, batch_size: int, seed: int) -> Plan:
+def plan_of(dataset: Dataset, batch_size: int, seed: int, clip_batch_size: int = 0) -> Plan:
     """The plan of a run: its batches_per_epoch is the length of an epoch in steps."""
-    return Plan.build(dataset.members, batch_size, seed)
+    sizes = [
+        clip_batch_size if clip_batch_size and shape.frames > 1 else batch_size
+        for shape in dataset.shapes
+    ]
+    return Plan.build(dataset.members, sizes, seed)
 
 
 def batches(
     dataset: Dataset,
     *,
     batch_size: int,
+    clip_batch_size: int = 0,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,
@@ -260,16 +266,19 @@ def batches(
     Each item is a dict of numpy arrays: "x" float32 [B, F, H, W, 3] in [-1, 1], "text" float32
     [B, L, D], "text_mask" bool [B, L], "loss_mask" float32 [B] (0: padding), "index" int32 [B]
     (-1: padding), with B = batch_size / process_count; F, H, W change from bucket to bucket.
+    clip_batch_size replaces batch_size for clips (frames > 1) where it is not 0: clips have more
+    tokens, and a smaller batch of them keeps the steps alike in cost.
     batch_size, seed and step decide the global batch alone; threads and prefetch only the speed.
     """
     import grain
 
-    if batch_size % process_count:
+    if batch_size % process_count or clip_batch_size % process_count:
         raise UserError(
-            f"train.batch_size {batch_size} cannot be shared by {process_count} processes; "
-            "make it a multiple"
+            f"train.batch_size {batch_size} (clips: {clip_batch_size or batch_size}) cannot be "
+            f"shared by {process_count} processes; make it a multiple"
         )
-    source = _Steps(dataset, plan_of(dataset, batch_size, seed), process_index, process_count)
+    plan = plan_of(dataset, batch_size, seed, clip_batch_size)
+    source = _Steps(dataset, plan, process_index, process_count)
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0
     )

@@ -22,7 +22,7 @@ _ORDER, _INTERLEAVE, _DROPOUT = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One global batch: the bucket it comes from and int64 [batch_size] record numbers."""
+    """One global batch: the bucket it comes from and the int64 [B] record numbers in it."""
 
     bucket: int
     records: np.ndarray
@@ -32,28 +32,42 @@ class Batch:
 class Plan:
     """The batches of every epoch.
 
-    members: for each bucket the record numbers in it, int64 (disjoint). batch_size: global.
+    members: for each bucket the record numbers in it, int64 (disjoint). batch_size: global, one
+    for all buckets or a tuple with one for each.
     """
 
     members: tuple[np.ndarray, ...]
-    batch_size: int
+    batch_size: int | tuple[int, ...]
     seed: int
 
     @classmethod
-    def build(cls, members: Sequence[Sequence[int]], batch_size: int, seed: int) -> Plan:
-        return cls(tuple(np.asarray(m, np.int64) for m in members), int(batch_size), int(seed))
+    def build(
+        cls, members: Sequence[Sequence[int]], batch_size: int | Sequence[int], seed: int
+    ) -> Plan:
+        size = int(batch_size) if np.ndim(batch_size) == 0 else tuple(map(int, batch_size))
+        return cls(tuple(np.asarray(m, np.int64) for m in members), size, int(seed))
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} is not positive")
+        if min(self.sizes) < 1 or len(self.sizes) != len(self.members):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not positive, or not one for each of "
+                f"{len(self.members)} buckets"
+            )
         if not sum(map(len, self.members)):
             raise ValueError("a plan needs at least one record")
         object.__setattr__(self, "epoch", functools.lru_cache(maxsize=4)(self._epoch))
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The global batch size of each bucket."""
+        if isinstance(self.batch_size, tuple):
+            return self.batch_size
+        return (self.batch_size,) * len(self.members)
+
     @functools.cached_property
     def batches_per_epoch(self) -> int:
-        """ceil(records / batch_size) summed over the buckets."""
-        return sum(-(-len(m) // self.batch_size) for m in self.members)
+        """ceil(records / batch size) summed over the buckets."""
+        return sum(-(-len(m) // size) for m, size in zip(self.members, self.sizes))
 
     def position(self, step: int) -> tuple[int, int]:
         """Global step -> (epoch, number of the batch in it)."""
@@ -66,13 +80,13 @@ class Plan:
 
     def _epoch(self, epoch: int) -> tuple[Batch, ...]:
         batches = []
-        for bucket, members in enumerate(self.members):
+        for bucket, (members, size) in enumerate(zip(self.members, self.sizes)):
             if not len(members):
                 continue
             order = members[shuffle(len(members), self.seed, epoch, _ORDER, bucket)]
-            padding = -len(order) % self.batch_size
+            padding = -len(order) % size
             order = np.concatenate([order, np.full(padding, PADDING, np.int64)])
-            batches += [Batch(bucket, part) for part in order.reshape(-1, self.batch_size)]
+            batches += [Batch(bucket, part) for part in order.reshape(-1, size)]
         return tuple(batches[i] for i in shuffle(len(batches), self.seed, epoch, _INTERLEAVE))
 
 

@@ -76,6 +76,16 @@ def test_processes_hold_contiguous_slices_of_the_global_batch(mixed):
             np.testing.assert_array_equal(joined, whole[step][key])
 
 
+def test_clips_may_have_their_own_batch_size(mixed):
+    steps = plan_of(mixed, 16, 7, clip_batch_size=4).batches_per_epoch
+    found = []
+    for process in (0, 1):
+        part = take(mixed, steps, clip_batch_size=4, process_index=process, process_count=2)
+        assert {b["x"].shape[:2] for b in part} == {(8, 1), (2, 4)}
+        found += numbers(part)
+    assert sorted(found) == list(range(mixed.records))
+
+
 def test_padding_is_masked_and_never_dropped(mixed):
     steps = plan_of(mixed, 100, 7).batches_per_epoch
     padded = 0
