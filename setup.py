@@ -69,9 +69,10 @@ setup(
     packages=find_packages(include=["apt_jax", "apt_jax.*"]),
     package_data={
         "apt_jax": [
-            "data/emoji/**/*",
-            "assets/**/*",
-            "eval/templates/*",
+            "data/emoji/*",
+            "assets/*",
+            "assets/base/*",
+            "eval/*.html",
         ],
     },
     python_requires=">=3.11",

@@ -1,0 +1,155 @@
+"""The command line: help, one-line errors, exit codes, quick start."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from apt_jax import __version__
+from apt_jax.cli import main as cli
+from apt_jax.errors import UserError
+
+
+def run(capsys, *arguments):
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("apt-jax: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_overview_lists_every_command(capsys, arguments):
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    for name in ("train", "sample", "evaluate", "report", "prepare"):
+        assert f"  {name}" in out
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_of_a_command_is_complete(name, capsys):
+    """Every flag has a help text, and there are examples."""
+    with pytest.raises(SystemExit) as leave:
+        cli.main([name, "--help"])
+    assert leave.value.code == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out and f"apt-jax {name} --" in out
+    parser, _ = cli.command_parser(name)
+    for action in parser._actions:
+        assert action.help, f"{name} {action.option_strings} has no help"
+        assert all(option in out for option in action.option_strings)
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_examples_in_the_help_parse(name):
+    import shlex
+
+    parser, module = cli.command_parser(name)
+    lines = module.EXAMPLES.replace("\\\n", " ").strip().splitlines()
+    assert lines
+    for line in lines:
+        program, command, *arguments = shlex.split(line)
+        assert program == "apt-jax"
+        cli.parse_command(command, arguments)
+
+
+def test_train_help_lists_every_config_field(capsys):
+    from apt_jax.config.schema import FIELDS
+
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    for field in FIELDS:
+        assert f"--config.{field.key} " in out and field.help in out
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"apt_jax {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["trian"], ["'trian'", "'train'"]),
+    (["--hepl"], ["'--hepl'", "'--help'"]),
+    (["train", "--workdir", "runs/x"], ["--config", "apt-jax train --help"]),
+    (["train", "--config", "configs/none.py", "--workdir", "runs/x"], ["does not exist"]),
+    (["train", "--config", "configs/demo_image.py", "--workdri", "runs/x", "--workdir", "runs/x"],
+     ["'--workdri'", "'--workdir'"]),
+    (["train", "--config", "configs/demo_image.py", "--workdir", "runs/x", "--confg.seed=1"],
+     ["'--confg.seed'"]),
+    (["train", "--config", "configs/demo_image.py", "--workdir", "runs/x", "--config.sed=1"],
+     ["'sed'", "'seed'"]),
+    (["train", "--config", "configs/demo_image.py", "--workdir", "runs/x",
+      "--config.optimizer.learning_rate=fast"], ["optimizer.learning_rate", "'fast'"]),
+    (["train", "--config", "configs/demo_image.py", "--workdir", "runs/x",
+      "--config.discriminator.taps=9"], ["discriminator.taps", "model.depth"]),
+    (["train", "--config", "configs/demo_image.py", "--workdir", "runs/x", "extra"], ["'extra'"]),
+    (["sample", "--prompt", "cat"], ["--checkpoint"]),
+    (["sample", "--checkpoint", "runs/none", "--prompt", "cat"], ["runs/none"]),
+    (["sample", "--checkpoint", "x", "--prompt", "cat", "--seed", "many"], ["--seed", "'many'"]),
+    (["sample", "--checkpoint", "x", "--prompt", "cat", "--config.seed=1"], ["no config overrides"]),
+    (["sample", "--checkpoint", "x", "--prompt", "cat", "--mode", "one_step", "--steps", "4"],
+     ["--mode one_step", "4"]),
+    (["sample", "--checkpoint", "x", "--prompt", "cat", "--steps", "0"], ["--steps 0"]),
+])
+def test_a_wrong_input_is_one_line_and_exit_2(capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(os.path.join(os.path.dirname(__file__), "..", ".."))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    for word in words:
+        assert word in one_line(err), err
+    assert not os.path.exists("runs/x")
+
+
+def test_overrides_reach_the_command():
+    args, _ = cli.parse_command("train", [
+        "--config", "c.py:video", "--config.seed", "3", "--workdir", "runs/x",
+        "--config.train.steps=5"])
+    assert args.config == "c.py:video" and args.workdir == "runs/x"
+    assert args.overrides == ["--config.seed=3", "--config.train.steps=5"]
+
+
+def test_interrupt_is_130_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "dispatch", interrupted)
+    assert run(capsys, "train")[0] == 130
+
+    def broken(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "dispatch", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
+
+
+def test_user_error_is_always_one_line():
+    assert str(UserError("a\n  b\tc")) == "a b c"
+
+
+def test_module_and_script_start_quickly_without_jax():
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "apt_jax", "--help"],
+        capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    assert "commands:" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "apt_jax.cli.main" in imported and not imported & {"jax", "flax", "numpy", "grain"}
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("mode, steps, chosen", [
+    (None, None, ("one_step", None)), (None, 1, ("one_step", None)), (None, 2, ("two_step", None)),
+    (None, 25, ("euler", 25)), ("euler", None, ("euler", None)), ("euler", 2, ("euler", 2)),
+    ("two_step", 2, ("two_step", None)), ("one_step", 1, ("one_step", None)),
+])
+def test_mode_from_steps(mode, steps, chosen):
+    from apt_jax.cli.sample import choose_mode
+
+    assert choose_mode(mode, steps) == chosen

@@ -1,0 +1,175 @@
+"""The Python interface: load, sample, show, save, and `apt-jax sample` on top of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import apt_jax
+from apt_jax import api
+from apt_jax.cli import main as cli
+from apt_jax.config import base_config
+from apt_jax.errors import UserError
+from apt_jax.models.presets import make_generator
+from apt_jax.weights import save_generator
+
+TOKENS, WIDTH = 4, 8
+
+
+class Encoder:
+    """Stands in for MiniLM: states from the caption's length and letters, width 8."""
+
+    width, name = WIDTH, "test"
+
+    def encode(self, captions, max_tokens):
+        text = np.zeros((len(captions), max_tokens, WIDTH), np.float32)
+        mask = np.zeros((len(captions), max_tokens), bool)
+        for i, caption in enumerate(captions):
+            rows = np.frombuffer(caption.encode()[:max_tokens] or b"\0", np.uint8)
+            text[i, :len(rows), 0] = rows / 255
+            mask[i, :len(rows)] = True
+        return text, mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A weights folder of a tiny random generator of 4x4 px images and 2-frame clips."""
+    config = base_config()
+    model = config.model
+    model.width, model.depth, model.heads, model.head_dim = 16, 1, 1, 16
+    model.rope_axes, model.text_width = (4, 6, 6), WIDTH
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda p: draw(scale=0.3, size=p.shape).astype(np.float32),
+                          make_generator(model).abstract())
+    path = tmp_path_factory.mktemp("weights") / "tiny"
+    save_generator(path, model.to_dict(), params, {
+        "data": {"frames": (1, 2), "height": 4, "width": 4, "max_text_tokens": TOKENS},
+        "sample": {"guidance": 2.0, "steps": 3}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    """One for all tests: every sampler and shape compiles once. Most draw two 4x4 images."""
+    generator = apt_jax.load(folder)
+    generator._encoder = Encoder()
+    return generator
+
+
+PAIR = ("cat", "dog")
+
+
+def test_shapes_captions_and_settings(generator):
+    samples = generator.sample("red heart", count=2, frames=1)
+    assert samples.frames.shape == (2, 1, 4, 4, 3) and samples.frames.dtype == np.uint8
+    assert samples.captions == ("red heart", "red heart") and len(samples) == 2
+    assert samples.settings["mode"] == "one_step" and samples.seconds is None
+    assert (samples.frames[0] != samples.frames[1]).any()
+    clips = generator.sample("cat", timing=2)
+    assert clips.frames.shape == (1, 2, 4, 4, 3) and clips.seconds > 0
+    euler = generator.sample(PAIR, "euler", frames=1)
+    assert (euler.settings["steps"], euler.settings["guidance"]) == (3, 2.0)
+    assert euler.captions == PAIR
+
+
+def test_one_step_is_z_minus_v(generator):
+    """Eq. 3-5 by hand, from the noise that every mode shares."""
+    from apt_jax.eval.generate import sample_noise
+
+    text, mask = generator.encode(PAIR)
+    z = sample_noise(5, np.arange(2), (1, 4, 4, 3))
+    v = jax.jit(generator.network)(generator.params, z, np.ones(2, np.float32), text, mask)
+    expected = np.clip(np.rint((np.asarray(z - v) + 1) * 127.5), 0, 255)
+    got = generator.sample(PAIR, seed=5, frames=1).frames
+    np.testing.assert_allclose(got, expected, atol=1)
+    euler = generator.sample(PAIR, "euler", seed=5, frames=1, steps=1, guidance=1.0)
+    np.testing.assert_allclose(euler.frames, expected, atol=1)
+
+
+def test_same_seed_same_samples_whatever_the_batch(generator):
+    whole = generator.sample(PAIR, seed=3, frames=1).frames
+    np.testing.assert_array_equal(whole, generator.sample(PAIR, seed=3, frames=1).frames)
+    longer = generator.sample([*PAIR, "owl"], seed=3, frames=1, batch=2).frames
+    assert longer.shape[0] == 3
+    np.testing.assert_array_equal(whole, longer[:2])
+    assert (whole != generator.sample(PAIR, seed=4, frames=1).frames).any()
+
+
+def test_fresh_noise_time_and_guidance_matter(generator):
+    def draw(*args, **more):
+        return generator.sample(PAIR, *args, frames=1, **more).frames
+
+    base = draw("two_step", time=0.7)
+    assert (base != draw("two_step")).any()
+    assert (base != draw("two_step", time=0.7, fresh_noise=True)).any()
+    assert (draw("euler") != draw("euler", guidance=6.0)).any()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(prompts=[]), "no prompt"),
+    (dict(prompts="a", mode="onestep"), "did you mean 'one_step'"),
+    (dict(prompts="a", guidance=3.0), "guidance = 3.0 belongs to mode 'euler'"),
+    (dict(prompts="a", mode="euler", time=0.5), "time = 0.5 belongs to mode 'two_step'"),
+    (dict(prompts="a", mode="two_step", time=1.5), "time = 1.5 must lie"),
+    (dict(prompts="a", mode="euler", steps=0), "steps = 0 must be"),
+    (dict(prompts="a", height=5), "height = 5 is not a multiple"),
+    (dict(prompts="a", width=0), "width = 0"),
+    (dict(prompts="a", count=0), "count = 0"),
+])
+def test_wrong_settings_are_user_errors(generator, arguments, words):
+    with pytest.raises(UserError, match=words):
+        generator.sample(**arguments)
+
+
+def test_a_text_width_of_another_encoder_is_refused(folder):
+    with pytest.raises(UserError, match="width 8"):
+        apt_jax.load(folder).sample("cat")
+
+
+def test_load_errors(tmp_path):
+    for path in (tmp_path / "none", tmp_path, "bundled:bas"):
+        with pytest.raises(UserError):
+            apt_jax.load(path)
+
+
+def test_save_and_show_images(generator, tmp_path):
+    samples = generator.sample(["Red heart!", ""], frames=1, seed=9)
+    paths = apt_jax.save(samples, tmp_path / "out")
+    names = [path.name for path in paths]
+    assert names == ["000_red_heart.png", "001_empty.png", "grid.png", "sample.json"]
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[0])), samples.frames[0, 0])
+    record = json.loads(paths[-1].read_text())
+    assert record["seed"] == 9 and record["mode"] == "one_step"
+    assert record["samples"][0] == {"caption": "Red heart!", "files": ["000_red_heart.png"]}
+    picture = apt_jax.show(samples)
+    assert isinstance(picture, Image.Image) and picture.width > 200
+
+
+def test_save_and_show_clips(generator, tmp_path):
+    av = pytest.importorskip("av")
+    samples = generator.sample("cat", frames=2)
+    paths = {path.name: path for path in apt_jax.save(samples, tmp_path)}
+    assert set(paths) == {"000_cat.mp4", "000_cat.webp", "grid.webp", "sample.json"}
+    with Image.open(paths["000_cat.webp"]) as clip:
+        assert clip.n_frames == 2
+    with av.open(str(paths["000_cat.mp4"])) as clip:
+        assert sum(1 for _ in clip.decode(video=0)) == 2
+    page = apt_jax.show(samples)
+    assert page._repr_html_().startswith('<img alt="cat" src="data:image/webp;base64,')
+
+
+def test_command_line_equals_the_interface(generator, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(api.Generator, "encode", lambda self, prompts: Encoder().encode(
+        prompts, self.config.data.max_text_tokens))
+    out = tmp_path / "out"
+    code = cli.main(["sample", "--checkpoint", str(folder), "--prompt", "cat", "--prompt", "dog",
+                     "--frames", "1", "--seed", "4", "--steps", "2", "--time", "0.7",
+                     "--out", str(out)])
+    text = capsys.readouterr().out
+    assert code == 0 and "two_step: 2 network evaluations" in text and "ms for 2 samples" in text
+    expected = generator.sample(PAIR, "two_step", 4, frames=1, time=0.7).frames
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "001_dog.png")), expected[1, 0])
+    record = json.loads((out / "sample.json").read_text())
+    assert record["time"] == 0.7 and record["seconds"] > 0 and record["checkpoint"] == str(folder)
