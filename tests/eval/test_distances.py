@@ -64,6 +64,14 @@ def test_projection_keeps_the_largest_variances_and_its_hash(tmp_path):
     assert Projection.fit(x + 1e-3, 2).hash != projection.hash
 
 
+def test_projection_of_few_and_of_many_rows_is_the_same():
+    """One goes by the rows' singular values, the other by the covariance."""
+    x = RNG(5).normal(size=(20, 24)) * np.linspace(1, 3, 24)
+    few = Projection.fit(x, 4)
+    many = Projection.fit(np.concatenate([x, x]), 4)
+    np.testing.assert_allclose(few.components, many.components, atol=1e-5)
+
+
 def test_an_altered_projection_is_refused(tmp_path):
     Projection.fit(RNG(4).normal(size=(50, 6)), 2).save(tmp_path / "p.safetensors")
     data = bytearray((tmp_path / "p.safetensors").read_bytes())

@@ -1,0 +1,96 @@
+"""Evaluation on the bundled pictures: damage raises FD, a sweep keeps its best, the files agree."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from apt_jax.api import Generator
+from apt_jax.cli.main import main
+from apt_jax.config import base_config
+from apt_jax.errors import UserError
+from apt_jax.eval.evaluate import evaluate_generator, load_split
+from apt_jax.eval.measure import Reference, floor, measure
+from apt_jax.eval.samples import load_samples, save_samples
+from apt_jax.models.presets import make_generator
+from apt_jax.weights import save_generator
+
+DIM = 32
+HOLDOUT = ("bundled:emoji", "holdout", 1, 16, 16, 8)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return load_split(*HOLDOUT)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    config = base_config()
+    config.model.update({"patch": (1, 4, 4), "width": 32, "depth": 1, "heads": 1, "head_dim": 32,
+                         "rope_axes": (8, 12, 12), "text_width": 384})
+    config.data.max_text_tokens = 8
+    params = make_generator(config.model).init(jax.random.key(0))
+    # An untrained network puts out zeros, whatever the guidance: give every weight a value.
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: w + 0.2 * noise.normal(size=w.shape).astype(np.float32), params)
+    return Generator(config.model, params, config, source="test")
+
+
+def test_bundled_pictures_rank_damage(real):
+    reference = Reference.build(real.frames, DIM, label="")
+    blurred = [np.stack([np.asarray(Image.fromarray(x[0]).filter(ImageFilter.GaussianBlur(r)))[None]
+                         for x in real.frames]) for r in (0.5, 1, 2)]
+    noise = np.random.default_rng(0).normal(size=real.frames.shape)
+    noisy = [np.clip(real.frames + s * noise, 0, 255).astype(np.uint8) for s in (5, 15, 40)]
+    for series in (blurred, noisy):
+        distances = [measure(frames, reference)["fd"] for frames in series]
+        assert 0 < distances[0] < distances[1] < distances[2]
+        assert distances[2] > 2 * floor(reference)["fd"]
+    # a tenth of the pictures, repeated: each is perfect, the set is not
+    few = real.frames[np.arange(len(real.frames)) % (len(real.frames) // 10)]
+    assert measure(few, reference)["fd"] > floor(reference)["fd"]
+
+
+def test_a_sweep_reports_its_best_value(generator, real):
+    result, samples = evaluate_generator(generator, real, real, mode="euler", steps=2,
+                                         guidance=(0.0, 3.0), dim=DIM, seed=1)
+    distances = [entry["fd"] for entry in result["sweep"]]
+    assert result["train"]["fd"] == min(distances) and len(set(distances)) == 2
+    assert result["settings"]["guidance"] == result["train"]["guidance"]
+    assert result["train"]["n"] == len(real.captions) == len(samples.captions)
+    assert result["held_out"]["kid_low"] < result["held_out"]["kid_high"]
+    assert result["held_out"]["kid"] > 0 and result["train"]["fd"] > result["floor"]["fd"]
+    json.dumps(result)
+
+
+def test_guidance_needs_euler(generator, real):
+    with pytest.raises(UserError, match="euler"):
+        evaluate_generator(generator, real, None, mode="one_step", guidance=(1.0,), dim=DIM)
+
+
+def test_the_command_measures_a_checkpoint_and_its_samples_alike(generator, real, tmp_path, capsys):
+    weights, out = tmp_path / "weights", tmp_path / "out"
+    save_generator(weights, generator.model, generator.params)
+    shape = ["--split", "holdout", "--dim", str(DIM)]
+    assert main(["evaluate", "--checkpoint", str(weights), "--height", "16", "--width", "16",
+                 "--frames", "1", "--count", "80", "--held-out", "", "--out", str(out), *shape]) == 0
+    first = json.loads((out / "evaluation.json").read_text())
+    assert first["train"]["n"] == 80 and "held_out" not in first
+    samples = load_samples(out / "samples.npz")
+    assert samples.captions == real.captions[:80] and samples.frames.shape == (80, 1, 16, 16, 3)
+    assert "real against real" in capsys.readouterr().out
+    assert main(["evaluate", "--samples", str(out / "samples.npz"), "--out", str(tmp_path / "again"),
+                 *shape]) == 0
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    assert again["train"]["fd"] == pytest.approx(first["train"]["fd"], rel=1e-4)
+
+
+def test_too_few_samples_end_in_one_line(tmp_path, capsys):
+    save_samples(tmp_path / "few.npz", np.zeros((10, 1, 16, 16, 3), np.uint8), ["x"] * 10)
+    assert main(["evaluate", "--samples", str(tmp_path / "few.npz"), "--split", "holdout",
+                 "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("apt-jax: 10 sample frames are too few") and "256" in error
