@@ -24,6 +24,7 @@ def demo_config():
     config.model.text_width = 384  # all-MiniLM-L6-v2
 
     config.train.batch_size = 64
+    config.train.clip_batch_size = 16  # as many tokens as 64 images
     config.train.checkpoint_every = 100
     config.sample.guidance = 3.0
     return config

@@ -17,6 +17,6 @@ def get_config():
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
-    config.train.steps = 4000
+    config.train.steps = 5000
     config.train.ema_decay = 0.999
     return config

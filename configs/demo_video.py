@@ -22,6 +22,5 @@ def get_config():
     config.objective.adversarial.r1_sigma = 0.05
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.batch_size = 16
     config.train.steps = 350
     return config

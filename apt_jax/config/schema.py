@@ -112,6 +112,8 @@ FIELDS: tuple[Field, ...] = (
     # -- loop
     _f("train.steps", 1000, "updates (adversarial: one D and one G step each)", low=1),
     _f("train.batch_size", 64, "samples of one update over all devices", low=1),
+    _f("train.clip_batch_size", 0, "the same for clips (more than one frame); 0 takes batch_size",
+       low=0),
     _f("train.accumulate", 1, "micro-batches of one update", low=1),
     _f("train.ema_decay", 0.995, "decay of the averaged generator", low=0, high=1),
     _f("train.ema_from_step", 0, "the average follows the weights exactly up to this step", low=0),

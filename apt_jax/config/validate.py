@@ -151,6 +151,9 @@ def _train(c: ml_collections.ConfigDict) -> None:
     _require(c.train.batch_size % c.train.accumulate == 0,
              f"train.batch_size = {c.train.batch_size} is not a multiple of train.accumulate = "
              f"{c.train.accumulate}")
+    _require(c.train.clip_batch_size % c.train.accumulate == 0,
+             f"train.clip_batch_size = {c.train.clip_batch_size} is not a multiple of "
+             f"train.accumulate = {c.train.accumulate}")
     _require(c.train.ema_decay < 1, "train.ema_decay = 1 would never leave the first weights; use "
                                     "less than 1")
     _require(c.optimizer.decay < 1, "optimizer.decay must be less than 1")

@@ -45,13 +45,13 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
     if not free and fixed == device_count:
         return given
     # Name one axis to change and the size nearest to the given one that makes the mesh fit.
-    axis = max((a for a in AXES if given[a] != -1), key=lambda a: given[a])
-    others = fixed // given[axis]
-    if device_count % others:
+    mendable = [a for a in AXES if given[a] != -1 and device_count % (fixed // given[a]) == 0]
+    if not mendable:
         raise UserError(
             f"the mesh {_describe(given)} does not fit {device_count} devices; "
-            f"set mesh.{axis} = -1 and every other axis to 1")
-    room = device_count // others
+            f"set mesh.{AXES[-1]} = -1 and every other axis to 1")
+    axis = max(mendable, key=lambda a: given[a])
+    room = device_count // (fixed // given[axis])
     fits = [d for d in range(1, room + 1) if room % d == 0] if free else [room]
     nearest = min(fits, key=lambda d: (abs(d - given[axis]), d))
     raise UserError(
@@ -94,7 +94,9 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(
+    mesh: Mesh, batch_size: int, accumulate: int = 1, name: str = "train.batch_size"
+) -> None:
     """Refuses a global batch that the mesh and the accumulation cannot split evenly."""
     if accumulate < 1:
         raise UserError(f"train.accumulate = {accumulate} must be at least 1; set it to 1")
@@ -102,5 +104,5 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     if batch_size < 1 or batch_size % unit:
         nearest = max(unit, round(batch_size / unit) * unit)
         raise UserError(
-            f"train.batch_size = {batch_size} does not split over {batch_ways(mesh)} devices "
+            f"{name} = {batch_size} does not split over {batch_ways(mesh)} devices "
             f"times {accumulate} microbatches; the nearest size that works is {nearest}")

@@ -35,7 +35,8 @@ IDENTITY = ("stage", "optimizer.name", "discriminator.taps", "discriminator.back
 # Fields of config.model that change how it is computed, not what it is.
 COMPUTE_ONLY = ("dtype", "remat")
 # Fields whose change is allowed but alters draws or data order.
-COURSE = ("seed", "data.path", "data.split", "data.frames", "train.batch_size")
+COURSE = ("seed", "data.path", "data.split", "data.frames", "train.batch_size",
+          "train.clip_batch_size")
 
 
 class Restored(NamedTuple):

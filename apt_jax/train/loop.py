@@ -68,6 +68,9 @@ class _Run:
         self.log: MetricLog | None = None
         self.mesh = make_mesh(config.mesh)
         check_batch(self.mesh, config.train.batch_size, config.train.accumulate)
+        if config.train.clip_batch_size:
+            check_batch(self.mesh, config.train.clip_batch_size, config.train.accumulate,
+                        "train.clip_batch_size")
         self.setup = set_up(config, self.mesh)
         self.checkpoints = Checkpoints(workdir, config, self.say)
         self.window: list[tuple[int, dict]] = []  # metrics on the device since the last log
@@ -104,8 +107,8 @@ class _Run:
             self.say(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)
         dataset = _open(config) if dataset is None else dataset
-        null_text, null_mask = dataset.null_text, dataset.null_mask
-        frozen = frozen_inputs(config, self.setup, null_text, null_mask, replicated(self.mesh))
+        frozen = frozen_inputs(config, self.setup, dataset.negative_text, dataset.negative_mask,
+                               replicated(self.mesh))
         state = restored.state if restored else init_state(config, self.setup)
         restored = None
         if step:
@@ -147,9 +150,8 @@ class _Run:
                 if config.train.sample_every and (
                         step % config.train.sample_every == 0 or step == total):
                     if previews is None:
-                        previews = self._previews(dataset, batch)
-                    if previews:
-                        previews.write(step, state["generator_ema"])
+                        previews = self._previews(dataset)
+                    previews.write(step, state["generator_ema"])
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if name := stop.asked(step):
@@ -185,13 +187,15 @@ class _Run:
         shown = [name for name in self.metrics if name.split("/")[-1] == "loss"]
         return ", ".join(f"{name} {self.metrics[name]:.4g}" for name in sorted(shown))
 
-    def _previews(self, dataset: Any, batch: Mapping[str, np.ndarray]) -> Any:
+    def _previews(self, dataset: Any) -> Any:
         from apt_jax.train.previews import Previews, find_prompts
 
         config = self.config
         prompts, text, mask = find_prompts(dataset, config.train.sample_prompts, self.say)
+        shape = dataset.shapes[-1]  # the largest; a run of images and clips shows clips
         return Previews(config, self.setup.generator, self.mesh, self.workdir / "samples", prompts,
-                        text, mask, dataset.null_text, dataset.null_mask, batch["x"].shape[1:])
+                        text, mask, dataset.negative_text, dataset.negative_mask,
+                        (shape.frames, shape.height, shape.width, config.model.in_channels))
 
     def _summary(self, status: str, step: int, seconds: float) -> dict[str, Any]:
         return {"status": status, "step": step, "seconds": round(seconds, 3),
@@ -212,10 +216,8 @@ def _stream(config: Any, dataset: Any, start_step: int) -> Any:
     from apt_jax.data.pipeline import batches
 
     processes = jax.process_count()
-    if config.train.batch_size % processes:
-        raise UserError(f"train.batch_size = {config.train.batch_size} does not split over "
-                        f"{processes} processes; use a multiple of it")
-    return iter(batches(dataset, batch_size=config.train.batch_size, seed=config.seed,
+    return iter(batches(dataset, batch_size=config.train.batch_size,
+                        clip_batch_size=config.train.clip_batch_size, seed=config.seed,
                         start_step=start_step, process_index=jax.process_index(),
                         process_count=processes, threads=config.data.threads,
                         prefetch=config.data.prefetch))
