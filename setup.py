@@ -16,7 +16,7 @@ REQUIREMENTS = [
     "orbax-checkpoint>=0.11.20",
     "chex>=0.1.90",
     "ml_collections>=1.0.0",
-    "absl-py>=2.1",
+    "ml_dtypes>=0.4",
     "numpy>=1.26",
     "scipy>=1.12",
     "grain>=0.2.12",
@@ -44,17 +44,7 @@ EXTRAS = {
     ],
     # compiling for TPUs that are not there
     "plan": ["libtpu"],
-    "test": [
-        "pytest>=8",
-        "hypothesis>=6.100",
-        "build>=1.2",
-        "wheel",
-        "setuptools>=77",
-        "nbformat>=5.10",
-        "nbclient>=0.10",
-        "ipykernel>=6.29",
-        "emoji>=2.14",
-    ],
+    "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=77", "wheel>=0.43"],
 }
 
 setup(
