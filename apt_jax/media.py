@@ -54,12 +54,15 @@ def png_bytes(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def webp_bytes(clip: np.ndarray, fps: float = 8.0) -> bytes:
-    """A clip uint8 [F, H, W, 3] as a lossless, endlessly looping animated WebP."""
+def webp_bytes(clip: np.ndarray, fps: float = 8.0, quality: int = 0) -> bytes:
+    """A clip uint8 [F, H, W, 3] as an endlessly looping animated WebP.
+
+    quality: 0 is lossless; 1 to 100 is lossy and, at 64 px, a fifth of the size.
+    """
     first, *rest = [Image.fromarray(frame) for frame in _checked(clip, 4)]
     buffer = io.BytesIO()
     first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps),
-               loop=0, lossless=True, method=4)
+               loop=0, lossless=not quality, quality=quality or 80, method=4)
     return buffer.getvalue()
 
 

@@ -39,6 +39,7 @@ def test_webp_is_lossless_and_animated():
         file.seek(f)
         np.testing.assert_array_equal(np.asarray(file.convert("RGB")), clip[f])
     assert file.info["duration"] == 125
+    assert len(media.webp_bytes(clip, quality=50)) < len(media.webp_bytes(clip)) / 2
 
 
 def test_mp4_of_tiny_odd_frames(tmp_path):

@@ -183,7 +183,9 @@ def _image(clip: np.ndarray, alt: str, size: int = CELL) -> str:
     height, width = clip.shape[1:3]
     scale = size / min(height, width)
     if len(clip) > 1:
-        kind, data = "webp", media.webp_bytes(clip, FPS)
+        # Small frames show every pixel; larger ones need not, and a page should stay a few MB.
+        quality = 0 if min(height, width) < 48 else 88
+        kind, data = "webp", media.webp_bytes(clip, FPS, quality)
     else:
         kind, data = "png", media.png_bytes(clip[0])
     return (f'<img class="frame" width="{round(width * scale)}" height="{round(height * scale)}" '
@@ -257,7 +259,7 @@ def _nearest(study: Study, kind: str) -> str:
             '<p class="soft">The training pictures closest to an APT sample (Euclidean in the raw '
             "features, the number below; clips by the mean over frames). The sample's own caption "
             "may come first; a pixel-for-pixel copy would be memorisation.</p>"
-            '<div class="wide"><table class="side"><thead><tr><th>caption</th>'
+            '<div class="wide"><table class="side top"><thead><tr><th>caption</th>'
             f'<th class="main">APT, 1 step</th>{heads}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
@@ -271,7 +273,7 @@ def _overview(study: Study, kind: str) -> str:
     if not len(chosen):
         return ""
     sheet = media.clip_grid(chosen, columns=min(16 if kind == "image" else 10, len(chosen)))
-    image = _image(sheet, "many APT samples", sheet.shape[1]).replace('class="frame"', 'class="sheet"')
+    image = _image(sheet, "many APT samples", min(sheet.shape[1:3])).replace('class="frame"', 'class="sheet"')
     scale = media.factor_for(chosen, 64)
     image = image.replace(f'width="{sheet.shape[2]}" height="{sheet.shape[1]}"',
                           f'width="{sheet.shape[2] * scale}"')
