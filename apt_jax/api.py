@@ -68,7 +68,7 @@ def load(path: str | Path = "bundled:base", weights: str = "ema") -> Generator:
 
 
 def _settings(path: str | Path) -> ml_collections.ConfigDict:
-    """A whole config: that of the run, or the defaults with what a weights folder says of itself."""
+    """A whole config: that of the run, or the defaults and what a weights folder says of itself."""
     from importlib import resources
 
     text = str(path)
@@ -111,7 +111,7 @@ class Generator:
     # -- text --------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Text states float32 [N, L, D] and mask bool [N, L] of prompts; '' is the empty caption."""
+        """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption."""
         if self._encoder is None:
             from apt_jax.data.captions import TextEncoder
 
@@ -204,8 +204,8 @@ class Generator:
             if value is not None and mode != owner:
                 raise UserError(f"{name} = {value} belongs to mode {owner!r}, not {mode!r}")
         if self.model["in_channels"] != 3:
-            raise UserError(f"this generator makes latents of {self.model['in_channels']} channels, "
-                            "and apt_jax has no decoder for them")
+            raise UserError(f"this generator makes latents of {self.model['in_channels']} "
+                            "channels, and apt_jax has no decoder for them")
         data, sample = self.config.data, self.config.sample
         settings: dict[str, Any] = {
             "checkpoint": self.source, "weights": self.weights, "mode": mode, "seed": int(seed),
@@ -246,7 +246,7 @@ class Generator:
         return self._generations[key]
 
 
-# -- looking and keeping ----------------------------------------------------------------------------
+# -- looking and keeping ---------------------------------------------------------------------------
 
 
 class Page:

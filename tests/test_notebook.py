@@ -12,7 +12,9 @@ def run_cell(source: str, scope: dict):
     tree = ast.parse(source)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), scope)
-    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), scope)
+    if last is None:
+        return None
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), scope)
 
 
 def test_quickstart_runs(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def test_the_wheel_works_where_the_checkout_is_not(wheel, tmp_path):
     """Unpacked alone it opens its data set and loads its base weights."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = ("import apt_jax; assert apt_jax.__file__.startswith({0!r}), apt_jax.__file__\n"
+    code = ("import apt_jax; assert apt_jax.__file__.startswith({!r}), apt_jax.__file__\n"
             "from apt_jax.weights import load_generator\n"
             "model, params = load_generator('bundled:base'); assert params\n"
             "from apt_jax.data.bundled import resolve\n"

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 
 EXAMPLES = """\
-  apt-jax sample --checkpoint runs/image --prompt "red heart" --prompt "cat face" --out runs/samples
+  apt-jax sample --checkpoint runs/image --prompt "red heart" --prompt cat --out runs/samples
   apt-jax sample --checkpoint bundled:base --prompt "red apple" --steps 25 --guidance 3
-  apt-jax sample --checkpoint runs/video --prompt "waving hand" --frames 4 --mode two_step --time 0.6
+  apt-jax sample --checkpoint runs/video --prompt "waving hand" --frames 4 --steps 2 --time 0.6
   apt-jax sample --checkpoint runs/image --prompt "red heart" --count 8 --seed 7 --weights raw
 """
 
@@ -27,15 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("one_step", "two_step", "euler"),
                         help="default: from --steps (1, 2, more), else one_step")
     parser.add_argument("--steps", type=int, metavar="N",
-                        help="1 is one_step, 2 is two_step, more is euler with so many steps; with "
-                             "--mode euler any number (default there: the config's, 25)")
+                        help="1 is one_step, 2 is two_step, more is euler; with --mode euler any "
+                             "number (default there: the config's, 25)")
     parser.add_argument("--guidance", type=float, metavar="G",
                         help="guidance of euler (default: the config's)")
     parser.add_argument("--time", type=float, metavar="T",
                         help="two_step: the time between the steps, 0 to 1 (default: the config's)")
     parser.add_argument("--fresh-noise", action="store_true",
                         help="two_step: new noise for the second step instead of the first's")
-    parser.add_argument("--frames", type=int, metavar="F", help="1 is an image (default: as trained)")
+    parser.add_argument("--frames", type=int, metavar="F",
+                        help="1 is an image (default: as trained)")
     parser.add_argument("--height", type=int, metavar="H", help="pixels (default: as trained)")
     parser.add_argument("--width", type=int, metavar="W", help="pixels (default: as trained)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")

@@ -80,7 +80,7 @@ def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
     config[leaf] = value
 
 
-# -- values ---------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 def kind_of(key: str, current: Any) -> str:
@@ -106,7 +106,7 @@ def _number(text: str, kind: type) -> int | float:
 
 
 def parse_value(key: str, text: str, current: Any) -> Any:
-    """`text` as the type of `current`. An int fits a float field; a float never fits an int field."""
+    """`text` as the type of `current`. An int fits a float field, never a float an int field."""
     try:
         if isinstance(current, bool):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False,
@@ -146,7 +146,7 @@ def _parse_tuple(text: str, item: type) -> tuple:
     return tuple(_number(part, item) for part in parts)
 
 
-# -- overrides --------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -193,7 +193,7 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str])
         set_key(config, key, parse_value(key, value, get_key(config, key)))
 
 
-# -- files ------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def _where(error: BaseException, path: Path) -> str:

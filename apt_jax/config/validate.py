@@ -118,8 +118,8 @@ def _discriminator(c: ml_collections.ConfigDict) -> None:
                                        f"model.depth = {c.model.depth}")
     _require(list(d.taps) == sorted(set(d.taps)),
              f"discriminator.taps = {d.taps} must rise without repeats")
-    _require(c.model.width % d.heads == 0, f"discriminator.heads = {d.heads} must divide "
-                                           f"model.width = {c.model.width}")
+    _require(d.heads == 0 or c.model.width % d.heads == 0,
+             f"discriminator.heads = {d.heads} must divide model.width = {c.model.width}")
 
 
 def _stage(c: ml_collections.ConfigDict) -> None:

@@ -38,7 +38,7 @@ def test_help_of_a_command_is_complete(name, capsys):
         cli.main([name, "--help"])
     assert leave.value.code == 0
     out = capsys.readouterr().out
-    assert "examples:" in out and f"apt-jax {name} --" in out
+    assert "examples:\n" in out and out.count(f"apt-jax {name} ") > 1
     parser, _ = cli.command_parser(name)
     for action in parser._actions:
         assert action.help, f"{name} {action.option_strings} has no help"
@@ -91,7 +91,7 @@ def test_version(capsys):
     (["sample", "--prompt", "cat"], ["--checkpoint"]),
     (["sample", "--checkpoint", "runs/none", "--prompt", "cat"], ["runs/none"]),
     (["sample", "--checkpoint", "x", "--prompt", "cat", "--seed", "many"], ["--seed", "'many'"]),
-    (["sample", "--checkpoint", "x", "--prompt", "cat", "--config.seed=1"], ["no config overrides"]),
+    (["sample", "--checkpoint", "x", "--prompt", "a", "--config.seed=1"], ["no config overrides"]),
     (["sample", "--checkpoint", "x", "--prompt", "cat", "--mode", "one_step", "--steps", "4"],
      ["--mode one_step", "4"]),
     (["sample", "--checkpoint", "x", "--prompt", "cat", "--steps", "0"], ["--steps 0"]),
