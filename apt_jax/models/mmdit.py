@@ -136,6 +136,7 @@ class Backbone(nnx.Module):
         c = self.config
         chex.assert_rank([x, t, text, text_mask], [5, 1, 3, 2])
         chex.assert_equal_shape_prefix([x, t, text, text_mask], 1)
+        chex.assert_equal_shape_prefix([text, text_mask], 2)
         chex.assert_axis_dimension(x, 4, c.in_channels)
         chex.assert_axis_dimension(text, 2, c.text_width)
         chex.assert_type(text_mask, bool)
