@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="measure this npz (frames uint8 [N, F, H, W, 3], captions) instead")
     parser.add_argument("--mode", choices=("one_step", "two_step", "euler"), default="one_step",
                         help="how to sample (default: one_step)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of euler (default: the config's, 25)")
+    parser.add_argument("--steps", type=int, metavar="N",
+                        help="of euler (default: the config's, 25)")
     parser.add_argument("--guidance", type=float, action="append", metavar="G",
                         help="of euler; repeat for a sweep (default: the config's)")
     parser.add_argument("--time", type=float, metavar="T",
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="split for FD (default: train)")
     parser.add_argument("--held-out", default="holdout", metavar="SPLIT",
                         help="split for KID; '' leaves it out (default: holdout)")
-    parser.add_argument("--frames", type=int, metavar="F", help="1 is an image (default: as trained)")
+    parser.add_argument("--frames", type=int, metavar="F",
+                        help="1 is an image (default: as trained)")
     parser.add_argument("--height", type=int, metavar="H", help="pixels (default: as trained)")
     parser.add_argument("--width", type=int, metavar="W", help="pixels (default: as trained)")
     parser.add_argument("--count", type=int, default=0, metavar="N",
@@ -60,8 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, writes the files."""
-    from apt_jax.eval.evaluate import (evaluate_generator, evaluate_samples, format_result,
-                                       load_split)
+    from apt_jax.eval.evaluate import (
+        evaluate_generator,
+        evaluate_samples,
+        format_result,
+        load_split,
+    )
     from apt_jax.eval.samples import load_samples, save_samples
 
     out = Path(args.out)

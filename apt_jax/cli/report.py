@@ -1,8 +1,8 @@
 """Writes report.html into a study's directory: one page without network or scripts.
 
-Shows real pictures, diffusion, consistency and APT side by side on the same prompts and noise, clips
-that play, nearest training pictures, loss and logit curves, the table, configs and versions. What the
-directory does not have yet is named on the page.
+Shows real pictures, diffusion, consistency and APT side by side on the same prompts and noise,
+clips that play, nearest training pictures, loss and logit curves, the table, configs and versions.
+What the directory does not have yet is named on the page.
 """
 
 from __future__ import annotations

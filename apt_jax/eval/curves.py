@@ -1,6 +1,7 @@
 """Line plots as inline SVG: axes, ticks, grid, legend; no library, no script, any colour scheme.
 
-Colours and fonts come from the page's CSS: series i has the class `s{i}`, text `label`, the grid `grid`.
+Colours and fonts come from the page's CSS: series i has the class `s{i}`, text `label`, the grid
+`grid`.
 """
 
 import html
@@ -49,13 +50,13 @@ def line_plot(title: str, series: Sequence[Series], x_label: str = "step", y_lab
     bottom = HEIGHT - BOTTOM
     for value, text in y_ticks:
         y = place(x_range[0], 10 ** value if log else value)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         if text:
             parts.append(f'<text class="label" x="{LEFT - 6}" y="{y + 4:.1f}" '
                          f'text-anchor="end">{text}</text>')
     for value in nice_ticks(*x_range, 5):
         x = LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
+        parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>'
                      f'<text class="label" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
                      f'{_tick_text(value)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP - 4}V{bottom}H{WIDTH - RIGHT}"/>')
@@ -70,7 +71,8 @@ def line_plot(title: str, series: Sequence[Series], x_label: str = "step", y_lab
         parts.append(f'<path class="line s{i % 6}" d="{_path(line, place)}"/>')
         if len(kept) > 1 or line.name:
             parts.append(f'<line class="line s{i % 6}" x1="{at}" x2="{at + 14}" y1="30" y2="30"/>'
-                         f'<text class="label" x="{at + 18}" y="34">{html.escape(line.name)}</text>')
+                         f'<text class="label" x="{at + 18}" y="34">'
+                         f'{html.escape(line.name)}</text>')
             at += 34 + 6.6 * len(line.name)
     return "".join(parts) + "</svg>"
 

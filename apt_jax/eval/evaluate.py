@@ -1,7 +1,8 @@
 """Evaluate a generator: FD and sharpness on training captions, KID on held-out ones.
 
-A Frechet distance needs more pictures than a held-out fifth of a small data set has, so it is measured
-on training captions; the kernel distance is unbiased at any size and measures the held-out ones.
+A Frechet distance needs more pictures than a held-out fifth of a small data set has, so it is
+measured on training captions; the kernel distance is unbiased at any size and measures the held-out
+ones.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ from apt_jax.eval.table import lay_out
 
 
 class Split(NamedTuple):
-    """A split in memory: frames uint8 [N, F, H, W, 3], captions, text [N, L, D], mask [N, L], null."""
+    """A split in memory: frames uint8 [N, F, H, W, 3], captions, text [N, L, D], mask [N, L].
+
+    null: text [L, D] and mask [L] of the empty caption.
+    """
 
     frames: np.ndarray
     captions: list[str]
@@ -37,7 +41,7 @@ def load_split(path: str, split: str, frames: int, height: int, width: int,
 
 
 def draw(generator, split: Split, count: int, label: str, **settings) -> tuple[SampleSet, dict]:
-    """`count` samples (0: one per caption; more go round) of an api.Generator for a split's captions.
+    """`count` samples (0: one per caption; more go round) of an api.Generator for a split.
 
     Returns the samples and the settings they were made with.
     """
@@ -82,7 +86,8 @@ def evaluate_generator(generator, train: Split, held_out: Split | None, *, mode:
         result["sweep"] = [entry for entry, _, _ in trials]
     if held_out is not None:
         options = dict(settings) | ({"guidance": best["guidance"]} if "guidance" in best else {})
-        fresh, _ = draw(generator, held_out, 0, "held-out captions", mode=mode, seed=seed, **options)
+        fresh, _ = draw(generator, held_out, 0, "held-out captions", mode=mode, seed=seed,
+                        **options)
         # One row per clip, the mean of its frames: frames of a clip are no independent samples.
         ours, real = (clip_features(x, extract).mean(1) for x in (fresh.frames, held_out.frames))
         result["held_out"] = kernel_distance(ours, real).as_dict()
@@ -106,9 +111,11 @@ def format_result(result: dict, name: str) -> str:
 
     def row(label, entry):
         seconds = entry.get("seconds")
-        return [label, f"{entry['fd']:.1f}"] + [f"{entry['fd_motion']:.1f}" for _ in range(motion)] + [
-            f"{entry['sharpness_ratio']:.2f}", f"{entry['n']:,}",
-            duration(seconds) if seconds is not None else ""]
+        cells = [label, f"{entry['fd']:.1f}"]
+        if motion:
+            cells.append(f"{entry['fd_motion']:.1f}")
+        return cells + [f"{entry['sharpness_ratio']:.2f}", f"{entry['n']:,}",
+                        duration(seconds) if seconds is not None else ""]
 
     body = [row("real against real", floor_)]
     for entry in result.get("sweep", [best]):
@@ -120,7 +127,7 @@ def format_result(result: dict, name: str) -> str:
     if "held_out" in result:
         kid = result["held_out"]
         lines.append(
-            f"Held-out captions: KID {1e3 * kid['kid']:.2f} x 1e-3, {kid['confidence']:.0%} interval "
-            f"{1e3 * kid['kid_low']:.2f} to {1e3 * kid['kid_high']:.2f}, "
+            f"Held-out captions: KID {1e3 * kid['kid']:.2f} x 1e-3, "
+            f"{kid['confidence']:.0%} interval {1e3 * kid['kid_low']:.2f} to {1e3 * kid['kid_high']:.2f}, "
             f"{kid['n']:,} samples against {kid['n_reference']:,}.")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """Frechet distance between Gaussians fitted to features, after a fixed projection.
 
-Heusel et al., "GANs trained by a two time-scale update rule" (NeurIPS 2017), equation 6. A covariance
-of 1280 dimensions needs far more pictures than a small data set has, so features are first projected
-on the principal components of the *whole* training reference (`Projection`, 128 of them). The
-projection is fitted once, on real data only, and carries its hash: distances may be compared only
-where the hash is the same.
+Heusel et al., "GANs trained by a two time-scale update rule" (NeurIPS 2017), equation 6. A
+covariance of 1280 dimensions needs far more pictures than a small data set has, so features are
+first projected on the principal components of the *whole* training reference (`Projection`, 128 of
+them). The projection is fitted once, on real data only, and carries its hash: distances may be
+compared only where the hash is the same.
 """
 
 import hashlib
@@ -77,7 +77,8 @@ class Projection:
         with safe_open(path, framework="numpy") as file:
             projection = cls(file.get_tensor("mean"), file.get_tensor("components"))
             if (file.metadata() or {}).get("sha256") != projection.hash:
-                raise UserError(f"{path} was altered: its hash does not fit; fit the projection anew")
+                raise UserError(
+                    f"{path} was altered: its hash does not fit; fit the projection anew")
         return projection
 
 

@@ -62,8 +62,9 @@ class Generation:
                  first: int = 0, label: str = "") -> np.ndarray:
         """Samples for text float32 [N, L, D], mask bool [N, L] -> frames uint8 [N, F, H, W, C].
 
-        shape: (F, H, W, C) of one sample. null_text [L, D], null_mask [L]: the negative prompt, needed
-        by "euler". first: index of the first sample, for its noise. The last batch is padded.
+        shape: (F, H, W, C) of one sample. null_text [L, D], null_mask [L]: the negative prompt,
+        needed by "euler". first: index of the first sample, for its noise. The last batch is
+        padded.
         """
         if self.mode == "euler" and (null_text is None or null_mask is None):
             raise UserError("euler sampling needs null_text and null_mask, the states of the "
@@ -117,7 +118,8 @@ def generate(net: Callable, params, text: np.ndarray, mask: np.ndarray,
              null_mask: np.ndarray | None = None, label: str = "", **settings) -> np.ndarray:
     """One set of samples -> frames uint8 [N, F, H, W, C]; see `Generation` for the arguments.
 
-    Calls with the same network object and settings share one compiled sampler, whatever the weights.
+    Calls with the same network object and settings share one compiled sampler, whatever the
+    weights.
     """
     generation = _generation(_Identity(net), mode, batch, tuple(sorted(settings.items())))
     return generation(params, text, mask, shape, seed=seed, guidance=guidance,

@@ -38,8 +38,8 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray, bootstrap: int =
                     confidence: float = 0.95, seed: int = 0) -> KernelDistance:
     """Unbiased squared MMD of features [N, D] against [M, D] with a percentile bootstrap.
 
-    A resample draws both sets with replacement. Pairs of a picture with its own copy are left out of
-    the within-set means, as the diagonal is: counted in, they would push every resample upwards.
+    A resample draws both sets with replacement. Pairs of a picture with its own copy are left out
+    of the within-set means, as the diagonal is: counted in, they would push every resample upwards.
     Raises UserError for fewer than two rows on a side.
     """
     if min(len(samples), len(reference)) < 2:
@@ -61,7 +61,8 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray, bootstrap: int =
     return KernelDistance(float(value), float(low), float(high), confidence, n, m)
 
 
-def _mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, w: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, w: np.ndarray,
+         v: np.ndarray) -> np.ndarray:
     """Squared MMD for weights w [R, N], v [R, M]; xx and yy have zero diagonals -> [R]."""
     def within(kernel, weight):
         pairs = weight.sum(1) ** 2 - (weight ** 2).sum(1)

@@ -1,11 +1,11 @@
 """Measure samples against real data: one reference, one call per set of samples.
 
-    reference = Reference.build(real_frames)                 # uint8 [M, F, H, W, 3]
-    measure(sample_frames, reference)                        # {"fd": ..., "sharpness": ..., "n": ...}
-    floor(reference)                                         # what real data scores against itself
+    reference = Reference.build(real_frames)  # uint8 [M, F, H, W, 3]
+    measure(sample_frames, reference)         # {"fd": ..., "sharpness": ..., "n": ...}
+    floor(reference)                          # what real data scores against itself
 
-Frames F = 1 are pictures. For clips "fd" takes every frame as a picture, "fd_motion" the differences
-of neighbouring frames (video.py), and n counts clips.
+Frames F = 1 are pictures. For clips "fd" takes every frame as a picture, "fd_motion" the
+differences of neighbouring frames (video.py), and n counts clips.
 """
 
 import hashlib
@@ -128,9 +128,9 @@ def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
     """Real against real: FD between two random disjoint halves, the mean over `splits` splits.
 
     Returns {"fd", "fd_low", "fd_high" (smallest and largest split), "sharpness", "n" (of a half),
-    "n_reference" (of the other), "frames", "dim", "projection"} and "fd_motion" for clips. Clips are
-    split whole. Halves are smaller than the sets that samples are measured with, and an FD's bias
-    falls with n: the floor of equal sizes would be a little lower.
+    "n_reference" (of the other), "frames", "dim", "projection"} and "fd_motion" for clips. Clips
+    are split whole. Halves are smaller than the sets that samples are measured with, and an FD's
+    bias falls with n: the floor of equal sizes would be a little lower.
     """
     rng = np.random.default_rng(seed)
     total = len(reference.features)
@@ -143,7 +143,7 @@ def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
             *(_moments(x, reference.projection, "frames in a half of the data") for x in (a, b))))
         if reference.motion is not None:
             motions.append(frechet_distance(*(
-                Moments.of(reference.motion(motion_features(x)), "frame pairs in a half of the data")
+                Moments.of(reference.motion(motion_features(x)), "frame pairs in half the data")
                 for x in (a, b))))
     result = {
         "fd": float(np.mean(distances)), "fd_low": min(distances), "fd_high": max(distances),

@@ -3,13 +3,13 @@
 Sandler et al., "MobileNetV2" (CVPR 2018), table 2. Only the feature layers: 1280 channels, averaged
 over space. BatchNorm (eps 1e-5) is folded into the convolutions by launch/convert_mobilenet.py, so
 a layer is a kernel and a bias. Frames go in at 96 px: antialiased bicubic (`jax.image.resize`,
-method "cubic", the same kernel as Pillow's and torch's antialiased bicubic), clipped to [0, 1], then
-ImageNet's mean and standard deviation. Distances on these features are called FD-MobileNetV2; they
-are not FID.
+method "cubic", the same kernel as Pillow's and torch's antialiased bicubic), clipped to [0, 1],
+then ImageNet's mean and standard deviation. Distances on these features are called FD-MobileNetV2;
+they are not FID.
 
-A depthwise 3x3 convolution is nine shifted multiply-adds here: XLA's CPU compiler fuses them into one
-vectorised loop, which made the whole network 12 times faster on two cores than a grouped convolution
-(1,200 against 100 images a second at 96 px).
+A depthwise 3x3 convolution is nine shifted multiply-adds here: XLA's CPU compiler fuses them into
+one vectorised loop, which made the whole network 12 times faster on two cores than a grouped
+convolution (1,200 against 100 images a second at 96 px).
 """
 
 import functools
@@ -136,7 +136,8 @@ class MobileNetFeatures:
     """Callable: frames uint8 [N, H, W, 3] -> features float32 [N, 1280] (numpy, on the host).
 
     Works in batches of one fixed size (the last one padded), so each frame size compiles once.
-    `rate` holds the frames per second of the last call. Raises UserError for other dtypes or shapes.
+    `rate` holds the frames per second of the last call. Raises UserError for other dtypes or
+    shapes.
     """
 
     def __init__(self, batch: int = 0):

@@ -3,7 +3,8 @@
 import numpy as np
 
 
-def nearest(samples: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def nearest(samples: np.ndarray, reference: np.ndarray, k: int = 3
+            ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of reference [M, D] for each row of samples [N, D], Euclidean.
 
     Returns indices int64 [N, k] and distances float64 [N, k], nearest first; k is cut to M. For

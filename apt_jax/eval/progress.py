@@ -21,8 +21,8 @@ class Progress:
 
         features of apt_1:  640/1494 frames, 812 frames/s, 1.1 s left
 
-    An empty label shows nothing but still measures `rate`. Where stderr is no terminal only the last
-    line is written, so logs stay short.
+    An empty label shows nothing but still measures `rate`. Where stderr is no terminal only the
+    last line is written, so logs stay short.
     """
 
     def __init__(self, total: int, label: str = "", unit: str = "items"):

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a study: pictures side by side, curves, the table, how it was made.
 
-Everything is inline (PNG and animated WebP as data URIs, SVG curves, CSS); the page needs no network
-and no script, and reads in light and dark. Parts that are missing are named on it.
+Everything is inline (PNG and animated WebP as data URIs, SVG curves, CSS); the page needs no
+network and no script, and reads in light and dark. Parts that are missing are named on it.
 """
 
 import base64
@@ -32,7 +32,8 @@ CELL = 128  # displayed pixels of a frame's shorter side
 def write_report(directory: Path | str, title: str = "One step instead of twenty-five") -> Path:
     """Write DIRECTORY/report.html from what is in the directory and return its path.
 
-    Raises UserError where there is no such directory; whatever else is missing is named on the page.
+    Raises UserError where there is no such directory; whatever else is missing is named on the
+    page.
     """
     study = read_study(directory)
     sections = [("result", "Result", _result(study))]
@@ -151,13 +152,13 @@ features at 96 px, projected on the leading principal components (128 unless the
 otherwise) of the whole real training set. It is not FID and cannot be compared with one. Lower is
 better. For clips every frame counts as a picture; <b>motion FD</b> is the same distance on the
 differences of neighbouring frames' features, and is no FVD.</p>
-<p><b>Real against real</b> is the floor: random disjoint halves of the real set{halves}. A distance of
-this kind falls as more samples are taken, so compare only rows with a like n.</p>
+<p><b>Real against real</b> is the floor: random disjoint halves of the real set{halves}. A
+distance of this kind falls as more samples are taken, so compare only rows with a like n.</p>
 <p><b>Sharpness</b> is the mean absolute difference of neighbouring pixels, shown as a ratio to the
-data's: below 1 is blurrier, above 1 is sharper or noisier. Where a sampler has a guidance weight, the
-row shows its best value.</p>
-<p>The prompts shown are spread evenly over the set and were not picked. Samples in a row share their
-noise.</p>"""
+data's: below 1 is blurrier, above 1 is sharper or noisier. Where a sampler has a guidance weight,
+the row shows its best value.</p>
+<p>The prompts shown are spread evenly over the set and were not picked. Samples in a row share
+their noise.</p>"""
 
 
 def _details(study: Study) -> str:
@@ -172,14 +173,18 @@ def _details(study: Study) -> str:
 
 
 def _fold(name: str, text: str) -> str:
-    return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>"
+    return (f"<details><summary>{html.escape(name)}</summary>"
+            f"<pre>{html.escape(text)}</pre></details>")
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def _image(clip: np.ndarray, alt: str, size: int = CELL) -> str:
-    """<img> of uint8 [F, H, W, 3]: a PNG, or an animated WebP where it moves."""
+def _image(clip: np.ndarray, alt: str, size: int = CELL, style: str = "frame") -> str:
+    """<img> of uint8 [F, H, W, 3]: a PNG, or an animated WebP where it moves.
+
+    size: displayed pixels of the shorter side. style: its CSS class.
+    """
     height, width = clip.shape[1:3]
     scale = size / min(height, width)
     if len(clip) > 1:
@@ -188,7 +193,7 @@ def _image(clip: np.ndarray, alt: str, size: int = CELL) -> str:
         kind, data = "webp", media.webp_bytes(clip, FPS, quality)
     else:
         kind, data = "png", media.png_bytes(clip[0])
-    return (f'<img class="frame" width="{round(width * scale)}" height="{round(height * scale)}" '
+    return (f'<img class="{style}" width="{round(width * scale)}" height="{round(height * scale)}" '
             f'alt="{html.escape(alt, quote=True)}" '
             f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
 
@@ -252,7 +257,8 @@ def _nearest(study: Study, kind: str) -> str:
             f'<span class="distance">{html.escape(data.captions[i])}<br>{d:.1f}</span></td>'
             for k, (i, d) in enumerate(zip(index[row], distance[row])))
         lines.append(f"<tr><td>{html.escape(samples.captions[sample])}</td>"
-                     f"<td>{_image(samples.frames[sample], samples.captions[sample])}</td>{cells}</tr>")
+                     f"<td>{_image(samples.frames[sample], samples.captions[sample])}</td>"
+                     f"{cells}</tr>")
     heads = "".join(f'<th{" class=gap" if k == 0 else ""}>{text}</th>' for k, text in enumerate(
         ["nearest", "second", "third", "fourth"][:index.shape[1]]))
     return ("<h3>Nearest training pictures</h3>"
@@ -273,9 +279,7 @@ def _overview(study: Study, kind: str) -> str:
     if not len(chosen):
         return ""
     sheet = media.clip_grid(chosen, columns=min(16 if kind == "image" else 10, len(chosen)))
-    image = _image(sheet, "many APT samples", min(sheet.shape[1:3])).replace('class="frame"', 'class="sheet"')
-    scale = media.factor_for(chosen, 64)
-    image = image.replace(f'width="{sheet.shape[2]}" height="{sheet.shape[1]}"',
-                          f'width="{sheet.shape[2] * scale}"')
+    size = min(sheet.shape[1:3]) * media.factor_for(chosen, 64)
+    image = _image(sheet, "many APT samples", size, "sheet")
     return (f"<details><summary>{len(chosen)} samples of APT in one step, spread over the set</summary>"
             f"<p>{image}</p></details>")

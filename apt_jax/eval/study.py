@@ -1,11 +1,11 @@
 """A study's directory: what the demo leaves behind and the table and the report read.
 
-    summary.json                  {"image": {entry: {...}}, "video": {...}, "data", "seed", "seconds"}
-    samples/{image,video}/NAME.npz    the samples behind each entry, and the real frames as data.npz
-    RUN/metrics.jsonl, config.json, versions.json    one folder per training run
+    summary.json               {"image": {entry: {...}}, "video": {...}, "data", "seed", "seconds"}
+    samples/{image,video}/     NAME.npz: the samples behind each entry; data.npz: the real frames
+    RUN/                       metrics.jsonl, config.json, versions.json of each training run
 
-Everything but the directory itself may be missing (a run in progress, a tiny test): it is then named in
-`Study.missing`, never guessed.
+Everything but the directory itself may be missing (a run in progress, a tiny test): it is then
+named in `Study.missing`, never guessed.
 """
 
 import json
@@ -56,7 +56,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its folder's name, config and versions (dicts), metrics (one dict a line)."""
+    """One training run: its folder's name, config, versions, and metrics (one dict a line)."""
 
     name: str
     config: dict
@@ -88,7 +88,8 @@ def gates(summary: dict) -> list[Gate]:
     for kind, rules in GATES.items():
         for entry, against, limit in rules if kind in summary else ():
             fds = [(summary[kind].get(name) or {}).get("fd") for name in (entry, against)]
-            ratio = fds[0] / fds[1] if all(isinstance(v, int | float) for v in fds) and fds[1] else None
+            known = all(isinstance(v, int | float) for v in fds) and fds[1]
+            ratio = fds[0] / fds[1] if known else None
             found.append(Gate(kind, entry, against, limit, ratio))
     return found
 
@@ -119,13 +120,14 @@ def read_study(directory: Path | str) -> Study:
         study.missing.append(str(error))
     for kind in KINDS:
         _read_samples(study, kind)
-    for path in sorted(directory.glob("*/metrics.jsonl")) + sorted(directory.glob("*/*/metrics.jsonl")):
+    for path in (*directory.glob("*/metrics.jsonl"), *directory.glob("*/*/metrics.jsonl")):
         study.runs.append(_read_run(study, path))
     # the order of the method: pre-training, distillation, APT; images before clips
     order = ("pretrain", "consistency", "adversarial")
     study.runs.sort(key=lambda run: (
         max((run.config.get("data") or {}).get("frames") or (0,)) > 1,
-        order.index(run.config["stage"]) if run.config.get("stage") in order else len(order), run.name))
+        order.index(run.config["stage"]) if run.config.get("stage") in order else len(order),
+        run.name))
     if not study.runs:
         study.missing.append("no training runs (folders with metrics.jsonl), so no curves")
     return study

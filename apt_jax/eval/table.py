@@ -42,7 +42,7 @@ HEADINGS = ("", "FD-MobileNetV2", "to diffusion", "motion FD", "sharpness to dat
 
 
 def lay_out(headings: list[str], body: list[list[str]]) -> str:
-    """Aligned text: the first column to the left, the others to the right, a rule under the headings."""
+    """Aligned text: the first column to the left, the others to the right, headings underlined."""
     table = [headings, *body]
     widths = [max(len(row[i]) for row in table) for i in range(len(headings))]
     lines = ["  ".join([row[0].ljust(widths[0])] + [
@@ -53,7 +53,8 @@ def lay_out(headings: list[str], body: list[list[str]]) -> str:
 
 def used_columns(body: list[list[str]]) -> list[int]:
     """The columns worth showing: name, FD, and every other one that has a value somewhere."""
-    return [i for i in range(len(HEADINGS)) if i < 2 or any(row[i] not in ("", "-") for row in body)]
+    return [i for i in range(len(HEADINGS))
+            if i < 2 or any(row[i] not in ("", "-") for row in body)]
 
 
 def format_table(summary: dict) -> str:

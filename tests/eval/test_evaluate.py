@@ -76,14 +76,15 @@ def test_the_command_measures_a_checkpoint_and_its_samples_alike(generator, real
     save_generator(weights, generator.model, generator.params)
     shape = ["--split", "holdout", "--dim", str(DIM)]
     assert main(["evaluate", "--checkpoint", str(weights), "--height", "16", "--width", "16",
-                 "--frames", "1", "--count", "80", "--held-out", "", "--out", str(out), *shape]) == 0
+                 "--frames", "1", "--count", "80", "--held-out", "", "--out", str(out),
+                 *shape]) == 0
     first = json.loads((out / "evaluation.json").read_text())
     assert first["train"]["n"] == 80 and "held_out" not in first
     samples = load_samples(out / "samples.npz")
     assert samples.captions == real.captions[:80] and samples.frames.shape == (80, 1, 16, 16, 3)
     assert "real against real" in capsys.readouterr().out
-    assert main(["evaluate", "--samples", str(out / "samples.npz"), "--out", str(tmp_path / "again"),
-                 *shape]) == 0
+    assert main(["evaluate", "--samples", str(out / "samples.npz"), "--out",
+                 str(tmp_path / "again"), *shape]) == 0
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert again["train"]["fd"] == pytest.approx(first["train"]["fd"], rel=1e-4)
 

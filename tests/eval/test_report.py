@@ -90,7 +90,8 @@ def test_table_text():
 
 def test_an_empty_directory_names_everything_missing(tmp_path):
     page = write_report(tmp_path).read_text()
-    for text in ("no summary.json", "nothing about images", "no training runs", "No measurements yet"):
+    for text in ("no summary.json", "nothing about images", "no training runs",
+                 "No measurements yet"):
         assert text in page
 
 
@@ -101,8 +102,8 @@ def test_damage_is_named_and_the_rest_shown(study):
     with open(study / "image" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "discr')
     page = write_report(study).read_text()
-    for text in ("apt_2.npz is no sample file", "no data.npz, apt_2.npz", "versions.json is missing",
-                 "1 damaged lines", "need apt_1.npz and data.npz"):
+    for text in ("apt_2.npz is no sample file", "no data.npz, apt_2.npz",
+                 "versions.json is missing", "1 damaged lines", "need apt_1.npz and data.npz"):
         assert text in page
     assert page.count("<svg") == 3
     with pytest.raises(UserError, match="no directory"):
