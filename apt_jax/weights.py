@@ -75,13 +75,16 @@ def save_generator(folder: str | Path, model_config: Mapping[str, Any], params: 
         if bfloat16 and value.dtype == np.float32:
             value = value.astype(ml_dtypes.bfloat16)
         flat[name] = np.ascontiguousarray(value)
-    model = {key: list(value) if isinstance(value, tuple) else value
-             for key, value in dict(model_config).items()}
-    description = {**(card or {}), "kind": KIND, "model": model}
+    description = {**(card or {}), "kind": KIND, "model": _plain(model_config)}
     _replace(folder / WEIGHTS_FILE, save(flat, metadata={"format": "apt_jax"}))
     _replace(folder / CONFIG_FILE,
              (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
     return folder
+
+
+def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in dict(section).items()}
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -226,7 +229,13 @@ def _read_checkpoint(folder: Path, model: Any, which: str) -> dict[str, Any]:
 
 def export_run(run: str | Path, folder: str | Path, *, which: str = "ema", bfloat16: bool = False,
                card: Mapping[str, Any] | None = None) -> Path:
-    """Writes the newest generator of a run as a weights folder (this made the bundled base)."""
+    """Writes the newest generator of a run as a weights folder (this made the bundled base).
+
+    The card also says what the run's config says of data and sampling, so that a sampler finds
+    its defaults there.
+    """
     model, params = load_generator(run, which)
-    return save_generator(folder, model, params,
-                          {"weights": which, **(card or {})}, bfloat16=bfloat16)
+    config = load_json(Path(run) / CONFIG_FILE)
+    described = {"weights": which, "stage": config.stage, "data": _plain(config.data),
+                 "sample": _plain(config.sample), **(card or {})}
+    return save_generator(folder, model, params, described, bfloat16=bfloat16)

@@ -143,12 +143,12 @@ def init_state(config: Any, setup: Setup) -> State:
         out_shardings=setup.shardings)(generator, discriminator)
 
 
-def frozen_inputs(config: Any, setup: Setup, null_text: np.ndarray, null_mask: np.ndarray,
-                  replicated: Any) -> dict[str, Any]:
+def frozen_inputs(config: Any, setup: Setup, negative_text: np.ndarray,
+                  negative_mask: np.ndarray, replicated: Any) -> dict[str, Any]:
     """What a stage's loss reads besides the state: the teacher and the negative prompt.
 
     Args:
-      null_text, null_mask: [L, D] float32 and [L] bool, the states of the empty caption.
+      negative_text, negative_mask: [L, D] float32 and [L] bool, the teacher's negative prompt.
     """
     if config.stage != "consistency":
         return {}
@@ -156,5 +156,5 @@ def frozen_inputs(config: Any, setup: Setup, null_text: np.ndarray, null_mask: n
         raise UserError("stage = consistency needs a teacher; set init.diffusion to the "
                         "pre-training run or its weights folder")
     return {"teacher": load_params(config.init.diffusion, "ema", setup),
-            "null_text": jax.device_put(np.asarray(null_text, np.float32), replicated),
-            "null_mask": jax.device_put(np.asarray(null_mask, bool), replicated)}
+            "null_text": jax.device_put(np.asarray(negative_text, np.float32), replicated),
+            "null_mask": jax.device_put(np.asarray(negative_mask, bool), replicated)}

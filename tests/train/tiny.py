@@ -18,7 +18,7 @@ def tiny_config(stage: str = "pretrain", batch_size: int = 8, **overrides):
     config.model.width, config.model.heads, config.model.head_dim = 16, 2, 8
     config.model.rope_axes, config.model.depth = (2, 2, 4), 2
     config.model.text_width, config.model.mlp_ratio = TEXT_WIDTH, 2
-    config.discriminator.taps, config.discriminator.heads = (1, 2), 2
+    config.discriminator.taps, config.discriminator.heads = (2,), 2
     config.train.batch_size, config.train.steps, config.train.log_every = batch_size, 4, 2
     for key, value in overrides.items():
         *groups, leaf = key.split("__")

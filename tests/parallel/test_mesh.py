@@ -1,0 +1,48 @@
+"""Mesh sizes: every axis, the rest, and errors that name what would work."""
+
+import math
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apt_jax.errors import UserError
+from apt_jax.parallel.mesh import AXES, check_batch, make_mesh, resolve_sizes
+
+
+@given(devices=st.integers(1, 64), replica=st.integers(1, 64))
+def test_the_rest_fills_the_machine_or_the_error_names_a_size_that_does(devices, replica):
+    sizes = {"replica": replica, "fsdp": -1}
+    try:
+        found = resolve_sizes(sizes, devices)
+    except UserError as error:
+        nearest = int(str(error).rsplit("= ", 1)[1])
+        found = resolve_sizes({**sizes, "replica": nearest}, devices)
+        assert all(abs(d - replica) >= abs(nearest - replica)
+                   for d in range(1, devices + 1) if devices % d == 0)
+    assert math.prod(found.values()) == devices
+    assert tuple(found) == AXES
+
+
+@pytest.mark.parametrize(("sizes", "says"), [
+    ({"replica": 2, "fsdp": 2}, "mesh.replica = 4"),
+    ({"replica": 3, "fsdp": -1}, "mesh.replica = 2"),
+    ({"replica": -1, "fsdp": -1}, "both -1"),
+    ({"replica": 0, "fsdp": -1}, "mesh.replica = 0"),
+    ({"replica": 3, "fsdp": 7}, "mesh.replica = 1"),
+])
+def test_wrong_sizes_end_in_one_line(sizes, says):
+    devices = 7 if sizes["fsdp"] == 7 else 8
+    with pytest.raises(UserError, match=says) as error:
+        make_mesh(sizes, (jax.devices() * 2)[:devices])
+    assert "\n" not in str(error.value)
+
+
+def test_batch_must_split_over_devices_and_microbatches():
+    mesh = make_mesh({"replica": 2, "fsdp": -1})
+    check_batch(mesh, 32, accumulate=4)
+    with pytest.raises(UserError, match="nearest size that works is 32"):
+        check_batch(mesh, 40, accumulate=4)
+    with pytest.raises(UserError, match="nearest size that works is 8"):
+        check_batch(mesh, 3)

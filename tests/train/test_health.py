@@ -1,0 +1,36 @@
+"""Stops and warnings."""
+
+import pytest
+
+from apt_jax.errors import UserError
+from apt_jax.train.health import CollapseWatch, check_finite
+
+
+def test_sound_metrics_pass():
+    check_finite(3, {"finite": 1.0, "loss": float("nan")}, None)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_an_unsound_update_names_step_network_checkpoint_and_remedy(value):
+    with pytest.raises(UserError) as error:
+        check_finite(7, {"generator/finite": 1.0, "discriminator/finite": value}, 5)
+    text = str(error.value)
+    for part in ("discriminator", "step 7", "checkpoint is step 5", "learning_rate", "not saved"):
+        assert part in text
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        check_finite(7, {"finite": value}, None)
+
+
+def test_collapse_warns_once_and_only_after_an_unbroken_run():
+    said = []
+    watch = CollapseWatch(said.append, loss=0.1, steps=5)
+    for step in range(4):
+        watch.observe(step, 0.01)
+    watch.observe(4, 1.0)
+    for step in range(5, 9):
+        watch.observe(step, 0.01)
+    assert said == []
+    for step in range(9, 30):
+        watch.observe(step, 0.01)
+    assert len(said) == 1
+    assert "step 9" in said[0] and "collapse" in said[0]
