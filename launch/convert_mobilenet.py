@@ -50,7 +50,7 @@ def torch_names() -> list[tuple[str, str, str]]:
 
 
 def convert(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Fold each BatchNorm; kernels become [h, w, in, out], depthwise [3, 3, c], pointwise [in, out]."""
+    """Fold each BatchNorm; kernels: stem [3, 3, in, out], depthwise [3, 3, c], rest [in, out]."""
     out, used = {}, set()
     for ours, conv, norm in torch_names():
         kernel = state[f"{conv}.weight"].double()  # [out, in, h, w]

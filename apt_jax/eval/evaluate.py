@@ -128,6 +128,7 @@ def format_result(result: dict, name: str) -> str:
         kid = result["held_out"]
         lines.append(
             f"Held-out captions: KID {1e3 * kid['kid']:.2f} x 1e-3, "
-            f"{kid['confidence']:.0%} interval {1e3 * kid['kid_low']:.2f} to {1e3 * kid['kid_high']:.2f}, "
+            f"{kid['confidence']:.0%} interval {1e3 * kid['kid_low']:.2f} to "
+            f"{1e3 * kid['kid_high']:.2f}, "
             f"{kid['n']:,} samples against {kid['n_reference']:,}.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a study: pictures side by side, curves, the table, how it was made.
+"""One self-contained HTML page of a study: pictures side by side, curves, table, how it was made.
 
 Everything is inline (PNG and animated WebP as data URIs, SVG curves, CSS); the page needs no
 network and no script, and reads in light and dark. Parts that are missing are named on it.
@@ -54,7 +54,8 @@ def write_report(directory: Path | str, title: str = "One step instead of twenty
         navigation="<nav>" + "".join(
             f'<a href="#{key}">{name}</a>' for key, name, _ in sections) + "</nav>",
         body="\n".join(
-            f'<section id="{key}"><h2>{name}</h2>\n{text}\n</section>' for key, name, text in sections))
+            f'<section id="{key}"><h2>{name}</h2>\n{text}\n</section>'
+            for key, name, text in sections))
     path = study.directory / "report.html"
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(page, encoding="utf-8")
@@ -69,8 +70,8 @@ def _lead(study: Study) -> str:
     kinds = [name.lower() for kind, name in KINDS.items()
              if kind in study.summary or study.samples.get(kind)]
     what = " and ".join(kinds) or "samples"
-    return (f"Captioned {what} made in a single step by adversarial post-training (APT), beside the "
-            "25-step diffusion model it grew from and the consistency model it started at: same "
+    return (f"Captioned {what} made in a single step by adversarial post-training (APT), beside "
+            "the 25-step diffusion model it grew from and the consistency model it started at: same "
             "prompts, same noise. The pictures are rendered artwork, not photographs.")
 
 
@@ -135,7 +136,8 @@ def _table(kind: dict, name: str) -> str:
         lines.append(f'<tr{style}><td>{row[0]}</td>{cells}'
                      f'<td class="bar"><div style="width:{width:.1f}%"></div></td></tr>')
     heads = "".join(f"<th>{HEADINGS[i]}</th>" for i in shown)
-    return (f'<div class="wide"><h3>{name}</h3><table><thead><tr><th></th>{heads}<th></th></tr></thead>'
+    return (f'<div class="wide"><h3>{name}</h3>'
+            f'<table><thead><tr><th></th>{heads}<th></th></tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
@@ -228,15 +230,15 @@ def _side_by_side(study: Study, kind: str) -> str:
         for name, text in columns.items():
             clip = _same_row(found[name], index, captions[index])
             cells.append("<td>" + (
-                f'<span class="blank" style="width:{CELL}px;height:{CELL}px"></span>' if clip is None
-                else _image(clip, f"{captions[index]}, {text}")) + "</td>")
+                f'<span class="blank" style="width:{CELL}px;height:{CELL}px"></span>'
+                if clip is None else _image(clip, f"{captions[index]}, {text}")) + "</td>")
         lines.append(f"<tr><td>{html.escape(captions[index])}</td>{''.join(cells)}</tr>")
     heads = "".join(f'<th{" class=main" if name == "apt_1" else ""}>{text}</th>'
                     for name, text in columns.items())
     frames, height, width = found[_leader(found)].frames.shape[1:4]
     size = f"{width} × {height} px" + (f", {frames} frames, looping" if frames > 1 else "")
-    return (f'<p class="soft">{size}, enlarged without smoothing. A row is one caption and one noise; '
-            "“real” is that caption's training picture.</p>"
+    return (f'<p class="soft">{size}, enlarged without smoothing. A row is one caption and one '
+            "noise; “real” is that caption's training picture.</p>"
             f'<div class="wide"><table class="side"><thead><tr><th>caption</th>{heads}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
@@ -281,5 +283,6 @@ def _overview(study: Study, kind: str) -> str:
     sheet = media.clip_grid(chosen, columns=min(16 if kind == "image" else 10, len(chosen)))
     size = min(sheet.shape[1:3]) * media.factor_for(chosen, 64)
     image = _image(sheet, "many APT samples", size, "sheet")
-    return (f"<details><summary>{len(chosen)} samples of APT in one step, spread over the set</summary>"
+    return (f"<details><summary>{len(chosen)} samples of APT in one step, spread over the "
+            "set</summary>"
             f"<p>{image}</p></details>")
