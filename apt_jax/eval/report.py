@@ -71,8 +71,8 @@ def _lead(study: Study) -> str:
              if kind in study.summary or study.samples.get(kind)]
     what = " and ".join(kinds) or "samples"
     return (f"Captioned {what} made in a single step by adversarial post-training (APT), beside "
-            "the 25-step diffusion model it grew from and the consistency model it started at: same "
-            "prompts, same noise. The pictures are rendered artwork, not photographs.")
+            "the 25-step diffusion model it grew from and the consistency model it started at: the "
+            "same prompts, the same noise. The pictures are rendered artwork, not photographs.")
 
 
 def _facts(study: Study) -> str:
