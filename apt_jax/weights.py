@@ -124,6 +124,16 @@ def load_generator(path: str | Path, which: str = "ema"
                     "that has saved a checkpoint, or a weights folder")
 
 
+def generator_card(path: str | Path) -> dict[str, Any]:
+    """What a weights folder (or bundled weights) says of itself; {} for a run, which has no card."""
+    text = str(path)
+    folder = (resources.files("apt_jax") / "assets" / text.removeprefix(BUNDLED)
+              if text.startswith(BUNDLED) else Path(path))
+    if not (folder / WEIGHTS_FILE).is_file():
+        return {}
+    return _read_card(folder)
+
+
 def _load_bundled(name: str) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
     root = resources.files("apt_jax") / "assets" / name
     if not (root / WEIGHTS_FILE).is_file():
@@ -133,14 +143,18 @@ def _load_bundled(name: str) -> tuple[ml_collections.ConfigDict, dict[str, Any]]
         return _load_folder(Path(folder))
 
 
-def _load_folder(folder: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+def _read_card(folder: Any) -> dict[str, Any]:
     try:
-        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{folder} has no readable {CONFIG_FILE}; copy it from where the weights "
                         "came from") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error}); copy it again") from None
+
+
+def _load_folder(folder: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    description = _read_card(folder)
     if description.get("kind") != KIND or not isinstance(description.get("model"), dict):
         raise UserError(f"{folder / CONFIG_FILE} does not describe a generator (kind = "
                         f"{description.get('kind')!r}); give a folder that export wrote")

@@ -1,13 +1,18 @@
-"""What the demo's stages share: 16 px Fluent emoji, one small generator.
+"""What the demo's stages share: 16 px Fluent emoji, one small network.
 
 Not a config by itself; demo_pretrain.py, demo_consistency.py, demo_image.py and demo_video.py
-import it.
+import it. Each of them takes an argument: `demo_image.py:long` is the same stage at length, as
+`make demo-long` runs it.
 """
 
 from apt_jax.config import base_config
 
+LENGTHS = ("short", "long")
 
-def demo_config():
+
+def demo_config(length: str = "short"):
+    if length not in LENGTHS:
+        raise ValueError(f"unknown length {length!r}; use {' or '.join(LENGTHS)}")
     config = base_config()
     config.data.path = "bundled:emoji"
     config.data.height = config.data.width = 16
@@ -20,11 +25,11 @@ def demo_config():
     config.model.head_dim = 32
     config.model.rope_axes = (8, 12, 12)
     config.model.modulation = "shared"  # as the 8B preset: 1.05M parameters
-    config.discriminator.heads = 3
     config.model.text_width = 384  # all-MiniLM-L6-v2
+    config.discriminator.heads = 3
 
     config.train.batch_size = 64
     config.train.clip_batch_size = 16  # as many tokens as 64 images
-    config.train.checkpoint_every = 100
+    config.train.checkpoint_every = 100 if length == "short" else 500
     config.sample.guidance = 3.0
     return config

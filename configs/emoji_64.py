@@ -1,6 +1,6 @@
 """All stages on the Fluent emoji at 64 px, images and clips of 8 frames, sized for one H100.
 
-    for stage in pretrain consistency_image image consistency_video video; do
+    for stage in pretrain consistency image video; do
       apt-jax train --config configs/emoji_64.py:$stage --workdir runs/emoji_64/$stage
     done
 
@@ -11,7 +11,7 @@ steps, consistency with one, APT with one and two) at a size where the pictures 
 
 from apt_jax.config import base_config
 
-STAGES = ("pretrain", "consistency_image", "image", "consistency_video", "video")
+STAGES = ("pretrain", "consistency", "image", "video")
 RUNS = "runs/emoji_64"
 
 
@@ -23,7 +23,7 @@ def get_config(stage="image"):
     config.name = f"emoji_64_{stage}"
 
     config.data.height = config.data.width = 64
-    config.data.frames = {"pretrain": (1, 8)}.get(stage, (8,) if "video" in stage else (1,))
+    config.data.frames = {"image": (1,), "video": (8,)}.get(stage, (1, 8))
     config.data.threads = 8
     config.data.prefetch = 4
 
@@ -38,7 +38,8 @@ def get_config(stage="image"):
 
     config.train.log_every = 20
     config.train.checkpoint_every = 500
-    config.train.batch_size = 64 if "video" in stage else 256
+    config.train.batch_size = 256
+    config.train.clip_batch_size = 64
     config.sample.guidance = 3.0
 
     base = f"{RUNS}/pretrain"
@@ -49,7 +50,7 @@ def get_config(stage="image"):
         config.optimizer.warmup_steps = 500
         config.train.steps = 8000
         config.train.ema_decay = 0.999
-    elif stage.startswith("consistency"):
+    elif stage == "consistency":
         config.stage = "consistency"
         config.init.generator = config.init.diffusion = base
         config.objective.consistency.guidance = 3.0
@@ -59,7 +60,8 @@ def get_config(stage="image"):
         config.train.steps = 1500
     else:
         config.stage = "adversarial"
-        config.init.generator = f"{RUNS}/consistency_{stage}"
+        # The paper's order: clips start from the average of the image stage.
+        config.init.generator = f"{RUNS}/consistency" if stage == "image" else f"{RUNS}/image"
         config.init.diffusion = base
         config.objective.adversarial.r1_sigma = 0.05 if stage == "video" else 0.01
         config.objective.adversarial.time_shift = 1.0

@@ -122,7 +122,7 @@ def format_result(result: dict, name: str) -> str:
         label = f"{name}, guidance {entry['guidance']:g}" if "guidance" in entry else name
         body.append(row(label + (" (best)" if "sweep" in result and entry is best else ""), entry))
     lines = [lay_out(headings, body), "",
-             f"Floor: halves of {floor_['n']:,} and {floor_['n_reference']:,}; "
+             "Floor: halves of {:,} and {:,}; ".format(*floor_["halves"]) +
              f"{best['dim']} dimensions, projection {best['projection'][:12]}."]
     if "held_out" in result:
         kid = result["held_out"]

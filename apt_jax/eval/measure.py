@@ -127,10 +127,10 @@ def measure(frames: np.ndarray, reference: Reference, extract=None, label: str =
 def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
     """Real against real: FD between two random disjoint halves, the mean over `splits` splits.
 
-    Returns {"fd", "fd_low", "fd_high" (smallest and largest split), "sharpness", "n" (of a half),
-    "n_reference" (of the other), "frames", "dim", "projection"} and "fd_motion" for clips. Clips
-    are split whole. Halves are smaller than the sets that samples are measured with, and an FD's
-    bias falls with n: the floor of equal sizes would be a little lower.
+    Returns {"fd", "fd_low", "fd_high" (smallest and largest split), "sharpness", "n" (real samples
+    in both halves), "halves" (their sizes), "splits", "frames", "dim", "projection"} and
+    "fd_motion" for clips. Clips are split whole. Halves are smaller than the sets that samples are
+    measured with, and an FD's bias falls with n: the floor of equal sizes would be a little lower.
     """
     rng = np.random.default_rng(seed)
     total = len(reference.features)
@@ -148,7 +148,7 @@ def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
     result = {
         "fd": float(np.mean(distances)), "fd_low": min(distances), "fd_high": max(distances),
         "sharpness": reference.sharpness, "sharpness_ratio": 1.0,
-        "n": half, "n_reference": total - half, "splits": splits,
+        "n": total, "halves": [half, total - half], "splits": splits,
         "frames": reference.frames.shape[1], "dim": reference.projection.dim,
         "projection": reference.hash,
     }

@@ -145,8 +145,9 @@ def _method(study: Study) -> str:
     floors = []
     for kind, name in KINDS.items():
         floor = (study.summary.get(kind) or {}).get("floor") or {}
-        if "n" in floor and "n_reference" in floor:
-            floors.append(f"{name.lower()} {floor['n']:,} against {floor['n_reference']:,}")
+        if "halves" in floor:
+            one, other = floor["halves"]
+            floors.append(f"{name.lower()} {one:,} against {other:,}")
     halves = f" (here {'; '.join(floors)})" if floors else ""
     return f"""
 <p><b>FD-MobileNetV2</b> is the Fréchet distance between Gaussians fitted to ImageNet MobileNetV2

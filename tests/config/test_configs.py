@@ -12,8 +12,8 @@ from apt_jax.models.presets import make_discriminator, make_generator
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {
-    "demo_consistency": (":image", ":video"),
-    "emoji_64": (":pretrain", ":consistency_image", ":image", ":consistency_video", ":video"),
+    "emoji_64": (":pretrain", ":consistency", ":image", ":video"),
+    **{f"demo_{stage}": ("", ":long") for stage in ("pretrain", "consistency", "image", "video")},
 }
 FILES = sorted(p for p in CONFIGS.glob("*.py") if not p.stem.endswith("_common"))
 ALL = [str(p) + argument for p in FILES for argument in ARGUMENTS.get(p.stem, ("",))]
@@ -33,7 +33,7 @@ def test_the_issues_configs_are_there():
 def test_loads_validates_and_takes_overrides(path):
     config = validate(load_config(path, ["--config.optimizer.learning_rate=1e-7"]))
     assert config.optimizer.learning_rate == 1e-7 and config.is_locked
-    assert config.name == short(path).replace(".py", "").replace(":", "_")
+    assert config.name == short(path).replace(".py", "").removesuffix(":long").replace(":", "_")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -44,9 +44,9 @@ def test_opens_with_its_command_cost_and_outcome(path):
 
 
 def test_a_wrong_argument_names_the_right_ones():
-    with pytest.raises(UserError, match="pretrain, consistency_image, image"):
+    with pytest.raises(UserError, match="pretrain, consistency, image"):
         load_config(f"{CONFIGS / 'emoji_64.py'}:imag")
-    with pytest.raises(UserError, match=":image or :video"):
+    with pytest.raises(UserError, match="short or long"):
         load_config(f"{CONFIGS / 'demo_consistency.py'}:audio")
 
 

@@ -79,7 +79,7 @@ def test_frozen_clips_raise_only_the_motion_distance(clips):
 
 def test_floor_is_small_and_reproducible(images):
     first, again = floor(images), floor(images)
-    assert first == again and first["n"] == 48 and first["n_reference"] == 48
+    assert first == again and first["n"] == 96 and first["halves"] == [48, 48]
     assert 0 < first["fd_low"] <= first["fd"] <= first["fd_high"]
     assert first["fd"] < measure(_blur(images.frames, 2), images)["fd"]
 
