@@ -107,9 +107,7 @@ class Progress:
               + (f", {self._note}" if self._note else ""), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
-        """A line of its own that does not tear the bar."""
-        if not self._shows:
-            return
+        """A line of its own that does not tear the bar; also where no progress is shown."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,9 +86,12 @@ class _Run:
         if self.progress is not None:
             self.progress.say(text)
         else:
-            import sys
-
             print(text, file=sys.stderr, flush=True)
+
+    def tell(self, text: str) -> None:
+        """A line that only informs."""
+        if not self.quiet:
+            self.say(text)
 
     def close(self) -> None:
         if self.progress is not None:
@@ -104,7 +108,7 @@ class _Run:
         if self.first:
             write_run_files(self.workdir, config)
         if step >= total:
-            self.say(f"{config.name}: already trained for {step} steps")
+            self.tell(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)
         dataset = _open(config) if dataset is None else dataset
         frozen = frozen_inputs(config, self.setup, dataset.negative_text, dataset.negative_mask,
@@ -112,7 +116,7 @@ class _Run:
         state = restored.state if restored else init_state(config, self.setup)
         restored = None
         if step:
-            self.say(f"{config.name}: going on from step {step}")
+            self.tell(f"{config.name}: going on from step {step}")
         update = build_update(config, self.setup.nets, self.setup.optimizers, self.mesh,
                               self.setup.shardings)
         self.log = MetricLog(self.workdir, step, writes=self.first)

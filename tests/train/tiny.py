@@ -40,3 +40,24 @@ def tiny_batch(batch_size: int = 8, seed: int = 0, padded: int = 0) -> dict[str,
     return {"x": rng.uniform(-1, 1, (batch_size, 1, PIXELS, PIXELS, 3)).astype(np.float32),
             "text": text * text_mask[..., None], "text_mask": text_mask, "loss_mask": mask,
             "index": np.arange(batch_size, dtype=np.int32)}
+
+
+def emoji_config(stage: str = "pretrain", **overrides):
+    """`tiny_config` on the bundled emoji at 4 px, checkpoints every 2 of 4 updates."""
+    real = {"model__text_width": 384, "data__max_text_tokens": 6, "train__checkpoint_every": 2,
+            "data__threads": 0, "optimizer__learning_rate": 1e-3}
+    return tiny_config(stage, **{**real, **overrides})
+
+
+def random_weights(folder, seed: int = 0):
+    """A weights folder for `emoji_config` with nothing left at zero; returns its path as text."""
+    import jax
+
+    from apt_jax.models.presets import make_generator
+    from apt_jax.weights import save_generator
+
+    config = emoji_config()
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda s: (0.1 * rng.normal(size=s.shape)).astype(np.float32),
+                          make_generator(config.model).abstract())
+    return str(save_generator(folder, config.model, params))

@@ -1,0 +1,203 @@
+"""Whole runs of the loop on the bundled data, in this process."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import emoji_config, random_weights
+
+from apt_jax.errors import UserError
+from apt_jax.parallel.mesh import make_mesh
+from apt_jax.train.checkpoint import Checkpoints
+from apt_jax.train.loop import train
+from apt_jax.train.state import set_up
+from apt_jax.weights import export_run, load_generator
+
+
+def final_state(workdir, config):
+    """The newest checkpoint's state as numpy."""
+    checkpoints = Checkpoints(workdir, config)
+    try:
+        restored = checkpoints.restore(set_up(config, make_mesh(config.mesh)).abstract)
+        return jax.tree.map(np.array, restored.state)
+    finally:
+        checkpoints.close()
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def logged(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    """{step: metrics without the clock}."""
+    return {line["step"]: {k: v for k, v in line.items() if k != "seconds"}
+            for line in logged(workdir)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of four updates; (folder, config, its final state)."""
+    folder, config = tmp_path_factory.mktemp("whole"), emoji_config(train__log_every=1)
+    summary = train(config, folder, quiet=True)
+    assert summary["status"] == "complete" and summary["step"] == 4
+    assert summary["metrics"]["loss"] > 0
+    return folder, config, final_state(folder, config)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """That run in a folder of the test's own."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    return folder
+
+
+def test_a_run_folder_holds_everything(whole):
+    folder, config, state = whole
+    assert json.loads((folder / "config.json").read_text())["stage"] == "pretrain"
+    assert "jax" in json.loads((folder / "versions.json").read_text())["packages"]
+    assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4]
+    assert {"loss", "gradient_norm", "flow_loss", "seconds"} <= set(logged(folder)[0])
+    assert list((folder / "tensorboard").iterdir())
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()
+                  if p.name.isdigit()) == ["2", "4"]
+    assert state["step"] == 4
+    sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+    assert max(sizes) < 16 * 2**20
+
+
+def test_a_resumed_run_equals_the_undisturbed_one(whole, tmp_path):
+    """Mistake 6 of method.md: step, optimiser state, key and data position all come back."""
+    _, config, want = whole
+    half = emoji_config(train__log_every=1, train__steps=2)
+    train(half, tmp_path, quiet=True)
+    before = final_state(tmp_path, half)
+    assert before["step"] == 2
+    moments = jax.tree.leaves(before["generator_opt"])
+    assert any(np.abs(m).max() > 0 for m in moments)
+    train(config, tmp_path, quiet=True)
+    assert_same(final_state(tmp_path, config), want)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_finished_run_returns_at_once(copy, whole, capsys):
+    summary = train(whole[1], copy)
+    assert (summary["status"], summary["step"]) == ("complete", 4)
+    assert "already trained" in capsys.readouterr().err
+
+
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(copy, whole, capsys):
+    for path in (copy / "checkpoints" / "4" / "state" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for path in (copy / "checkpoints" / "4" / "state").glob("ocdbt*/d/*"):
+        path.write_bytes(b"")
+    model, params = load_generator(copy, "raw")  # of step 2
+    assert model.width == 16 and np.isfinite(jax.tree.leaves(params)[0]).all()
+    train(whole[1], copy, quiet=True)
+    said = capsys.readouterr().err
+    assert "checkpoint 4 cannot be read" in said and "from step 2" in said
+    assert (copy / "broken_checkpoints" / "4").is_dir()
+    assert_same(final_state(copy, whole[1]), whole[2])
+    assert losses(copy) == losses(whole[0])
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_new_start(copy, whole):
+    for step in ("2", "4"):
+        shutil.rmtree(copy / "checkpoints" / step / "state")
+    with pytest.raises(UserError, match="none of the checkpoints .* can be read"):
+        train(whole[1], copy, quiet=True)
+    assert (copy / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    ({"model__mlp_ratio": 4}, r"model.mlp_ratio = 2\.0 there, 4\.0 here"),
+    ({"optimizer__name": "adamw"}, "optimizer.name = 'rmsprop' there, 'adamw' here"),
+    ({"stage": "consistency", "init__diffusion": "bundled:base"},
+     "stage = 'pretrain' there, 'consistency' here"),
+])
+def test_a_checkpoint_of_another_config_is_refused_by_name(copy, overrides, says):
+    with pytest.raises(UserError, match=says) as error:
+        train(emoji_config(**{"stage": "pretrain", **overrides}), copy, quiet=True)
+    assert "\n" not in str(error.value)
+    assert json.loads((copy / "config.json").read_text())["model"]["mlp_ratio"] == 2
+
+
+def test_another_batch_size_is_allowed_with_a_warning(copy, capsys):
+    config = emoji_config(train__batch_size=16, train__steps=4)
+    train(config, copy, quiet=True)
+    assert "train.batch_size = 8 there, 16 here" in capsys.readouterr().err
+
+
+def test_a_non_finite_update_stops_and_is_not_saved(copy):
+    config = emoji_config(train__steps=8, train__log_every=1, optimizer__learning_rate=3e38)
+    with pytest.raises(UserError) as error:
+        train(config, copy, quiet=True)
+    for part in ("step 5", "checkpoint is step 4", "learning_rate"):
+        assert part in str(error.value)
+    kept = sorted(p.name for p in (copy / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == ["2", "4"]
+    assert [line["step"] for line in logged(copy)] == [1, 2, 3, 4]
+
+
+class NoEncoder:
+    """The text encoder where its weights are not installed."""
+
+    width = 384
+
+    def __init__(self):
+        raise UserError("no text encoder here")
+
+
+def test_the_stages_follow_each_other(whole, tmp_path, capsys, monkeypatch):
+    """Consistency from the pre-training run, then APT from both, with pictures of clips."""
+    monkeypatch.setattr("apt_jax.data.captions.TextEncoder", NoEncoder)
+    base, consistency = str(whole[0]), tmp_path / "consistency"
+    train(emoji_config("consistency", train__steps=2, init__diffusion=base,
+                       train__sample_every=2, train__sample_prompts=("no such caption",)),
+          consistency, quiet=True)
+    said = capsys.readouterr().err
+    assert "no such caption" in said and "no text encoder here" in said
+    with Image.open(consistency / "samples" / "step_000002.png") as picture:
+        assert min(picture.size) >= 90
+    _, teacher = load_generator(base, "ema")
+    _, student = load_generator(consistency, "raw")
+    assert any((a != b).any() for a, b in zip(
+        jax.tree.leaves(teacher), jax.tree.leaves(student), strict=True))
+
+    clips = emoji_config("adversarial", train__steps=2, init__diffusion=base,
+                         init__generator=str(consistency), data__frames=(2,),
+                         train__sample_every=2, train__log_every=2)
+    summary = train(clips, tmp_path / "clips", quiet=True)
+    assert {"discriminator/loss", "generator/loss", "discriminator/r1"} <= set(summary["metrics"])
+    with Image.open(tmp_path / "clips" / "samples" / "step_000002.webp") as picture:
+        assert picture.n_frames == 2
+
+
+def test_d_starts_from_the_diffusion_weights_and_g_from_its_own(tmp_path):
+    from apt_jax.train.state import init_state
+
+    diffusion = random_weights(tmp_path / "diffusion", 1)
+    distilled = random_weights(tmp_path / "distilled", 2)
+    config = emoji_config("adversarial", init__diffusion=diffusion, init__generator=distilled)
+    state = init_state(config, set_up(config, make_mesh(config.mesh)))
+    _, d, g = None, load_generator(diffusion)[1], load_generator(distilled)[1]
+    assert_same(jax.tree.map(np.array, state["discriminator"]["backbone"]), d["backbone"])
+    assert_same(jax.tree.map(np.array, state["generator"]), g)
+    assert_same(jax.tree.map(np.array, state["generator_ema"]), g)
+
+
+def test_an_exported_run_is_the_same_generator(whole, tmp_path):
+    export_run(whole[0], tmp_path / "out", card={"made_by": "a test"})
+    model, params = load_generator(tmp_path / "out")
+    assert_same(params, jax.tree.map(np.asarray, whole[2]["generator_ema"]))
+    card = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert card["made_by"] == "a test" and card["data"]["height"] == 4
+    assert model.rope_axes == (2, 2, 4)
