@@ -111,6 +111,7 @@ class _Run:
             self.tell(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)
         dataset = _open(config) if dataset is None else dataset
+        check_data(config, dataset)
         frozen = frozen_inputs(config, self.setup, dataset.negative_text, dataset.negative_mask,
                                replicated(self.mesh))
         state = restored.state if restored else init_state(config, self.setup)
@@ -204,6 +205,21 @@ class _Run:
     def _summary(self, status: str, step: int, seconds: float) -> dict[str, Any]:
         return {"status": status, "step": step, "seconds": round(seconds, 3),
                 "workdir": str(self.workdir), "metrics": dict(self.metrics)}
+
+
+def check_data(config: Any, dataset: Any) -> None:
+    """UserError where the data set's samples do not fit the model."""
+    model = config.model
+    if dataset.text_width != model.text_width:
+        raise UserError(f"the captions of {config.data.path} have states of width "
+                        f"{dataset.text_width}; set model.text_width = {dataset.text_width} "
+                        f"(it is {model.text_width})")
+    for shape in dataset.shapes:
+        sizes = (shape.frames, shape.height, shape.width)
+        if any(size % patch for size, patch in zip(sizes, model.patch, strict=True)):
+            raise UserError(f"samples of {sizes} frames, rows, columns are no multiple of "
+                            f"model.patch = {tuple(model.patch)}; set data.height and data.width, "
+                            "or another patch")
 
 
 def _open(config: Any) -> Any:
