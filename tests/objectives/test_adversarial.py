@@ -174,7 +174,7 @@ def test_mistake_2_clean_samples_and_the_same_time(variant):
         eps = (perturbed.x - x) / config["r1_sigma"]
         assert abs(eps.mean()) < 0.06 and abs(eps.std() - 1) < 0.06
         assert abs((eps * x).mean()) < 0.06  # independent of the sample, every sample its own
-        assert np.abs(np.corrcoef(eps.reshape(size, -1)[:6])  - np.eye(6)).max() < 0.99
+        assert np.abs(np.corrcoef(eps.reshape(size, -1)[:6]) - np.eye(6)).max() < 0.99
     assert abs(g_call.x.mean()) < 0.06 and abs(g_call.x.std() - 1) < 0.06  # z, not the perturbation
     assert (real.t != unreal.t).mean() > 0.99  # our choice: they draw their t separately
     assert abs(np.corrcoef(real.t, unreal.t)[0, 1]) < 0.15

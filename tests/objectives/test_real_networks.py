@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from apt_jax.diffusion.interpolation import noise_like  # noqa: E402
 from apt_jax.diffusion.samplers import one_step  # noqa: E402
 from apt_jax.objectives import Nets, adversarial  # noqa: E402
 
-G_NET, D_NET = mmdit(SIZES), discriminator(SIZES, (2, 4))
+G_NET, D_NET = mmdit(SIZES), discriminator(dataclasses.replace(SIZES, depth=2), (2,))
 NETS = Nets(G_NET, D_NET)
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -46,7 +47,7 @@ def test_mistake_1_generator_learns_through_the_whole_discriminator(params):
         lambda p: adversarial.generator_loss(p, {"discriminator": d}, BATCH, KEYS, NETS, CONFIG)[0].sum()
     ))(g)
 
-    # The noise is found by asking the objective's own generator with a network that returns 0.
+    # The noise z belongs to the first of the three keys that each sample's key is split into.
     fake_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(KEYS)[0]
     z = noise_like(fake_keys, BATCH["x"].shape[1:])
 
