@@ -229,6 +229,17 @@ def test_makefile_and_scripts():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_what_make_demo_writes_is_ignored_by_git():
+    written = ["runs/demo/summary.json", ".venv/bin/python", ".venv-3.13/bin/python",
+               "apt_jax.egg-info/PKG-INFO", "configs/__pycache__/demo_common.cpython-313.pyc",
+               ".pytest_cache/README.md", ".hypothesis/examples"]
+    done = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, capture_output=True,
+                          text=True)
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.stdout.split() == written
+
+
 def venv(python: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / "launch" / "venv.sh", python, folder, "demo"],
                           capture_output=True, text=True)
