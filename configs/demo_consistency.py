@@ -17,10 +17,11 @@ def get_config(length="short"):
     config.data.frames = (1, 4)
     config.init.generator = "bundled:base"
     config.init.diffusion = "bundled:base"
+    config.objective.consistency.steps = 16 if length == "short" else 32
     config.objective.consistency.guidance = 3.0
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.weight_decay = 0.01
-    config.train.steps = 400 if length == "short" else 8000
+    config.train.steps = 700 if length == "short" else 8000
     config.train.ema_decay = 0.99 if length == "short" else 0.999
     return config

@@ -21,5 +21,6 @@ def get_config(length="short"):
     config.objective.adversarial.r1_sigma = 0.01
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.steps = 350 if length == "short" else 6000
+    config.train.batch_size, config.train.accumulate = 32, 2
+    config.train.steps = 700 if length == "short" else 6000
     return config

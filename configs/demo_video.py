@@ -23,5 +23,5 @@ def get_config(length="short"):
     config.objective.adversarial.time_shift = 12.0
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.steps = 200 if length == "short" else 4000
+    config.train.steps = 220 if length == "short" else 4000
     return config
