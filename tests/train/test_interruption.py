@@ -39,7 +39,7 @@ def start(weights, workdir, *overrides):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_step(process, workdir, step, seconds=180):
+def wait_for_step(process, workdir, step, seconds=900):
     """Returns once metrics.jsonl tells of `step`."""
     end, path = time.monotonic() + seconds, workdir / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= step):
@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(weights, undisturbed, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     process = start(weights, tmp_path)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
     print("pauses", pauses)  # shown if one of these fails
     assert_same(final_state(tmp_path, get_config(weights)), undisturbed[1])
@@ -76,7 +76,7 @@ def test_sigterm_saves_the_step_and_leaves_cleanly(weights, tmp_path):
                     "--config.train.checkpoint_every=100000")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
     last = logged(tmp_path)[-1]["step"]
     assert f"SIGTERM: saved step {last} of 100000" in said
