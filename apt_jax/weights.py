@@ -125,7 +125,7 @@ def load_generator(path: str | Path, which: str = "ema"
 
 
 def generator_card(path: str | Path) -> dict[str, Any]:
-    """What a weights folder (or bundled weights) says of itself; {} for a run, which has no card."""
+    """What a weights folder (or bundled weights) says of itself; {} for a run, without card."""
     text = str(path)
     folder = (resources.files("apt_jax") / "assets" / text.removeprefix(BUNDLED)
               if text.startswith(BUNDLED) else Path(path))
@@ -150,7 +150,8 @@ def _read_card(folder: Any) -> dict[str, Any]:
         raise UserError(f"{folder} has no readable {CONFIG_FILE}; copy it from where the weights "
                         "came from") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error}); copy it again") from None
+        raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error}); copy it "
+                        "again") from None
 
 
 def _load_folder(folder: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:

@@ -59,7 +59,7 @@ def generator_optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimiser of D: heads at the full rate, the backbone trained, frozen or at its own rate."""
+    """D's optimiser: heads at the full rate, the backbone trained, frozen or at its own rate."""
     rate = config.optimizer.discriminator_learning_rate or config.optimizer.learning_rate
     mode = config.discriminator.backbone
     if mode == "train":

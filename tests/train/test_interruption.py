@@ -31,12 +31,24 @@ def undisturbed(weights, tmp_path_factory):
     return folder, final_state(folder, config)
 
 
-def start(weights, workdir, *overrides):
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "apt_jax", "train", "--config", f"{HERE}/run_tiny.py:{weights}",
-               "--workdir", str(workdir), "--quiet", *overrides]
-    return subprocess.Popen(command, cwd=HERE.parents[1], env=dict(os.environ),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(weights, tmp_path):
+    """Starts the command line in a process of its own; none outlives the test."""
+    begun = []
+
+    def start(*overrides):
+        command = [sys.executable, "-m", "apt_jax", "train", "--config",
+                   f"{HERE}/run_tiny.py:{weights}", "--workdir", str(tmp_path), "--quiet",
+                   *overrides]
+        begun.append(subprocess.Popen(command, cwd=HERE.parents[1], env=dict(os.environ),
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def wait_for_step(process, workdir, step, seconds=900):
@@ -48,20 +60,18 @@ def wait_for_step(process, workdir, step, seconds=900):
         time.sleep(0.01)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(weights, undisturbed, tmp_path):
-    """SIGKILL at two random moments; the same command each time."""
-    moments = random.Random(int(time.time()))
-    pauses = moments.uniform(0, 0.5), moments.uniform(0, 0.5)
-    for step, pause in zip((4, 8), pauses, strict=True):
-        process = start(weights, tmp_path)
-        wait_for_step(process, tmp_path, step)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    process = start(weights, tmp_path)
+def test_a_killed_run_goes_on_to_the_same_bits(start, weights, undisturbed, tmp_path):
+    """SIGKILL at a random moment, then the same command again."""
+    step, pause = random.randint(1, 9), random.uniform(0, 0.5)
+    print(f"killed {pause} s after step {step}")  # shown if the test fails
+    process = start()
+    wait_for_step(process, tmp_path, step)
+    time.sleep(pause)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    process = start()
     _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
-    print("pauses", pauses)  # shown if one of these fails
     assert_same(final_state(tmp_path, get_config(weights)), undisturbed[1])
     assert losses(tmp_path) == losses(undisturbed[0])
     assert [line["step"] for line in logged(tmp_path)] == list(range(1, 13))
@@ -70,9 +80,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(weights, undisturbed, tmp_path):
         assert (tmp_path / name).read_bytes() == (undisturbed[0] / name).read_bytes()
 
 
-def test_sigterm_saves_the_step_and_leaves_cleanly(weights, tmp_path):
-    more = "--config.train.steps=100000"
-    process = start(weights, tmp_path, more, "--config.train.sample_every=0",
+def test_sigterm_saves_the_step_and_leaves_cleanly(start, weights, tmp_path):
+    process = start("--config.train.steps=100000", "--config.train.sample_every=0",
                     "--config.train.checkpoint_every=100000")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
