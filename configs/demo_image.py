@@ -3,7 +3,7 @@
     apt-jax train --config configs/demo_consistency.py --workdir runs/consistency
     apt-jax train --config configs/demo_image.py --workdir runs/image
 
-Cost: an update (one D and one G step) takes about a second on two cores. Gives: a one-step
+Cost: an update (one D and one G step on 32 images) takes 0.45 s on two cores. Gives: a one-step
 generator whose samples are sharp where those of the consistency model are blurred. `make demo` runs
 and measures it.
 """
@@ -18,7 +18,9 @@ def get_config(length="short"):
     config.init.generator = "runs/consistency"
     config.init.diffusion = "bundled:base"
     config.objective.adversarial.r1_weight = 100.0
-    config.objective.adversarial.r1_sigma = 0.01
+    # The paper has 0.01 in its latents. In these pixels, with 700 updates, 0.01 let D run ahead
+    # (FD 163, gradients a hundred times larger) and 0.02 gave FD 147; docs/tuning.md.
+    config.objective.adversarial.r1_sigma = 0.02
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
     config.train.batch_size, config.train.accumulate = 32, 2
