@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"image": 1, "video": 4}  # kind -> frames of a sample
 # Where a base model's card names no best guidance (a base trained just now), these are tried.
-GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
+GUIDANCE = (2.0, 3.0, 4.0)
 TWO_STEP_TIMES = (0.25, 0.5, 0.75)
 COUNT = {"image": 0, "video": 0}  # 0: one sample for every training caption
 
