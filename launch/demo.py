@@ -122,6 +122,28 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int) -> tupl
     return entries, facts
 
 
+def write_pictures(workdir: Path) -> None:
+    """image.png and video.webp: a column per caption, a row per model, labelled on the left."""
+    import numpy as np
+
+    from apt_jax import media
+    from apt_jax.eval.samples import load_samples
+
+    rows = {"data": "real", "diffusion_25": "diffusion 25", "consistency_1": "consistency 1",
+            "apt_1": "APT 1 step", "apt_2": "APT 2 steps"}
+    for kind, frames in KINDS.items():
+        sets = {name: load_samples(workdir / "samples" / kind / f"{name}.npz") for name in rows}
+        captions = sets["apt_1"].captions
+        chosen = np.linspace(0, len(captions) - 1, 12).round().astype(int)  # spread, not picked
+        clips = np.concatenate([sets[name].frames[chosen] for name in rows])
+        labels = [f"{rows[name] if i == 0 else ''}" for name in rows for i in range(len(chosen))]
+        sheet = media.clip_grid(clips, columns=len(chosen), labels=labels, size=80)
+        if frames == 1:
+            media.save_png(workdir / "image.png", sheet[0])
+        else:
+            media.save_webp(workdir / "video.webp", sheet, fps=4)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,6 +191,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         summary |= {"data": facts, "seed": args.seed, "seconds": seconds,
                     "memory_gib": round(peak, 2), "base": "pretrain" if args.pretrain else base}
         _write(summary_file, summary)
+        write_pictures(workdir)
         write_report(workdir)
         _write(recipe_file, recipe)
     print()
