@@ -97,7 +97,7 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int) -> tupl
         results = []
         for trial in trials:
             samples, used = evaluate.draw(generator, split, COUNT[kind], f"{kind} {name}",
-                                          mode=mode, seed=seed, **trial)
+                                          mode=mode, seed=seed, batch=64 // KINDS[kind], **trial)
             result = measure(samples.frames, reference, extract)
             result["seconds"] = used["sampling_seconds"]
             result |= {key: used[key] for key in ("guidance", "steps", "time") if key in used}

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from apt_jax.config import config_from_json
 from apt_jax.errors import UserError
 from apt_jax.eval.samples import SampleSet, load_samples
 
@@ -155,10 +156,13 @@ def _read_samples(study: Study, kind: str) -> None:
 def _read_run(study: Study, path: Path) -> Run:
     name = str(path.parent.relative_to(study.directory))
     documents = []
-    for file in ("config.json", "versions.json"):
+    # A run writes its tuples in a form of its own; config_from_json reads that and plain JSON.
+    readers = {"config.json": lambda text: config_from_json(text).to_dict(),
+               "versions.json": json.loads}
+    for file, read in readers.items():
         try:
-            documents.append(json.loads((path.parent / file).read_text()))
-        except (OSError, ValueError):
+            documents.append(read((path.parent / file).read_text()))
+        except (OSError, ValueError, UserError):
             documents.append({})
             study.missing.append(f"{name}: {file} is missing or damaged")
     metrics, damaged = [], 0
