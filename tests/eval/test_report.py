@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from apt_jax.config import base_config, save_json
 from apt_jax.errors import UserError
 from apt_jax.eval import curves
 from apt_jax.eval.curves import Series, line_plot, nice_ticks
@@ -40,7 +41,9 @@ def study(tmp_path):
                          [f"thing {i} <b>" for i in range(6)])
     run = tmp_path / "image"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"stage": "adversarial", "data": {"frames": [1]}}))
+    config = base_config()
+    config.stage, config.data.frames = "adversarial", (1,)
+    save_json(config, run / "config.json")  # as a run writes it, tuples and all
     (run / "versions.json").write_text('{"jax": "1.2.3"}')
     (run / "metrics.jsonl").write_text("".join(json.dumps({
         "step": s, "discriminator/d_loss": 1.4 - s / 100, "generator/g_loss": 0.7,
