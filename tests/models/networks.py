@@ -43,8 +43,8 @@ def random_params(net: Network, seed: int = 0):
     return jax.tree_util.tree_map_with_path(draw, net.abstract())
 
 
-def random_batch(config: MMDiTConfig, grid=(2, 2, 3), batch: int = 2, length: int = 4, seed: int = 0):
-    """x, t, text, text_mask: a clip on a grid that is not square, the last text token masked in 0."""
+def random_batch(config: MMDiTConfig, grid=(2, 2, 3), batch=2, length=4, seed=0):
+    """x, t, text, text_mask: a clip on a grid that is not square; sample 0's last token masked."""
     rng = np.random.default_rng(seed)
     shape = tuple(g * p for g, p in zip(grid, config.patch))
     mask = np.ones((batch, length), bool)

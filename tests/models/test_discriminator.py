@@ -71,8 +71,8 @@ def gelu(x):
 
 
 def head_by_hand(p, tokens, heads):
-    """One learnable query token; pre-RMSNorm of the visual tokens; Q, K, V with QK RMSNorm; attention;
-    output projection, residual; norm, linear, GELU, linear, residual. tokens [N, D], float64."""
+    """One learnable query token; pre-RMSNorm of the visual tokens; Q, K, V with QK RMSNorm;
+    attention; output projection, residual; norm, linear, GELU, linear, residual. tokens [N, D]."""
     linear = lambda layer, x: x @ p[layer]["kernel"] + p[layer]["bias"]  # noqa: E731
     n, d = tokens.shape
     size = d // heads
@@ -103,7 +103,7 @@ def test_the_head_by_hand(heads):
 
 
 def test_logit_from_the_tapped_tokens_by_hand(apply):
-    """Heads see the visual tokens after blocks 1, 3, 4; concatenated in that order, layer norm, linear."""
+    """Heads see the visual tokens after blocks 1, 3, 4; joined in order, layer norm, linear."""
     backbone = Network.build(lambda rngs: Backbone(TINY, rngs=rngs))
     _, tapped, _ = jax.jit(lambda p, *b: backbone(p, *b, taps=TAPS))(PARAMS["backbone"], *BATCH)
     exact = jax.tree.map(lambda p: np.asarray(p, np.float64), PARAMS)
@@ -149,7 +149,8 @@ def test_other_widths_or_too_few_blocks_raise():
         net = discriminator(wrong, (1, wrong.depth))
         with pytest.raises(ValueError, match="cannot start from"):
             jax.eval_shape(
-                lambda d, net=net: discriminator_from_diffusion(d, net, jax.random.key(0)), diffusion
+                lambda d, net=net: discriminator_from_diffusion(d, net, jax.random.key(0)),
+                diffusion,
             )
 
 
@@ -185,7 +186,7 @@ def test_gradient_reaches_every_parameter_and_the_sample(value_and_gradient):
 
 
 def test_gradient_equals_a_finite_difference_along_random_directions(value_and_gradient):
-    """No part of it is cut: a partial stop_gradient anywhere would change the directional derivative."""
+    """No part of it is cut: a stop_gradient anywhere would change the directional derivative."""
     x = BATCH[0]
     _, gradient = value_and_gradient(PARAMS, x)
     for seed in range(3):
@@ -195,7 +196,9 @@ def test_gradient_equals_a_finite_difference_along_random_directions(value_and_g
         )
         h = 2e-3
         up, down = (
-            value_and_gradient(*jax.tree.map(lambda p, d: p + s * d, (PARAMS, x), direction))[0]  # noqa: B023
+            value_and_gradient(
+                *jax.tree.map(lambda p, d: p + s * d, (PARAMS, x), direction)  # noqa: B023
+            )[0]
             for s in (h, -h)
         )
         slope = sum(

@@ -1,4 +1,4 @@
-"""The MMDiT equals diffusers' QwenImageTransformer2DModel: from committed files and, with torch, live."""
+"""The MMDiT equals diffusers' QwenImageTransformer2DModel: from files and, with torch, live."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -32,10 +33,7 @@ def our_config(case: dict, **changes) -> MMDiTConfig:
 
 def check_shapes(params, net):
     """The converted tree is exactly ours, and float32."""
-    jax.tree.map(
-        lambda a, s: (np.testing.assert_equal(a.shape, s.shape), np.testing.assert_equal(a.dtype, s.dtype)),
-        params, net.abstract(),
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, net.abstract())
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda p: p.stem.removeprefix("qwen_image_"))
@@ -89,7 +87,7 @@ LIVE = [
 
 @pytest.mark.parametrize("sizes", LIVE, ids=["image", "clip", "wide_heads"])
 def test_equals_the_live_reference(sizes):
-    reason = "needs torch and diffusers (a CPU build of torch 2.13.0 for this Python is not at hand)"
+    reason = "needs torch and diffusers; no CPU build of torch 2.13.0 at hand for this Python"
     pytest.importorskip("torch", reason=reason)
     pytest.importorskip("diffusers", reason=reason)
     sys.path.insert(0, str(FIXTURES))
@@ -123,7 +121,9 @@ def test_small_differences_would_show(change):
         f, h, w = config.rope_axes
         change = {"rope_axes": (f, w, h)}
     net = mmdit(dataclasses.replace(config, **change))
-    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    weights = {
+        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+    }
     inputs = [tensors[f"inputs.{k}"] for k in ("x", "t", "text", "text_mask")]
     v = jax.jit(net)(from_reference(weights, case["depth"]), *inputs)
     assert relative_error(v, tensors["output"]) > 10 * TOLERANCE

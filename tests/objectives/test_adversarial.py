@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toys import (
     ADVERSARIAL, NETS, SHAPE, Recorder, check_gradient, discriminate, make_batch, make_keys,
-    parameters, softplus, sum_of, velocity,
+    parameters, part_of, softplus, sum_of, velocity,
 )
 
 from apt_jax.objectives import Nets, adversarial
@@ -21,7 +21,9 @@ VARIANTS = {
     "r1": {},
     "r1_video": {"r1_sigma": 0.1, "time_shift": 12.0},
     "r1_exact": {"r1_mode": "exact", "r1_sigma": 0.1},
-    "relativistic_r1_r2": {"loss": "relativistic", "r2": True, "r1_weight": 1000.0, "r1_sigma": 0.1},
+    "relativistic_r1_r2": {
+        "loss": "relativistic", "r2": True, "r1_weight": 1000.0, "r1_sigma": 0.1,
+    },
     "r2_only": {"r1": False, "r2": True},
     "fixed_time": {"fixed_time": 0.0},
 }
@@ -62,7 +64,11 @@ def logit(call, batch):
 def input_gradient(x, t, batch, h=1e-6):
     """grad_x D in numpy by central differences, [B, pixels]."""
     flat, columns = x.reshape(len(x), -1), []
-    ask = lambda f: discriminate(D, f.reshape(x.shape), t, batch["text"], batch["text_mask"], xp=np)  # noqa: E731
+
+    def ask(flat):
+        sample = flat.reshape(x.shape)
+        return discriminate(D, sample, t, batch["text"], batch["text_mask"], xp=np)
+
     for i in range(flat.shape[1]):
         step = np.zeros_like(flat)
         step[:, i] = h
@@ -144,7 +150,7 @@ def test_generator_gradient_in_float64(x64, variant):
 
 @pytest.mark.parametrize("variant", ["r1", "r1_video", "relativistic_r1_r2"])
 def test_mistake_2_clean_samples_and_the_same_time(variant):
-    """Real: the batch itself. Perturbed: x + sigma eps, at the same t. Fake: G's sample, its own t."""
+    """Real: the batch itself. Perturbed: x + sigma eps, at the same t. Fake: its own t."""
     size, config = 512, config_of(variant)
     single = functools.partial(jax.tree.map, np.float32)
     batch, recorder = make_batch(size, dtype=np.float32), Recorder()
@@ -152,7 +158,8 @@ def test_mistake_2_clean_samples_and_the_same_time(variant):
         single(D), {"generator": single(G)}, batch, make_keys(size), recorder.nets, config
     )
     [g_call] = recorder.of("velocity")
-    fake = g_call.x - velocity(single(G), g_call.x, g_call.t, batch["text"], batch["text_mask"], xp=np)
+    v = velocity(single(G), g_call.x, g_call.t, batch["text"], batch["text_mask"], xp=np)
+    fake = g_call.x - v
     calls = recorder.of("discriminate")
     assert len(calls) == 3 + config["r2"]
 
@@ -200,7 +207,8 @@ def drawn(time_shift, fixed_time=-1.0):
         {}, {"discriminator": {}}, batch, make_keys(COUNT, 4), PROBE, config
     )
     np.testing.assert_array_equal(d_aux["r1"], 0)  # the twin's t is the real one's
-    return [np.asarray(a, np.float64) for a in (d_aux["logit_real"], d_aux["logit_fake"], g_aux["g_logit"])]
+    logits = d_aux["logit_real"], d_aux["logit_fake"], g_aux["g_logit"]
+    return [np.asarray(a, np.float64) for a in logits]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["real", "fake", "generator_step"])
@@ -240,6 +248,6 @@ def test_samples_are_independent_and_draws_belong_to_keys(step):
             single(G), {"discriminator": single(D)}, batch, keys, NETS, config)[0]
 
     whole = run(batch, keys)
-    halves = [run(jax.tree.map(lambda a: a[s], batch), keys[s]) for s in (slice(0, 2), slice(2, 4))]  # noqa: B023
+    halves = [run(part_of(batch, s), keys[s]) for s in (slice(0, 2), slice(2, 4))]
     np.testing.assert_allclose(whole, jnp.concatenate(halves), rtol=1e-3, atol=1e-4)
     assert len(np.unique(whole)) == 4

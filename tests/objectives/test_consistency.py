@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import (
     CONSISTENCY, NETS, NULL_MASK, NULL_TEXT, Recorder, check_gradient, make_batch, make_keys,
-    parameters, sum_of, velocity,
+    parameters, part_of, sum_of, velocity,
 )
 
 from apt_jax.diffusion.time_shift import time_grid
@@ -104,7 +104,7 @@ def test_mistake_5_teacher_sees_noisy_data_not_only_noise(many):
 
 
 def test_boundary_f_of_x_at_zero_is_x(x64):
-    """On a grid of one step t_n = 0: the target is x_hat itself, whatever the student says there."""
+    """On a one-step grid t_n = 0: the target is x_hat itself, whatever the student says there."""
     batch, keys = make_batch(), make_keys()
     config = CONSISTENCY | {"steps": 1}
 
@@ -125,14 +125,16 @@ def test_boundary_f_of_x_at_zero_is_x(x64):
 
 
 def test_a_student_that_solves_the_teachers_field_has_no_loss(x64):
-    """Constant velocity: every f(x_t, t) is the same end, so the loss is 0 for the true student only."""
+    """Constant velocity: every f(x_t, t) is the same end, so the true student has no loss."""
     direction = np.linspace(-1, 1, 8).reshape(1, 1, 2, 2, 2)
     field = lambda params, x, *_: params["speed"] * direction + 0 * x  # noqa: E731
     frozen = FROZEN | {"teacher": {"speed": np.float64(2.0)}}
 
     def run(speed):
         student = {"speed": np.float64(speed)}
-        return consistency.loss(student, frozen, make_batch(), make_keys(), Nets(field), CONSISTENCY)[0]
+        return consistency.loss(
+            student, frozen, make_batch(), make_keys(), Nets(field), CONSISTENCY
+        )[0]
 
     np.testing.assert_allclose(run(2.0), 0, atol=1e-12)
     assert (run(1.0) > 1e-6).all()
@@ -174,5 +176,5 @@ def test_samples_are_independent_and_draws_belong_to_keys():
     student = jax.tree.map(np.float32, STUDENT)
     run = jax.jit(lambda b, k: consistency.loss(student, SINGLE, b, k, NETS, CONSISTENCY)[0])
     whole = run(batch, keys)
-    halves = [run(jax.tree.map(lambda a: a[s], batch), keys[s]) for s in (slice(0, 2), slice(2, 4))]  # noqa: B023
+    halves = [run(part_of(batch, s), keys[s]) for s in (slice(0, 2), slice(2, 4))]
     np.testing.assert_allclose(whole, jnp.concatenate(halves), rtol=1e-5)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from toys import (
-    FLOW, NETS, Recorder, check_gradient, make_batch, make_keys, parameters, sum_of, velocity,
+    FLOW, NETS, Recorder, check_gradient, make_batch, make_keys, parameters, part_of, sum_of,
+    velocity,
 )
 
 from apt_jax.objectives import flow_matching
 
 
 def test_value_by_hand(x64):
-    """|| v(x_t, t, c) - (z - x) ||^2, mean over the sample; z is worked out from what v was asked."""
+    """|| v(x_t, t, c) - (z - x) ||^2, mean over the sample; z is found from what v was asked."""
     params, batch, recorder = parameters("velocity"), make_batch(), Recorder()
     loss, aux = flow_matching.loss(params, {}, batch, make_keys(), recorder.nets, FLOW)
     [call] = recorder.of("velocity")
@@ -55,5 +56,5 @@ def test_samples_are_independent_and_draws_belong_to_keys():
     batch, keys = make_batch(4, dtype=np.float32), make_keys(4)
     run = jax.jit(lambda b, k: flow_matching.loss(params, {}, b, k, NETS, FLOW)[0])
     whole = run(batch, keys)
-    halves = [run(jax.tree.map(lambda a: a[s], batch), keys[s]) for s in (slice(0, 2), slice(2, 4))]  # noqa: B023
+    halves = [run(part_of(batch, s), keys[s]) for s in (slice(0, 2), slice(2, 4))]
     np.testing.assert_allclose(whole, jnp.concatenate(halves), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The penalty: what it tends to, and method.md's mistake 3 (its gradient, on both sides, everywhere)."""
+"""The penalty: what it tends to, and method.md's mistake 3: its whole gradient."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_exact_r1_is_the_squared_gradient(x64):
     np.testing.assert_allclose(exact(batch), expected, rtol=1e-6)
 
 
-def test_approximation_tends_to_sigma_squared_times_exact_with_error_of_fourth_order(x64):
+def test_approximation_tends_to_sigma_squared_times_exact_by_fourth_order(x64):
     """E (D(x) - D(x + sigma eps))^2 = sigma^2 |grad D|^2 + O(sigma^4).
 
-    With eps and -eps both in the sum the odd orders cancel, and against the linear part with the same
+    With eps and -eps both in the sum the odd orders cancel, and against the linear part of the same
     eps the error is the O(sigma^4) alone: half of sigma, a sixteenth of it.
     """
     batch = make_batch()
@@ -73,8 +73,8 @@ def test_the_loss_in_both_modes_agrees_as_sigma_shrinks(x64, sigma):
     approximate = float(run(config)[1]["r1"].mean()) / sigma**2
     wanted = float(run(config | {"r1_mode": "exact"})[1]["r1"][0]) / sigma**2
     assert wanted > 1e-3
-    # The squares of one normal number have deviation sqrt 2, which is 1% over 20,000 draws; the rest
-    # is the O(sigma^2) of this sample, whose gradient is small against its curvature.
+    # The squares of one normal number have deviation sqrt 2, which is 1% over 20,000 draws;
+    # the rest is the O(sigma^2) of this sample, whose gradient is small against its curvature.
     assert abs(approximate / wanted - 1) < 0.04 + 35 * sigma**2
 
 

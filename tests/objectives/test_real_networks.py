@@ -1,4 +1,4 @@
-"""The adversarial gradients through the real MMDiT and discriminator: method.md's mistakes 1 and 3."""
+"""Adversarial gradients through the real MMDiT and discriminator: method.md's mistakes 1 and 3."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_mistake_1_generator_learns_through_the_whole_discriminator(params):
     g, d = params
     text, mask, t = BATCH["text"], BATCH["text_mask"], jnp.full((2,), 0.4)
     gradient = jax.jit(jax.grad(
-        lambda p: adversarial.generator_loss(p, {"discriminator": d}, BATCH, KEYS, NETS, CONFIG)[0].sum()
+        lambda p: adversarial.generator_loss(
+            p, {"discriminator": d}, BATCH, KEYS, NETS, CONFIG)[0].sum()
     ))(g)
 
     # The noise z belongs to the first of the three keys that each sample's key is split into.
@@ -92,7 +93,7 @@ def test_mistake_3_penalty_regularises_backbone_and_heads(discriminator_gradient
     with_penalty, _ = discriminator_gradient(100.0)
     without, _ = discriminator_gradient(0.0)
     penalty = jax.tree.map(lambda a, b: np.asarray(a - b), with_penalty, without)
-    norm = lambda tree: np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(tree)))  # noqa: E731
+    norm = lambda tree: np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(tree)))  # noqa: E731
     blocks = penalty["backbone"]["blocks"]["video"]
     for part in (penalty["heads"], penalty["logit"], penalty["backbone"]["video_in"],
                  penalty["backbone"]["time"], blocks["qkv"], blocks["mlp"]):

@@ -1,6 +1,6 @@
-"""Small analytic networks in float64, batches for them, and a recorder of what a network is asked.
+"""Small analytic networks in float64, batches for them, a recorder of what a network is asked.
 
-The same functions run under jax.numpy and under numpy (`xp`), so that losses can be worked out by hand.
+The same functions run under jax.numpy and numpy (`xp`), so that losses can be worked out by hand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def parameters(kind: str, seed: int = 0, dtype=np.float64):
     """Random parameters of the toy "velocity" or "discriminate"."""
     rng = np.random.default_rng([seed, len(kind)])
     normal = lambda *shape: (0.7 * rng.normal(size=shape)).astype(dtype)  # noqa: E731
-    params = {"backbone": {"x": normal(PIXELS, HIDDEN), "text": normal(TEXT, HIDDEN), "t": normal(HIDDEN)}}
+    backbone = {"x": normal(PIXELS, HIDDEN), "text": normal(TEXT, HIDDEN), "t": normal(HIDDEN)}
+    params = {"backbone": backbone}
     if kind == "velocity":
         return params | {"out": normal(HIDDEN, PIXELS)}
     return params | {"heads": normal(HIDDEN, 4), "logit": normal(4)}
@@ -61,6 +62,11 @@ def make_batch(size: int = 3, seed: int = 0, dtype=np.float64):
 
 NULL_TEXT = np.random.default_rng(7).normal(size=(TOKENS, TEXT))
 NULL_MASK = np.array([True, False, False])
+
+
+def part_of(batch, indices):
+    """Some samples of a batch."""
+    return jax.tree.map(lambda a: a[indices], batch)
 
 
 def make_keys(size: int = 3, seed: int = 0):
