@@ -188,7 +188,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             summary[kind], facts[kind] = measure_kind(kind, configs[kind], workdir, base, args.seed)
         seconds["measuring"] = round(time.monotonic() - begun, 1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        summary |= {"data": facts, "seed": args.seed, "seconds": seconds,
+        summary |= {"length": "long" if args.long else "short",
+                    "data": facts, "seed": args.seed, "seconds": seconds,
                     "memory_gib": round(peak, 2), "base": "pretrain" if args.pretrain else base}
         _write(summary_file, summary)
         write_pictures(workdir)

@@ -109,7 +109,7 @@ def _result(study: Study) -> str:
                            None: ("", "not measured")}[gate.holds]
             value = "–" if gate.ratio is None else f"{gate.ratio:.2f}"
             items.append(
-                f'<li class="{state}">{gate.text}<b>{value}</b>at most {gate.limit:g}: '
+                f'<li class="{state}">{gate.text}<b>{value}</b>{gate.bounds}: '
                 f'<span class="verdict">{word}</span></li>')
         parts.append(f'<ul class="gates">{"".join(items)}</ul>')
     parts += [_table(study.summary[kind], name) for kind, name in KINDS.items()

@@ -29,30 +29,46 @@ ENTRIES = {
 COLUMNS = {"data": "real"} | {name: text for name, text in ENTRIES.items() if name != "floor"}
 _SHORT = {"apt_1": "APT in 1 step", "consistency_1": "consistency model in 1 step",
           "diffusion_25": "diffusion in 25 steps"}
-# kind -> (entry, against, what the ratio of their FDs must not exceed), the demo's gates.
+# length of the study -> kind -> (entry, against, what the ratio of their FDs must not exceed).
 GATES = {
-    "image": (("apt_1", "consistency_1", 0.6), ("apt_1", "diffusion_25", 1.75)),
-    "video": (("apt_1", "consistency_1", 0.7),),
+    "short": {
+        "image": (("apt_1", "consistency_1", 0.6), ("apt_1", "diffusion_25", 1.75)),
+        "video": (("apt_1", "consistency_1", 0.7),),
+    },
+    "long": {kind: (("apt_1", "consistency_1", 0.45), ("apt_1", "diffusion_25", 1.3))
+             for kind in KINDS},
 }
+# In a long study the one-step samples are as sharp as the data, within this part.
+SHARPNESS = 0.15
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A ratio of two distances and its limit. ratio is None where a distance is missing."""
+    """A ratio of two measurements and its limits. ratio is None where one of them is missing.
+
+    against "sharpness" compares the entry's sharpness with the data's, else FDs are compared.
+    """
 
     kind: str
     entry: str
     against: str
     limit: float
     ratio: float | None
+    low: float = 0.0
 
     @property
     def text(self) -> str:
+        if self.against == "sharpness":
+            return f"{KINDS[self.kind]}: sharpness of {_SHORT[self.entry]} / the data's"
         return f"{KINDS[self.kind]}: FD of {_SHORT[self.entry]} / {_SHORT[self.against]}"
 
     @property
+    def bounds(self) -> str:
+        return f"{self.low:g} to {self.limit:g}" if self.low else f"at most {self.limit:g}"
+
+    @property
     def holds(self) -> bool | None:
-        return None if self.ratio is None else self.ratio <= self.limit
+        return None if self.ratio is None else self.low <= self.ratio <= self.limit
 
 
 @dataclass(frozen=True)
@@ -84,15 +100,25 @@ class Study:
 
 
 def gates(summary: dict) -> list[Gate]:
-    """Every gate of the kinds that the summary holds."""
+    """Every gate of the kinds that the summary holds; its "length" says which (none: short)."""
     found = []
-    for kind, rules in GATES.items():
-        for entry, against, limit in rules if kind in summary else ():
-            fds = [(summary[kind].get(name) or {}).get("fd") for name in (entry, against)]
-            known = all(isinstance(v, int | float) for v in fds) and fds[1]
-            ratio = fds[0] / fds[1] if known else None
+    length = summary.get("length", "short")
+    for kind, rules in GATES.get(length, {}).items():
+        if kind not in summary:
+            continue
+        for entry, against, limit in rules:
+            ratio = _ratio(*((summary[kind].get(name) or {}).get("fd") for name in (entry, against)))
             found.append(Gate(kind, entry, against, limit, ratio))
+        if length == "long":
+            ratio = _ratio(*((summary[kind].get(name) or {}).get("sharpness")
+                             for name in ("apt_1", "floor")))
+            found.append(Gate(kind, "apt_1", "sharpness", 1 + SHARPNESS, ratio, 1 - SHARPNESS))
     return found
+
+
+def _ratio(value, base) -> float | None:
+    known = all(isinstance(v, int | float) for v in (value, base)) and base
+    return value / base if known else None
 
 
 def read_summary(directory: Path | str) -> dict:

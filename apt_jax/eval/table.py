@@ -70,5 +70,5 @@ def format_table(summary: dict) -> str:
     for gate in gates(summary):
         verdict = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[gate.holds]
         value = "-" if gate.ratio is None else f"{gate.ratio:.2f}"
-        lines.append(f"{gate.text} = {value}, at most {gate.limit:g}: {verdict}")
+        lines.append(f"{gate.text} = {value}, {gate.bounds}: {verdict}")
     return "\n\n".join([*blocks, "\n".join(lines)]).rstrip()

@@ -80,6 +80,20 @@ def test_verdicts_follow_the_numbers(study):
     assert page.count('<li class="holds">') == 2 and page.count('<li class="fails">') == 1
 
 
+def test_a_long_study_has_stricter_gates_and_one_for_sharpness():
+    entry = {"fd": 100.0, "sharpness": 0.1}
+    kind = {"floor": entry, "diffusion_25": entry, "consistency_1": {"fd": 300.0},
+            "apt_1": {"fd": 129.0, "sharpness": 0.116}}
+    found = gates({"length": "long", "image": kind, "video": kind})
+    assert [(g.kind, g.holds) for g in found] == [
+        ("image", True), ("image", True), ("image", False),
+        ("video", True), ("video", True), ("video", False)]
+    assert found[2].ratio == pytest.approx(1.16) and found[2].bounds == "0.85 to 1.15"
+    dull = kind | {"apt_1": {"fd": 140.0, "sharpness": 0.08}}
+    assert [g.holds for g in gates({"length": "long", "image": dull})] == [False, False, False]
+    assert [g.limit for g in gates({"image": kind})] == [0.6, 1.75]
+
+
 def test_table_text():
     text = format_table(_summary())
     lines = {line.split("  ")[0]: line for line in text.split("\n\n")[0].splitlines()}
