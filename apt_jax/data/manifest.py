@@ -9,6 +9,10 @@
                   "shards": [{"file": "...", "records": 512, "bytes": 1, "sha256": "..."}]}],
      "skipped": 0, "notices": ["NOTICE"],
      "made": {what apt-jax prepare was asked for, and the hash of its input}}
+
+Version 2 is a data set of latents. Its buckets have, besides, "kind": "latents", "channels" and
+"pixels": [frames, height, width] that the VAE was given (frames, height and width are those of the
+latents); its text has "dtype": "bfloat16" or "int8", and for bfloat16 the scales are null.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ import json
 import pathlib
 import re
 
+import ml_dtypes
 import numpy as np
 
-from apt_jax.data.quantise import dequantise
+from apt_jax.data.quantise import TEXT_DTYPES, dequantise
 from apt_jax.errors import UserError
 
 FILE = "manifest.json"
 FORMAT = "apt_jax data set"
-VERSION = 1
+VERSION = 1  # pixels
+LATENT_VERSION = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -44,7 +50,10 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Records of one split and one stored shape; a record's number runs through its shards."""
+    """Records of one split and one stored shape; a record's number runs through its shards.
+
+    kind: "pixels" or "latents". pixels: frames, height, width before the VAE, () without one.
+    """
 
     split: str
     frames: int
@@ -52,15 +61,29 @@ class Bucket:
     width: int
     records: int
     shards: tuple[Shard, ...]
+    kind: str = "pixels"
+    channels: int = 3
+    pixels: tuple[int, ...] = ()
+
+    def to_json(self) -> dict:
+        value = dataclasses.asdict(self)
+        if self.kind == "pixels":
+            for key in _LATENT_KEYS:
+                del value[key]
+        return value
+
+
+_LATENT_KEYS = ("kind", "channels", "pixels")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A fixed caption with its quantised states: values int8 [tokens, D], scales float32."""
+    """A fixed caption with its states as stored: values int8 [tokens, D] and scales float32
+    [tokens], or values bfloat16 and scales None."""
 
     prompt: str
     values: np.ndarray
-    scales: np.ndarray
+    scales: np.ndarray | None
 
     def states(self) -> np.ndarray:
         """float32 [tokens, D]."""
@@ -69,10 +92,14 @@ class Prompt:
     def to_json(self) -> dict:
         return {
             "prompt": self.prompt,
-            "tokens": len(self.scales),
-            "values": base64.b64encode(np.asarray(self.values, np.int8).tobytes()).decode(),
-            "scales": base64.b64encode(np.asarray(self.scales, "<f4").tobytes()).decode(),
+            "tokens": len(self.values),
+            "values": _base64(self.values),
+            "scales": None if self.scales is None else _base64(np.asarray(self.scales, "<f4")),
         }
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +117,30 @@ class Manifest:
     skipped: int
     notices: tuple[str, ...]
     made: dict
+    text_dtype: str = "int8"
+
+    @property
+    def kind(self) -> str:
+        """"pixels" or "latents": one for the whole data set."""
+        return self.buckets[0].kind
 
     def dumps(self) -> str:
         """JSON text with a final newline; the same manifest gives the same bytes."""
+        latents = self.kind == "latents"
         value = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": LATENT_VERSION if latents else VERSION,
             "name": self.name,
             "text": {
                 "encoder": self.encoder,
                 "width": self.text_width,
                 "max_tokens": self.max_tokens,
+                **({"dtype": self.text_dtype} if latents else {}),
                 "null": self.null.to_json(),
                 "negative": self.negative.to_json() if self.negative else None,
             },
             "splits": self.splits,
-            "buckets": [dataclasses.asdict(b) for b in self.buckets],
+            "buckets": [b.to_json() for b in self.buckets],
             "skipped": self.skipped,
             "notices": list(self.notices),
             "made": self.made,
@@ -147,16 +182,23 @@ def parse(value: object, where: str = FILE) -> Manifest:
              "made")
     if top.text("format") != FORMAT:
         raise top.fault("format", f"must be {FORMAT!r}")
-    if top.count("version") != VERSION:
-        raise top.fault("version", f"must be {VERSION}; prepare the data set with this version")
+    version = top.count("version")
+    if version not in (VERSION, LATENT_VERSION):
+        raise top.fault("version", f"must be {VERSION} (pixels) or {LATENT_VERSION} (latents); "
+                                   "prepare the data set with this version")
+    latents = version == LATENT_VERSION
     text = top.node("text")
-    text.keys("encoder", "width", "max_tokens", "null", "negative")
-    width = text.count("width", 1)
-    negative = None if text.value["negative"] is None else _prompt(text.node("negative"), width)
+    text.keys("encoder", "width", "max_tokens", "null", "negative", *["dtype"] * latents)
+    width, dtype = text.count("width", 1), text.text("dtype") if latents else "int8"
+    if dtype not in TEXT_DTYPES:
+        raise text.fault("dtype", f"must be one of {', '.join(TEXT_DTYPES)}")
+    negative = (None if text.value["negative"] is None
+                else _prompt(text.node("negative"), width, dtype))
 
     buckets, files = [], set()
     for node in top.nodes("buckets"):
-        node.keys("split", "frames", "height", "width", "records", "shards")
+        node.keys("split", "frames", "height", "width", "records", "shards",
+                  *_LATENT_KEYS * latents)
         shards = []
         for item in node.nodes("shards"):
             item.keys("file", "records", "bytes", "sha256")
@@ -170,7 +212,7 @@ def parse(value: object, where: str = FILE) -> Manifest:
             shards.append(shard)
         bucket = Bucket(
             node.text("split", _NAME), *(node.count(k, 1) for k in ("frames", "height", "width")),
-            node.count("records", 1), tuple(shards),
+            node.count("records", 1), tuple(shards), *(_latent_keys(node) if latents else ()),
         )
         if bucket.records != sum(s.records for s in shards):
             raise node.fault("records", "is not the sum of its shards")
@@ -188,20 +230,36 @@ def parse(value: object, where: str = FILE) -> Manifest:
         raise top.fault("notices", "must be a list of strings")
     return Manifest(
         name=top.text("name"), encoder=text.text("encoder"), text_width=width,
-        max_tokens=text.count("max_tokens", 1), null=_prompt(text.node("null"), width),
+        max_tokens=text.count("max_tokens", 1), null=_prompt(text.node("null"), width, dtype),
         negative=negative, splits=counts, buckets=tuple(buckets), skipped=top.count("skipped"),
-        notices=tuple(notices), made=top.node("made").value,
+        notices=tuple(notices), made=top.node("made").value, text_dtype=dtype,
     )
+
+
+def _latent_keys(node: _Node) -> tuple[str, int, tuple[int, ...]]:
+    """kind, channels, pixels of a bucket of latents."""
+    pixels = node.value["pixels"]
+    if not (isinstance(pixels, list) and len(pixels) == 3
+            and all(type(n) is int and n > 0 for n in pixels)):
+        raise node.fault("pixels", "must be [frames, height, width]")
+    if node.text("kind") != "latents":
+        raise node.fault("kind", "must be 'latents' in a version 2 data set")
+    return "latents", node.count("channels", 1), tuple(pixels)
 
 
 def _key(bucket: Bucket) -> tuple:
     return bucket.split, bucket.frames, bucket.height, bucket.width
 
 
-def _prompt(node: _Node, width: int) -> Prompt:
+def _prompt(node: _Node, width: int, dtype: str) -> Prompt:
     node.keys("prompt", "tokens", "values", "scales")
     tokens = node.count("tokens", 1)
-    values = node.data("values", np.dtype(np.int8), tokens * width).reshape(tokens, width)
+    stored = np.dtype(np.int8 if dtype == "int8" else ml_dtypes.bfloat16)
+    values = node.data("values", stored, tokens * width).reshape(tokens, width)
+    if dtype != "int8":
+        if node.value["scales"] is not None or not np.isfinite(values.astype(np.float32)).all():
+            raise node.fault("values", "must be finite, with scales null")
+        return Prompt(node.text("prompt"), values, None)
     scales = node.data("scales", np.dtype("<f4"), tokens)
     if not np.isfinite(scales).all():
         raise node.fault("scales", "must be finite")

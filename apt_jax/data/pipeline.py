@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from apt_jax.data import latent_records
 from apt_jax.data import manifest as manifests
 from apt_jax.data import records as record_files
 from apt_jax.data.buckets import choose_frames, even_frames
@@ -36,7 +37,8 @@ _LAST_STEP = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of a run's samples: frames, height, width."""
+    """The shape of a run's samples: frames, height, width (of the latents where it reads those).
+    """
 
     frames: int
     height: int
@@ -49,7 +51,8 @@ class Dataset:
     Attributes: records (count), shapes (the run's buckets), members (record numbers of each
     shape), null_text float32 [L, D] and null_mask bool [L] (states of the empty caption),
     negative_text / negative_mask (of the negative prompt; the null states if there is none),
-    text_width, max_text_tokens, caption_dropout, manifest, path.
+    text_width, max_text_tokens, caption_dropout, manifest, path, kind ("pixels" or "latents"),
+    channels (3, or those of the latents).
     """
 
     def __init__(self, path, manifest, split, sources, frame_stride, max_text_tokens,
@@ -58,6 +61,7 @@ class Dataset:
 
         self.path, self.manifest, self.split = path, manifest, split
         self.text_width = manifest.text_width
+        self.kind, self.channels = manifest.kind, manifest.buckets[0].channels
         self.max_text_tokens = max_text_tokens
         self.caption_dropout = caption_dropout
         self.null_text, self.null_mask = pad_states(manifest.null.states(), max_text_tokens)
@@ -78,7 +82,8 @@ class Dataset:
                 f"{path}: its shards hold {len(self._reader)} records and the manifest says "
                 f"{self.records}; copy the data set again or prepare it anew"
             )
-        size = sum(s.frames * s.height * s.width * 3 * len(m)
+        item = self.channels * (2 if self.kind == "latents" else 1)  # bytes of one place
+        size = sum(s.frames * s.height * s.width * item * len(m)
                    for s, m in zip(self.shapes, self.members))
         size += self.records * max_text_tokens * self.text_width * 4
         self._cache: dict[int, dict] | None = {} if size <= CACHE_BYTES else None
@@ -87,12 +92,13 @@ class Dataset:
     def __len__(self) -> int:
         return self.records
 
-    def record(self, index: int) -> record_files.Record:
+    def record(self, index: int) -> record_files.Record | latent_records.LatentRecord:
         """The stored record, with its caption, source and group."""
         if not 0 <= index < self.records:
             raise IndexError(f"record {index} of {self.records}")
+        unpack = latent_records.unpack if self.kind == "latents" else record_files.unpack
         try:
-            return record_files.unpack(self._reader[int(index)])
+            return unpack(self._reader[int(index)])
         except ValueError as error:
             raise UserError(
                 f"{self.path}: record {index} is damaged ({error}); prepare the data set anew"
@@ -103,22 +109,36 @@ class Dataset:
         return self.shapes[self._shape[index]]
 
     def load(self, index: int) -> dict:
-        """{"frames": uint8 [F, H, W, 3], "text": float32 [L, D], "text_mask": bool [L],
-        "caption": str} of one record. Small data sets are kept in memory once decoded."""
+        """{"frames": uint8 [F, H, W, 3] or bfloat16 latents [F, H, W, C], "text": float32 [L, D],
+        "text_mask": bool [L], "caption": str} of one record. Small data sets are kept in memory
+        once decoded."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         record, shape = self.record(index), self.shape(index)
-        frames = record.decode()
-        frames = frames[even_frames(len(frames), shape.frames, self._frame_stride(shape))]
-        frames = np.stack([
-            fit(Image.fromarray(frame), shape.height, shape.width) for frame in frames
-        ])  # [F, H, W, 3]
+        frames = self._latents(record, shape) if self.kind == "latents" else (
+            self._pixels(record, shape))
         self._tell_cut(record)
         text, mask = pad_states(record.text(), self.max_text_tokens)
         sample = {"frames": frames, "text": text, "text_mask": mask, "caption": record.caption}
         if self._cache is not None:
             self._cache[index] = sample
         return sample
+
+    def _pixels(self, record: record_files.Record, shape: Shape) -> np.ndarray:
+        frames = record.decode()
+        frames = frames[even_frames(len(frames), shape.frames, self._frame_stride(shape))]
+        return np.stack([
+            fit(Image.fromarray(frame), shape.height, shape.width) for frame in frames
+        ])  # [F, H, W, 3]
+
+    def _latents(self, record: latent_records.LatentRecord, shape: Shape) -> np.ndarray:
+        if record.values.shape[1:] != (shape.height, shape.width, self.channels) or (
+                record.frames < shape.frames):
+            raise UserError(
+                f"{self.path}: {record.source} has latents {record.values.shape} in a bucket of "
+                f"{shape}; prepare the data set anew")
+        # The VAE is causal: the first frames of a clip's latents are those of the shorter clip.
+        return record.values[: shape.frames]  # [F, H, W, C]
 
     @functools.cached_property
     def captions(self) -> list[str]:
@@ -129,14 +149,14 @@ class Dataset:
         return 1 if shape.frames == 1 else self._stride
 
     def _tell_cut(self, record: record_files.Record) -> None:
-        if len(record.text_scales) > self.max_text_tokens:
+        if record.tokens > self.max_text_tokens:
             with self._cut_lock:
                 told, self._cut_told = self._cut_told, True
             if not told:
                 log.warning(
                     "captions longer than data.max_text_tokens = %d tokens are cut, the first "
                     "seen has %d: %.60r",
-                    self.max_text_tokens, len(record.text_scales), record.caption,
+                    self.max_text_tokens, record.tokens, record.caption,
                 )
 
 
@@ -156,6 +176,8 @@ def open_dataset(
     `frame_stride`-th frame, goes to the largest length that it fills, its frames spread evenly.
     Stored clips that fill none are left out. height, width: 0 keeps the stored sizes (one bucket
     each), otherwise everything is centre-cropped and resized to them with antialias.
+    In a data set of latents all of these count latent frames and places, a longer clip gives its
+    first frames, and height and width choose among the stored buckets.
     max_text_tokens: token states kept of a caption; more are cut and a warning says so.
     UserError names what does not fit and what the data set has.
     """
@@ -172,6 +194,11 @@ def open_dataset(
         raise UserError("data.height and data.width are both 0 (as stored) or both positive")
     sources = []
     stored = [b for b in manifest.buckets if b.split == split]
+    if manifest.kind == "latents":
+        if frame_stride != 1:
+            raise UserError("data.frame_stride must be 1 for a data set of latents; choose the "
+                            "frame rate when preparing it")
+        stored = _latents_of(path, stored, height, width)
     for bucket in stored:
         count = _frames_of(bucket, frames, frame_stride)
         if count is not None:
@@ -186,6 +213,18 @@ def open_dataset(
         )
     return Dataset(folder, manifest, split, sources, frame_stride, max_text_tokens,
                    caption_dropout)
+
+
+def _latents_of(path, stored, height: int, width: int) -> list[manifests.Bucket]:
+    """The buckets of one latent size (0: all of them); latents cannot be resized."""
+    chosen = [b for b in stored if height in (0, b.height) and width in (0, b.width)]
+    if not chosen:
+        have = ", ".join(sorted({f"{b.height} x {b.width}" for b in stored}))
+        raise UserError(
+            f"data.height x data.width = {height} x {width} is no size of the latents in {path}: "
+            f"{have}; set one of these, or 0 for all"
+        )
+    return chosen
 
 
 def _frames_of(bucket: manifests.Bucket, frames: Sequence[int], stride: int) -> int | None:
@@ -220,7 +259,10 @@ class _Steps:
     def assemble(self, bucket: int, numbers: np.ndarray, dropped: np.ndarray) -> dict:
         data, shape = self._dataset, self._dataset.shapes[bucket]
         n = len(numbers)
-        frames = np.full((n, shape.frames, shape.height, shape.width, 3), 127, np.uint8)
+        frames = np.full(
+            (n, shape.frames, shape.height, shape.width, data.channels),
+            *((0, np.float32) if data.kind == "latents" else (127, np.uint8)),
+        )
         # Padding samples carry the null caption, so that attention always has a token.
         text = np.repeat(data.null_text[None], n, 0)  # [B, L, D]
         mask = np.repeat(data.null_mask[None], n, 0)  # [B, L]
@@ -232,7 +274,7 @@ class _Steps:
             if not dropped[number]:
                 text[i], mask[i] = sample["text"], sample["text_mask"]
         return {
-            "x": to_unit(frames),
+            "x": frames if data.kind == "latents" else to_unit(frames),
             "text": text,
             "text_mask": mask,
             "loss_mask": (numbers != PADDING).astype(np.float32),
@@ -263,7 +305,8 @@ def batches(
 ) -> Iterator[dict]:
     """An endless iterator of this process's part of each global batch, from `start_step` on.
 
-    Each item is a dict of numpy arrays: "x" float32 [B, F, H, W, 3] in [-1, 1], "text" float32
+    Each item is a dict of numpy arrays: "x" float32 [B, F, H, W, 3] in [-1, 1] (of latents:
+    [B, F, H, W, C] as the VAE's encoder normalises them), "text" float32
     [B, L, D], "text_mask" bool [B, L], "loss_mask" float32 [B] (0: padding), "index" int32 [B]
     (-1: padding), with B = batch_size / process_count; F, H, W change from bucket to bucket.
     clip_batch_size replaces batch_size for clips (frames > 1) where it is not 0: clips have more
@@ -291,6 +334,9 @@ def load_all(dataset: Dataset) -> tuple[np.ndarray, list[str], np.ndarray, np.nd
 
     Returns frames uint8 [N, F, H, W, 3], captions, text float32 [N, L, D], text_mask bool [N, L].
     """
+    if dataset.kind == "latents":
+        raise UserError(f"{dataset.path} holds latents, and evaluation compares pixels; name a data "
+                        "set of pixels")
     if len(dataset.shapes) != 1:
         raise UserError(
             f"the data set has {len(dataset.shapes)} shapes here; open it with one clip length "

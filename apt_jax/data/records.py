@@ -28,7 +28,7 @@ from apt_jax.errors import UserError
 
 MAGIC = b"APTR"
 VERSION = 1
-_HEAD = struct.Struct("<4sBI")
+HEAD = struct.Struct("<4sBI")
 _WEBP_LIMIT = 16383
 _KEYS = ("frames", "height", "width", "fps", "caption", "source", "group", "tokens", "text_width")
 
@@ -52,6 +52,11 @@ class Record:
     text_values: np.ndarray
     text_scales: np.ndarray
     picture: bytes
+
+    @property
+    def tokens(self) -> int:
+        """Stored token states of the caption."""
+        return len(self.text_scales)
 
     def decode(self) -> np.ndarray:
         """The frames, uint8 [F, H, W, 3]."""
@@ -107,7 +112,7 @@ def pack(record: Record) -> bytes:
     header = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join(
         (
-            _HEAD.pack(MAGIC, VERSION, len(header)),
+            HEAD.pack(MAGIC, VERSION, len(header)),
             header,
             np.ascontiguousarray(record.text_values, np.int8).tobytes(),
             np.ascontiguousarray(record.text_scales, "<f4").tobytes(),
@@ -118,13 +123,13 @@ def pack(record: Record) -> bytes:
 
 def unpack(data: bytes) -> Record:
     """Bytes -> Record; ValueError that says what is wrong when they are no record."""
-    if len(data) < _HEAD.size:
+    if len(data) < HEAD.size:
         raise ValueError("a record shorter than its head")
-    magic, version, length = _HEAD.unpack_from(data)
+    magic, version, length = HEAD.unpack_from(data)
     if magic != MAGIC or version != VERSION:
         raise ValueError(f"not a version {VERSION} record: {magic!r} version {version}")
-    start = _HEAD.size + length
-    header = json.loads(data[_HEAD.size : start])
+    start = HEAD.size + length
+    header = json.loads(data[HEAD.size : start])
     if sorted(header) != sorted(_KEYS):
         raise ValueError(f"record header has keys {sorted(header)}")
     tokens, width = header.pop("tokens"), header.pop("text_width")

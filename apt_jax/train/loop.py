@@ -214,6 +214,10 @@ def check_data(config: Any, dataset: Any) -> None:
         raise UserError(f"the captions of {config.data.path} have states of width "
                         f"{dataset.text_width}; set model.text_width = {dataset.text_width} "
                         f"(it is {model.text_width})")
+    if dataset.channels != model.in_channels:
+        raise UserError(f"{config.data.path} holds {dataset.kind} of {dataset.channels} channels; "
+                        f"set model.in_channels and model.out_channels = {dataset.channels} (they "
+                        f"are {model.in_channels})")
     for shape in dataset.shapes:
         sizes = (shape.frames, shape.height, shape.width)
         if any(size % patch for size, patch in zip(sizes, model.patch, strict=True)):

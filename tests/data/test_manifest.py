@@ -70,7 +70,7 @@ def test_a_missing_key_is_named(path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda v: v.update(version=2), "version"),
+    (lambda v: v.update(version=3), "version"),
     (lambda v: v.update(extra=1), "extra"),
     (lambda v: v["splits"].update(train=6), "disagrees"),
     (lambda v: v["splits"].update(other=1), "disagrees"),
