@@ -128,6 +128,11 @@ FIELDS: tuple[Field, ...] = (
     # -- devices
     _f("mesh.replica", 1, "copies of the parameters; -1 is the rest of the devices", low=-1),
     _f("mesh.fsdp", -1, "devices that share one copy; -1 is the rest of the devices", low=-1),
+    _f("mesh.context", 1, "devices that share one sample's tokens; -1 is the rest", low=-1),
+    _f("mesh.tensor", 1, "devices that share each layer's heads and channels; -1 is the rest",
+       low=-1),
+    _f("mesh.ulysses", -1, "devices of mesh.context that exchange heads, the others pass keys "
+       "around a ring; -1 is the most that the heads allow", low=-1),
     # -- sampling
     _f("sample.guidance", 3.0, "guidance of the many-step sampler", low=0),
     _f("sample.steps", 25, "Euler steps", low=1),

@@ -166,7 +166,9 @@ def _train(c: ml_collections.ConfigDict) -> None:
 
 
 def _mesh(c: ml_collections.ConfigDict) -> None:
-    for key in ("replica", "fsdp"):
+    axes = ("replica", "fsdp", "context", "tensor")
+    for key in (*axes, "ulysses"):
         _require(c.mesh[key] != 0, f"mesh.{key} = 0; use a count of devices, or -1 for the rest")
-    _require(not (c.mesh.replica == -1 and c.mesh.fsdp == -1),
-             "mesh.replica and mesh.fsdp are both -1; only one can be the rest")
+    free = [key for key in axes if c.mesh[key] == -1]
+    _require(len(free) <= 1, f"{' and '.join(f'mesh.{key}' for key in free)} are "
+                             f"{'both' if len(free) == 2 else 'all'} -1; only one can be the rest")

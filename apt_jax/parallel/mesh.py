@@ -1,22 +1,27 @@
 """The device mesh: from the sizes in the config to `jax.sharding.Mesh`.
 
-Axes: `replica` copies the parameters, `fsdp` shards them; both split the batch. A further axis is
-added by naming it in `AXES` (and in `BATCH_AXES` if it splits the batch): everything else, the
-sharding rules included, reads these two tuples.
+    replica   copies of the parameters; splits the batch
+    fsdp      shards the parameters; splits the batch
+    context   splits the tokens of a sample (parallel/context.py); shards the parameters too
+    tensor    splits heads and hidden channels of the layers (parallel/sharding.py)
+
+The order puts the axes that talk most on neighbouring devices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.errors import UserError
 
-AXES = ("replica", "fsdp")
+AXES = ("replica", "fsdp", "context", "tensor")
 BATCH_AXES = ("replica", "fsdp")
+SHARD_AXES = ("fsdp", "context")  # what the parameters are cut over, together
 
 
 def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
@@ -49,7 +54,7 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
     if not mendable:
         raise UserError(
             f"the mesh {_describe(given)} does not fit {device_count} devices; "
-            f"set mesh.{AXES[-1]} = -1 and every other axis to 1")
+            f"set mesh.fsdp = -1 and every other axis to 1")
     axis = max(mendable, key=lambda a: given[a])
     room = device_count // (fixed // given[axis])
     fits = [d for d in range(1, room + 1) if room % d == 0] if free else [room]
@@ -72,6 +77,59 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = resolve_sizes(sizes, len(devices))
     return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices,
                          axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _nearest_divisor(wanted: int, of: int) -> int:
+    """The divisor of `of` nearest to `wanted`, the smaller of two."""
+    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def ulysses_size(context: int, heads: int, wanted: int = -1) -> int:
+    """How many devices of the context axis exchange heads; the others pass keys around a ring.
+
+    Args:
+      context: size of the axis.
+      heads: attention heads on one device of the tensor axis.
+      wanted: config.mesh.ulysses; -1 is the most that context and heads allow.
+
+    Raises:
+      UserError: a size that divides not both, naming the nearest that does.
+    """
+    most = math.gcd(context, heads)
+    if wanted == -1:
+        return most
+    if wanted < 1 or most % wanted:
+        nearest = _nearest_divisor(wanted, most)
+        raise UserError(
+            f"mesh.ulysses = {wanted} must divide mesh.context = {context} and the {heads} heads "
+            f"of a device; the nearest size that works is mesh.ulysses = {nearest} (ring "
+            f"{context // nearest})")
+    return wanted
+
+
+def check_model(mesh: Mesh, model: Mapping[str, Any], discriminator_heads: int = 0,
+                ulysses: int = -1) -> None:
+    """Refuses a network that the tensor and context axes cannot cut.
+
+    Args:
+      model: config.model.
+      discriminator_heads: attention heads of the discriminator's head blocks, 0 if there is none.
+      ulysses: config.mesh.ulysses.
+
+    Raises:
+      UserError: naming the nearest size that works.
+    """
+    ways = mesh.shape["tensor"]
+    hidden = int(model["width"] * model["mlp_ratio"])
+    sizes = {"model.heads": model["heads"], "the MLP's width": hidden}
+    if discriminator_heads:
+        sizes["discriminator.heads"] = discriminator_heads
+    for name, size in sizes.items():
+        if size % ways:
+            nearest = _nearest_divisor(ways, math.gcd(mesh.size, *sizes.values()))
+            raise UserError(f"mesh.tensor = {ways} does not divide {name} = {size}; the nearest "
+                            f"size that works is mesh.tensor = {nearest}")
+    ulysses_size(mesh.shape["context"], model["heads"] // ways, ulysses)
 
 
 def batch_spec() -> PartitionSpec:

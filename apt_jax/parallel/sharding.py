@@ -1,5 +1,8 @@
 """Which array lies where: one table from parameter path to mesh axes, the rest inferred.
 
+The table says what the tensor axis cuts; over fsdp and context together the largest dimension left
+is cut. The compiler places the collectives (the axes are Auto).
+
 The rules see only path and shape, so the optimiser's moments, the EMA and the gradients, whose
 paths end in the parameter's own path, fall on the same devices as the parameter.
 """
@@ -14,16 +17,36 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# What a rule may say besides a tuple of axis names (aligned with the last dimensions).
-REPLICATE = "replicate"
-INFER = "infer"
+from apt_jax.parallel.mesh import SHARD_AXES
 
-# First match wins; patterns are searched in "a/b/c" paths. Equal layers are stacked on the leading
-# axis of everything under blocks/ and heads/: it is sliced layer by layer, so it is never sharded.
-RULES: tuple[tuple[str, Any], ...] = (
+# What a rule may say: replicate it; infer all; or the dimension, counted from the end, that the
+# tensor axis cuts (the rest is inferred). COLUMNS cut a layer's outputs, ROWS its inputs, so that
+# a layer pair (qkv, out) or (up, down) needs one sum over the tensor axis, at its end.
+REPLICATE, INFER = "replicate", "infer"
+COLUMNS, ROWS = -1, -2
+
+# First match wins; patterns are searched in "a/b/c" paths, within the stacked layers of each model
+# family. Equal layers are stacked on the leading axis of everything under blocks/ and heads/: it is
+# sliced layer by layer, so it is never sharded.
+STATE_RULES = (
     (r"(^|/)(step|key|count)$", REPLICATE),
-    (r"", INFER),
 )
+MMDIT_RULES = (
+    (r"/blocks/(video|text)/(qkv|mlp/up)/(kernel|bias)$", COLUMNS),
+    (r"/blocks/(video|text)/(out|mlp/down)/kernel$", ROWS),
+)
+WAN_RULES = (
+    (r"/blocks/(attn|cross)/(q|k|v|qkv|kv)/(kernel|bias)$", COLUMNS),
+    (r"/blocks/(attn|cross)/out/kernel$", ROWS),
+    (r"/blocks/mlp/up/(kernel|bias)$", COLUMNS),
+    (r"/blocks/mlp/down/kernel$", ROWS),
+)
+HEAD_RULES = (
+    (r"/heads/(q|kv|mlp/up)/(kernel|bias)$", COLUMNS),
+    (r"/heads/(out|mlp/down)/kernel$", ROWS),
+)
+RULES: tuple[tuple[str, Any], ...] = (
+    *STATE_RULES, *MMDIT_RULES, *WAN_RULES, *HEAD_RULES, (r"", INFER))
 STACKED = re.compile(r"(^|/)(blocks|heads)/")
 
 # Below this many elements the gather costs more than the memory it saves.
@@ -45,24 +68,36 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh,
       mesh: gives the axis sizes.
       min_elements: arrays with fewer elements stay whole.
     """
-    rule = next(axes for pattern, axes in RULES if re.search(pattern, path))
+    rule = next(axes for pattern, axes in RULES if re.search(pattern, "/" + path))
     if rule == REPLICATE:
         return PartitionSpec()
-    if rule == INFER:
-        return _infer(shape, 1 if STACKED.search(path) else 0, mesh, min_elements)
-    return PartitionSpec(*(None,) * (len(shape) - len(rule)), *rule)
+    axes: list[Any] = [None] * len(shape)
+    if rule != INFER and mesh.shape["tensor"] > 1 and shape[rule] % mesh.shape["tensor"] == 0:
+        axes[rule] = "tensor"
+    _infer(axes, shape, 1 if STACKED.search(path) else 0, mesh, min_elements)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
-def _infer(shape: tuple[int, ...], skip: int, mesh: Mesh, min_elements: int) -> PartitionSpec:
-    """The largest dimension that `fsdp` divides, the later one of equals."""
-    ways = mesh.shape["fsdp"]
-    if ways == 1 or math.prod(shape) < min_elements:
-        return PartitionSpec()
-    candidates = [d for d in range(skip, len(shape)) if shape[d] % ways == 0 and shape[d] >= ways]
-    if not candidates:
-        return PartitionSpec()
-    best = max(candidates, key=lambda d: (shape[d], d))
-    return PartitionSpec(*(None,) * best, "fsdp")
+def _infer(axes: list[Any], shape: tuple[int, ...], skip: int, mesh: Mesh,
+           min_elements: int) -> None:
+    """Cuts the largest free dimension that `SHARD_AXES` divide, the later one of equals.
+
+    Where all of them together divide no dimension, the larger one alone may.
+    """
+    if math.prod(shape) < min_elements:
+        return
+    present = [a for a in SHARD_AXES if mesh.shape[a] > 1]
+    alone = sorted(present, key=lambda a: -mesh.shape[a])
+    for names in dict.fromkeys([tuple(present), *((a,) for a in alone)]):
+        ways = math.prod(mesh.shape[a] for a in names)
+        free = [d for d in range(skip, len(shape))
+                if axes[d] is None and shape[d] % ways == 0 and shape[d] >= ways]
+        if names and free:
+            best = max(free, key=lambda d: (shape[d], d))
+            axes[best] = names if len(names) > 1 else names[0]
+            return
 
 
 def infer_shardings(tree: Any, mesh: Mesh, min_elements: int = MIN_ELEMENTS) -> Any:

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.mesh import AXES, check_batch, make_mesh, resolve_sizes
+from apt_jax.parallel.mesh import (
+    AXES,
+    check_batch,
+    check_model,
+    make_mesh,
+    resolve_sizes,
+    ulysses_size,
+)
 
 
 @given(devices=st.integers(1, 64), replica=st.integers(1, 64))
@@ -37,6 +44,25 @@ def test_wrong_sizes_end_in_one_line(sizes, says):
     with pytest.raises(UserError, match=says) as error:
         make_mesh(sizes, (jax.devices() * 2)[:devices])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("tensor", "heads", "head_blocks", "says"), [
+    (8, 12, 0, "mesh.tensor = 8 does not divide model.heads = 12.*mesh.tensor = 4"),
+    (4, 12, 6, "discriminator.heads = 6.*mesh.tensor = 2"),
+])
+def test_tensor_must_divide_heads_and_widths(tensor, heads, head_blocks, says):
+    model = {"heads": heads, "width": 12 * heads, "mlp_ratio": 4.0}
+    with pytest.raises(UserError, match=says):
+        check_model(make_mesh({"tensor": tensor}, jax.devices()[:tensor]), model, head_blocks)
+
+
+def test_ulysses_takes_what_the_heads_allow_and_the_ring_the_rest():
+    assert ulysses_size(8, 24) == 8
+    assert ulysses_size(8, 12) == 4  # Wan 1.3B on eight devices: Ulysses 4 inside ring 2
+    assert ulysses_size(8, 5) == 1
+    assert ulysses_size(8, 24, 2) == 2
+    with pytest.raises(UserError, match=r"nearest size that works is mesh.ulysses = 4 \(ring 2\)"):
+        ulysses_size(8, 12, 8)
 
 
 def test_batch_must_split_over_devices_and_microbatches():

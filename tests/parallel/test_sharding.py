@@ -32,6 +32,26 @@ def test_spec(mesh, path, shape, spec):
     assert spec_for(path, shape, mesh) == spec
 
 
+@pytest.mark.parametrize(("path", "shape", "spec"), [
+    ("generator/backbone/blocks/video/qkv/kernel", (4, 512, 1536), P(None, ("fsdp", "context"),
+                                                                     "tensor")),
+    ("generator/backbone/blocks/text/mlp/down/kernel", (4, 1536, 512), P(None, "tensor",
+                                                                         ("fsdp", "context"))),
+    ("generator_opt/0/nu/backbone/blocks/video/out/kernel", (4, 512, 512),
+     P(None, "tensor", ("fsdp", "context"))),
+    ("backbone/blocks/attn/q/kernel", (4, 512, 512), P(None, ("fsdp", "context"), "tensor")),
+    ("backbone/blocks/mlp/down/kernel", (4, 1536, 512), P(None, "tensor", ("fsdp", "context"))),
+    ("discriminator/heads/kv/kernel", (3, 512, 1024), P(None, ("fsdp", "context"), "tensor")),
+    ("backbone/blocks/video/qkv/bias", (4, 1536), P(None, "tensor")),
+    ("backbone/blocks/video/qkv/kernel", (4, 510, 1535), P(None, "fsdp")),
+    ("backbone/text_in/kernel", (512, 256), P(("fsdp", "context"))),
+    ("backbone/time/out/kernel", (510, 255), P("fsdp")),
+])
+def test_tensor_comes_from_the_table_and_context_shards_parameters_too(path, shape, spec):
+    mesh = make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
+    assert spec_for(path, shape, mesh) == spec
+
+
 def test_one_fsdp_device_shards_nothing():
     mesh = make_mesh({"replica": 8, "fsdp": 1})
     assert spec_for("text_in/kernel", (512, 512), mesh) == P()
