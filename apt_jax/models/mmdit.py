@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.kernels.attention import attention
-from apt_jax.nn.embeddings import TimeEmbedding, patchify, unpatchify
+from apt_jax.models.inputs import check_inputs
+from apt_jax.nn.embeddings import TimeEmbedding, patchify, token_grid, unpatchify
 from apt_jax.nn.linear import MLP, linear
 from apt_jax.nn.modulation import modulate, split_modulation
 from apt_jax.nn.norm import RMSNorm, layer_norm
@@ -49,10 +49,7 @@ class MMDiTConfig:
 
     def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Token grid (F', H', W') of a sample [B, F, H, W, C]; ValueError when patches do not fit."""
-        sizes = tuple(shape[1:4])
-        if any(s % p for s, p in zip(sizes, self.patch)):
-            raise ValueError(f"frames, height, width {sizes} are not multiples of patch {self.patch}")
-        return tuple(s // p for s, p in zip(sizes, self.patch))
+        return token_grid(shape, self.patch)
 
 
 class Stream(nnx.Module):
@@ -134,12 +131,7 @@ class Backbone(nnx.Module):
         visual tokens [B, N, D] after the last block, the list of those after `taps`, time [B, D].
         """
         c = self.config
-        chex.assert_rank([x, t, text, text_mask], [5, 1, 3, 2])
-        chex.assert_equal_shape_prefix([x, t, text, text_mask], 1)
-        chex.assert_equal_shape_prefix([text, text_mask], 2)
-        chex.assert_axis_dimension(x, 4, c.in_channels)
-        chex.assert_axis_dimension(text, 2, c.text_width)
-        chex.assert_type(text_mask, bool)
+        check_inputs(c, x, t, text, text_mask)
         grid = c.grid(x.shape)
         length = text.shape[1]
 

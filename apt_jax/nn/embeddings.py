@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ from flax import nnx
 
 from apt_jax.nn.linear import linear
 
-FREQUENCIES = 256  # channels of the sinusoidal embedding
+FREQUENCIES = 256  # channels of the sinusoidal embedding where nothing else is said
 TIME_SCALE = 1000.0  # t in [0, 1] is embedded as if in [0, 1000]; t itself never leaves [0, 1]
 
 
-def sinusoidal(t: jax.Array) -> jax.Array:
-    """[B] in [0, 1] -> float32 [B, 256]: cosines, then sines, of 1000 t at frequencies 10000^(-i/128)."""
-    half = FREQUENCIES // 2
+def sinusoidal(t: jax.Array, channels: int = FREQUENCIES) -> jax.Array:
+    """[B] in [0, 1] -> float32 [B, 256]: cosines, then sines, of 1000 t at frequencies 10000^(-i/128).
+
+    The same with another even number of channels instead of 256.
+    """
+    half = channels // 2
     rates = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = TIME_SCALE * t.astype(jnp.float32)[:, None] * rates  # [B, 128]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # [B, 256]
@@ -25,12 +29,22 @@ def sinusoidal(t: jax.Array) -> jax.Array:
 class TimeEmbedding(nnx.Module):
     """t [B] -> [B, width]: sinusoidal features, linear, SiLU, linear."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.hidden = linear(FREQUENCIES, width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, channels: int = FREQUENCIES, *, dtype: jnp.dtype,
+                 rngs: nnx.Rngs):
+        self.channels = channels
+        self.hidden = linear(channels, width, dtype=dtype, rngs=rngs)
         self.out = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        return self.out(jax.nn.silu(self.hidden(sinusoidal(t))))
+        return self.out(jax.nn.silu(self.hidden(sinusoidal(t, self.channels))))
+
+
+def token_grid(shape: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Token grid (F', H', W') of a sample [B, F, H, W, C]; ValueError when patches do not fit."""
+    sizes = tuple(shape[1:4])
+    if any(s % p for s, p in zip(sizes, patch)):
+        raise ValueError(f"frames, height, width {sizes} are not multiples of patch {patch}")
+    return tuple(s // p for s, p in zip(sizes, patch))
 
 
 def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:

@@ -27,7 +27,7 @@ class MLP(nnx.Module):
     """Linear, tanh-approximated GELU, linear: [..., dim] -> [..., dim], hidden width dim * ratio."""
 
     def __init__(self, dim: int, ratio: float, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        hidden = int(dim * ratio)
+        hidden = round(dim * ratio)  # 1536 * (8960 / 1536) must give 8960
         self.up = linear(dim, hidden, dtype=dtype, rngs=rngs)
         self.down = linear(hidden, dim, dtype=dtype, rngs=rngs)
 

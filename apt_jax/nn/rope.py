@@ -1,8 +1,8 @@
-"""Rotary position embedding over (frame, row, column), as in the public MMDiT.
+"""Rotary position embedding over (frame, row, column), as in the public MMDiT and in Wan.
 
-Rows and columns are counted from the centre of the picture (so positions are negative on one half),
-frames from 0, and text tokens from the first position beyond the picture's half size, the same on all
-three axes.
+MMDiT counts rows and columns from the centre of the picture (so positions are negative on one half),
+Wan from 0; frames count from 0. MMDiT's text tokens count from the first position beyond the
+picture's half size, the same on all three axes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ def _centred(n: int) -> jax.Array:
 
 
 def video_rotation(
-    grid: tuple[int, int, int], axes: tuple[int, int, int], theta: float
+    grid: tuple[int, int, int], axes: tuple[int, int, int], theta: float, *, centred: bool = True
 ) -> Rotation:
-    """Rotation of the visual tokens of grid (F', H', W'), in patchify's order; axes sum to head_dim."""
+    """Rotation of the visual tokens of grid (F', H', W'), in patchify's order; axes sum to head_dim.
+
+    centred: count rows and columns from the centre (MMDiT), or from 0 (Wan).
+    """
     f, h, w = grid
+    side = _centred if centred else jnp.arange
     parts = [
         jnp.broadcast_to(_angles(jnp.arange(f), axes[0], theta)[:, None, None], (f, h, w, axes[0] // 2)),
-        jnp.broadcast_to(_angles(_centred(h), axes[1], theta)[None, :, None], (f, h, w, axes[1] // 2)),
-        jnp.broadcast_to(_angles(_centred(w), axes[2], theta)[None, None], (f, h, w, axes[2] // 2)),
+        jnp.broadcast_to(_angles(side(h), axes[1], theta)[None, :, None], (f, h, w, axes[1] // 2)),
+        jnp.broadcast_to(_angles(side(w), axes[2], theta)[None, None], (f, h, w, axes[2] // 2)),
     ]
     angle = jnp.concatenate(parts, axis=-1).reshape(f * h * w, -1)  # [N, head_dim / 2]
     return Rotation(jnp.cos(angle), jnp.sin(angle))
