@@ -59,4 +59,5 @@ def test_consistency_needs_a_teacher():
 def test_data_that_does_not_fit_the_model_is_named(width, shape, says):
     shapes = [SimpleNamespace(frames=shape[0], height=shape[1], width=shape[2])]
     with pytest.raises(UserError, match=says):
-        check_data(tiny_config(), SimpleNamespace(text_width=width, shapes=shapes))
+        check_data(tiny_config(), SimpleNamespace(text_width=width, shapes=shapes, kind="pixels",
+                                                   channels=3))
