@@ -1,15 +1,20 @@
-"""Scaled dot-product attention: the oracle against which every faster kernel is held."""
+"""Scaled dot-product attention: the one entry of all models, and the oracle of every faster kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import jax
 import jax.numpy as jnp
+
+from apt_jax.kernels import scope
 
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v with a float32 softmax.
+    """softmax(q k^T / sqrt(head_dim)) v with a float32 softmax, on whatever mesh the network is on.
 
     Args:
       q: [B, Nq, heads, head_dim]; k, v: [B, Nk, heads, head_dim]; float32 or bfloat16.
@@ -17,6 +22,37 @@ def attention(
         no key left is undefined.
     Returns: [B, Nq, heads, head_dim] in q's dtype. Differentiable any number of times.
     """
+    mesh = scope.current()
+    if mesh is not None:
+        return mesh.attention((q,), (k,), (v,), key_mask)[0]
+    return local_attention(q, k, v, key_mask)
+
+
+def joint_attention(
+    q: Sequence[jax.Array],
+    k: Sequence[jax.Array],
+    v: Sequence[jax.Array],
+    key_mask: jax.Array | None = None,
+) -> list[jax.Array]:
+    """`attention` of several streams (text, video) over the tokens of all of them together.
+
+    Args:
+      q, k, v: one [B, N_i, heads, head_dim] per stream.
+      key_mask: bool [B, sum of N_i], in the order of the streams.
+    Returns: one [B, N_i, heads, head_dim] per stream.
+    """
+    mesh = scope.current()
+    if mesh is not None:
+        return mesh.attention(q, k, v, key_mask)
+    join = lambda parts: jnp.concatenate(parts, axis=1)  # noqa: E731
+    ends = list(accumulate(part.shape[1] for part in q))
+    return jnp.split(local_attention(join(q), join(k), join(v), key_mask), ends[:-1], axis=1)
+
+
+def local_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None
+) -> jax.Array:
+    """`attention` on one device."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     scores = scores * (q.shape[-1] ** -0.5)
     if key_mask is not None:

@@ -14,16 +14,22 @@ from typing import Any
 import jax
 from flax import nnx
 
+from apt_jax.kernels.scope import Scope, entered
+
 Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so jax.jit(net) works
 class Network:
-    """Static description of a module: how to make it, and its graph without the arrays."""
+    """Static description of a module: how to make it, and its graph without the arrays.
+
+    scope: how its tokens and attention lie on a mesh (`on`); None is one device.
+    """
 
     make: Callable[[nnx.Rngs], nnx.Module]
     graphdef: Any = dataclasses.field(repr=False)
     shapes: Params = dataclasses.field(repr=False)
+    scope: Scope | None = None
 
     @classmethod
     def build(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
@@ -31,6 +37,10 @@ class Network:
         module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         graphdef, state = nnx.split(module)
         return cls(make, graphdef, nnx.to_pure_dict(state))
+
+    def on(self, scope: Scope | None) -> Network:
+        """The same network with its forward pass on a mesh."""
+        return dataclasses.replace(self, scope=scope)
 
     def abstract(self) -> Params:
         """Nested dict of jax.ShapeDtypeStruct, the shapes and dtypes of `init`'s result."""
@@ -45,7 +55,8 @@ class Network:
         return nnx.merge(self.graphdef, params)
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        return self.bind(params)(*args, **kwargs)
+        with entered(self.scope):
+            return self.bind(params)(*args, **kwargs)
 
     def parameter_count(self) -> int:
         """Number of parameters, without allocating them."""
