@@ -1,0 +1,214 @@
+"""Layers of the causal VAE, channels last: [B, F, H, W, C] throughout.
+
+On an H100 the convolutions are all of the time (388 TFLOP for 49x720x1280). What matters there:
+channels last in bfloat16, the layout in which cuDNN reaches the tensor cores without transposing;
+no pass over the activations other than the convolutions and the fused norm-SiLU between them; and
+convolutions of one tap in space as matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from apt_jax.kernels.attention import attention
+from apt_jax.models.vae.walk import Walk
+
+_FAN_IN = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+SCORES = 2**26  # most attention scores at a time: 256 MiB of float32
+
+
+class Kernel(nnx.Module):
+    """Weights of a convolution: kernel [*window, d_in, d_out] and bias [d_out], float32."""
+
+    def __init__(self, window: tuple[int, ...], d_in: int, d_out: int, *, dtype: jnp.dtype,
+                 rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_FAN_IN(rngs.params(), (*window, d_in, d_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32))
+        self.window, self.dtype = window, dtype
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """x [..., taps * d_in] times the kernel with its window folded into the input channels."""
+        kernel = self.kernel[...].astype(self.dtype)
+        return x @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+
+
+class Pointwise(Kernel):
+    """A convolution of one tap: [..., d_in] -> [..., d_out]."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.matmul(x.astype(self.dtype))
+
+
+class CausalConv(Kernel):
+    """3x3x3 convolution, zero-padded in space, over the frame and its two predecessors in time."""
+
+    def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
+        height = (1, 1)
+        if walk.rows is not None:
+            x, height = walk.rows.halo(x, 1, 1), (0, 0)
+        x = walk.with_past(x, self.window[0] - 1)
+        y = jax.lax.conv_general_dilated(
+            x, self.kernel[...].astype(self.dtype), (1, 1, 1), ((0, 0), height, (1, 1)),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+        return y + self.bias[...].astype(self.dtype)
+
+
+class FrameConv(Kernel):
+    """3x3 convolution of every frame, with a stride and the padding (before, after) of both axes."""
+
+    def __call__(self, x: jax.Array, walk: Walk, stride: int, padding: tuple[int, int]
+                 ) -> jax.Array:
+        height = padding
+        if walk.rows is not None:
+            x, height = walk.rows.halo(x, *padding), (0, 0)
+        b, f = x.shape[:2]
+        y = jax.lax.conv_general_dilated(
+            x.reshape(b * f, *x.shape[2:]), self.kernel[...].astype(self.dtype),
+            (stride, stride), (height, padding), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y.reshape(b, f, *y.shape[1:]) + self.bias[...].astype(self.dtype)
+
+
+class TimeConv(Kernel):
+    """Three taps in time and one in space, as one matrix product: [B, 2 + F, ...] -> [B, F', ...]."""
+
+    def __call__(self, x: jax.Array, stride: int) -> jax.Array:
+        count = (x.shape[1] - 3) // stride + 1
+        taps = [x[:, i : i + (count - 1) * stride + 1 : stride] for i in range(3)]
+        return self.matmul(jnp.concatenate(taps, axis=-1))  # [B, F', H, W, 3 C] -> [.., d_out]
+
+
+class Norm(nnx.Module):
+    """x / |x| * sqrt(dim) * scale over the channels; float32 inside."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] in any dtype -> float32: the caller casts after its activation."""
+        h = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.sum(h * h, axis=-1, keepdims=True))
+        return h * (math.sqrt(h.shape[-1]) / jnp.maximum(length, 1e-12)) * self.scale[...]
+
+    def silu(self, x: jax.Array) -> jax.Array:
+        """SiLU of the norm in x's dtype."""
+        return jax.nn.silu(self(x)).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut."""
+
+    def __init__(self, d_in: int, d_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        window = (3, 3, 3)
+        self.norm1 = Norm(d_in)
+        self.conv1 = CausalConv(window, d_in, d_out, dtype=dtype, rngs=rngs)
+        self.norm2 = Norm(d_out)
+        self.conv2 = CausalConv(window, d_out, d_out, dtype=dtype, rngs=rngs)
+        if d_in != d_out:
+            self.shortcut = Pointwise((1, 1, 1), d_in, d_out, dtype=dtype, rngs=rngs)
+        self.changes = d_in != d_out
+
+    def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
+        shortcut = self.shortcut(x) if self.changes else x
+        h = self.conv1(self.norm1.silu(x), walk)
+        return shortcut + self.conv2(self.norm2.silu(h), walk)
+
+
+class FrameAttention(nnx.Module):
+    """One head over all places of a frame; frames do not see each other."""
+
+    def __init__(self, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = Norm(dim)
+        self.qkv = Pointwise((1, 1), dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.out = Pointwise((1, 1), dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
+        b, f, h, w, c = x.shape
+        qkv = self.qkv(self.norm(x).astype(x.dtype)).reshape(b * f, h * w, 3 * c)
+        q, k, v = jnp.split(qkv, 3, axis=-1)  # [B F, H W, C]
+        mask = None
+        if walk.rows is not None:
+            k, v = walk.rows.gather(k), walk.rows.gather(v)  # [B F, all of H W, C]
+            if walk.rows.padded:
+                mask = jnp.arange(k.shape[1]) < walk.rows.real * w
+        y = attend(q, k, v, mask).reshape(b, f, h, w, c)
+        return x + self.out(y)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+    """Attention of one head, a block of queries at a time so that few scores are alive.
+
+    A head of 384 channels is beyond the flash kernels; at 720p this is 1% of the VAE's work.
+
+    Args: q [N, Q, C]; k, v [N, K, C]; key_mask bool [K] or None. Returns [N, Q, C].
+    """
+    n, queries, _ = q.shape
+
+    def block(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [M, q, C], [M, K, C]
+        mask = None if key_mask is None else jnp.broadcast_to(key_mask, k.shape[:2])
+        return attention(q[:, :, None], k[:, :, None], v[:, :, None], mask)[:, :, 0]
+
+    if n * queries * k.shape[1] <= SCORES:
+        return block(q, k, v)
+    size = max(1, min(queries, SCORES // k.shape[1]))
+    count = -(-queries // size)
+    size = -(-queries // count)  # even blocks, so that the last one is not mostly padding
+
+    def frame(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = qkv
+        q = jnp.pad(q, ((0, count * size - queries), (0, 0))).reshape(count, 1, size, -1)
+        y = jax.lax.map(lambda part: block(part, k[None], v[None]), q)  # [count, 1, size, C]
+        return y.reshape(count * size, -1)[:queries]
+
+    return jax.lax.map(frame, (q, k, v))
+
+
+class Downsample(nnx.Module):
+    """Halves height and width, and with `temporal` the frames after the first."""
+
+    def __init__(self, dim: int, temporal: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.conv = FrameConv((3, 3), dim, dim, dtype=dtype, rngs=rngs)
+        if temporal:
+            self.time_conv = TimeConv((3, 1, 1), dim, dim, dtype=dtype, rngs=rngs)
+        self.temporal = temporal
+
+    def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
+        x = self.conv(x, walk, 2, (0, 1))  # [B, F, H / 2, W / 2, C]
+        if not self.temporal:
+            return x
+        if not walk.first:
+            return self.time_conv(walk.with_past(x, 1), 2)  # [B, F / 2, ...]
+        walk.new.append(x[:, -1:])
+        if x.shape[1] == 1:
+            return x
+        return jnp.concatenate([x[:, :1], self.time_conv(x, 2)], axis=1)  # [B, 1 + (F - 1) / 2, ..]
+
+
+class Upsample(nnx.Module):
+    """Doubles height and width (nearest), and with `temporal` the frames after the first."""
+
+    def __init__(self, dim: int, temporal: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        if temporal:
+            self.time_conv = TimeConv((3, 1, 1), dim, 2 * dim, dtype=dtype, rngs=rngs)
+        self.conv = FrameConv((3, 3), dim, dim // 2, dtype=dtype, rngs=rngs)
+        self.temporal = temporal
+
+    def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
+        if self.temporal:
+            x = self._double_frames(x, walk)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)  # [B, F, 2 H, 2 W, C]
+        return self.conv(x, walk, 1, (1, 1))
+
+    def _double_frames(self, x: jax.Array, walk: Walk) -> jax.Array:
+        """[B, F, ...] -> [B, 2 F, ...]; the clip's first frame stays one, and out of the past."""
+        head, x = (x[:, :1], x[:, 1:]) if walk.first else (x[:, :0], x)
+        joined = walk.with_past(x, 2)
+        if not x.shape[1]:
+            return head
+        b, f, h, w, c = x.shape
+        y = self.time_conv(joined, 1).reshape(b, f, h, w, 2, c)
+        y = y.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * f, h, w, c)  # each frame becomes two
+        return jnp.concatenate([head, y], axis=1)

@@ -1,0 +1,149 @@
+"""Encode and decode whole clips: chunks in a scan, latents normalised.
+
+    vae = make_vae(VAEConfig())
+    z = vae.encode(params, x)        # x [B, 1 + 4k, H, W, 3] in [-1, 1] -> [B, 1 + k, H/8, W/8, 16]
+    y = vae.decode(params, z)        # back
+
+Both are pure functions of the parameters: jit them. The first latent stands for one frame and every
+other for four, so the first chunk runs alone and the others in a `lax.scan` that carries the last
+two frames of every convolution. Memory then depends on the chunk and not on the clip, and the result
+equals one pass over the whole clip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.errors import UserError
+from apt_jax.models.vae.config import VAEConfig
+from apt_jax.models.vae.network import CausalVAE
+from apt_jax.models.vae.walk import Caches, Rows, Walk
+from apt_jax.nn.functional import Network, Params
+
+# (one chunk [B, F, ...], the caches or None) -> (its output, the next chunk's caches)
+Step = Callable[[jax.Array, Caches | None], tuple[jax.Array, Caches]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so jax.jit(vae.decode) works
+class VAE:
+    """The autoencoder without its parameters.
+
+    Attributes: config; network (its parameters' shapes, `init` and `abstract`).
+    """
+
+    config: VAEConfig
+    network: Network
+
+    def encode(self, params: Params, x: jax.Array, *, chunk: int = 1) -> jax.Array:
+        """The mean latents of a clip, normalised.
+
+        Args:
+          params: nested dict of arrays.
+          x: [B, 1 + 4k, H, W, 3] in [-1, 1], any float dtype; H and W multiples of 8.
+          chunk: latents per step of the scan.
+
+        Returns float32 [B, 1 + k, H / 8, W / 8, 16]. UserError for other sizes.
+        """
+        return self.normalise(self.moments(params, x, chunk=chunk)[..., : self._z])
+
+    def moments(self, params: Params, x: jax.Array, *, chunk: int = 1, rows: Rows | None = None
+                ) -> jax.Array:
+        """Mean and log variance as the network gives them: [B, 1 + k, H / 8, W / 8, 32]."""
+        latents = self.config.latent_shape(*x.shape[1:4])[0]
+        head, step = self._cut(latents, chunk)
+        return _run(self.encode_step(params, rows), x, self.config.pixel_frames(head),
+                    step * self.config.frames)
+
+    def decode(self, params: Params, z: jax.Array, *, chunk: int = 1, clamp: bool = True,
+               rows: Rows | None = None) -> jax.Array:
+        """Pixels of normalised latents.
+
+        Args:
+          params: nested dict of arrays.
+          z: [B, 1 + k, H', W', 16] as `encode` gives them.
+          chunk: latents per step of the scan; more use a GPU better and need more memory.
+          clamp: to [-1, 1], as diffusers does; False leaves the network's own values.
+          rows: for `decode_sharded`.
+
+        Returns [B, 1 + 4k, 8 H', 8 W', 3] in the compute dtype.
+        """
+        head, step = self._cut(z.shape[1], chunk)
+        y = _run(self.decode_step(params, rows), z, head, step)
+        return jnp.clip(y, -1, 1) if clamp else y
+
+    def encode_step(self, params: Params, rows: Rows | None = None) -> Step:
+        """Pixels of one chunk -> moments; for loops of one's own."""
+        params = self.cast(params)
+
+        def step(x: jax.Array, caches: Caches | None) -> tuple[jax.Array, Caches]:
+            walk = Walk(caches, rows)
+            return self.network.bind(params).encode(x, walk), walk.caches()
+
+        return step
+
+    def decode_step(self, params: Params, rows: Rows | None = None) -> Step:
+        """Normalised latents of one chunk -> pixels, not clamped; for loops of one's own."""
+        params = self.cast(params)
+
+        def step(z: jax.Array, caches: Caches | None) -> tuple[jax.Array, Caches]:
+            walk = Walk(caches, rows)
+            return self.network.bind(params).decode(self.denormalise(z), walk), walk.caches()
+
+        return step
+
+    def normalise(self, mean: jax.Array) -> jax.Array:
+        """(mean - m) / s over the last axis, float32."""
+        return ((mean.astype(jnp.float32) - jnp.asarray(self.config.mean, jnp.float32))
+                / jnp.asarray(self.config.std, jnp.float32))
+
+    def denormalise(self, z: jax.Array) -> jax.Array:
+        """The inverse of `normalise`."""
+        return (z.astype(jnp.float32) * jnp.asarray(self.config.std, jnp.float32)
+                + jnp.asarray(self.config.mean, jnp.float32))
+
+    def cast(self, params: Params) -> Params:
+        """Convolutions in the compute dtype, once and not in every step; norms stay float32."""
+        dtype = jnp.dtype(self.config.dtype)
+
+        def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            return leaf if path[-1].key == "scale" else jnp.asarray(leaf, dtype)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    @property
+    def _z(self) -> int:
+        return self.config.latent_channels
+
+    def _cut(self, latents: int, chunk: int) -> tuple[int, int]:
+        """Latents in the first chunk (the odd ones with it) and in every other."""
+        if chunk < 1:
+            raise UserError(f"chunk = {chunk} must be at least 1; set it to 1")
+        return 1 + (latents - 1) % chunk, chunk
+
+
+def make_vae(config: VAEConfig) -> VAE:
+    """The autoencoder of a config; allocates nothing."""
+    return VAE(config, Network.build(lambda rngs: CausalVAE(config, rngs=rngs)))
+
+
+def _run(step: Step, x: jax.Array, head: int, size: int) -> jax.Array:
+    """`step` over x [B, F, ...]: the first `head` frames, then a scan over chunks of `size`."""
+    y, caches = step(x[:, :head], None)
+    count = (x.shape[1] - head) // size
+    if not count:
+        return y
+    b, rest = x.shape[0], x.shape[2:]
+    chunks = jnp.moveaxis(x[:, head:].reshape(b, count, size, *rest), 1, 0)  # [n, B, size, ...]
+
+    def body(caches: Caches, part: jax.Array) -> tuple[Caches, jax.Array]:
+        out, caches = step(part, caches)
+        return caches, out
+
+    _, ys = jax.lax.scan(body, caches, chunks)  # [n, B, F of a chunk, ...]
+    ys = jnp.moveaxis(ys, 0, 1).reshape(b, -1, *y.shape[2:])
+    return jnp.concatenate([y, ys], axis=1)
