@@ -52,6 +52,8 @@ FIELDS: tuple[Field, ...] = (
     _f("data.threads", 2, "reader threads per process; 0 reads in line", low=0),
     _f("data.prefetch", 2, "batches prepared ahead of the step", low=0),
     # -- generator (and the discriminator's backbone)
+    _f("model.family", "mmdit", "text and video in two joined streams, or Wan's cross attention",
+       choices=("mmdit", "wan")),
     _f("model.in_channels", 3, "channels of a sample (pixels: 3, latents: 16)", low=1),
     _f("model.out_channels", 3, "channels of the velocity", low=1),
     _f("model.patch", (1, 2, 2), "frames, rows, columns of one token", low=1),
@@ -62,6 +64,9 @@ FIELDS: tuple[Field, ...] = (
     _f("model.rope_axes", (8, 12, 12), "rotary channels of frames, rows, columns", low=2),
     _f("model.rope_theta", 10000.0, "rotary base", low=1, open_low=True),
     _f("model.text_width", 384, "channels of the text states", low=1),
+    _f("model.text_tokens", 0, "wan: text filled up with zeros to this length (512); 0 as given",
+       low=0),
+    _f("model.frequency_width", 256, "wan: channels of the sinusoidal time features", low=2),
     _f("model.mlp_ratio", 4.0, "hidden width of the MLPs over width", low=0, open_low=True),
     _f("model.modulation", "per_block", "a projection per block, or one vector with offsets",
        choices=("per_block", "shared")),

@@ -20,7 +20,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     _check_keys(config)
     for field in FIELDS:
         _check_value(field, get_key(config, field.key))
-    for rule in (_data, _model, _discriminator, _stage, _objective, _train, _mesh):
+    for rule in (_data, _model, _family, _discriminator, _stage, _objective, _train, _mesh):
         rule(config)
     return config
 
@@ -109,6 +109,28 @@ def _model(c: ml_collections.ConfigDict) -> None:
         _require(frames % m.patch[0] == 0, f"data.frames = {c.data.frames}: {frames} is not a "
                                            f"multiple of its patch {m.patch[0]} "
                                            f"(model.patch = {m.patch})")
+
+
+def _family(c: ml_collections.ConfigDict) -> None:
+    """What one family of networks fixes; a field that it has no use for must not be set."""
+    m, defaults = c.model, {key: BY_KEY[f"model.{key}"].default for key in (
+        "modulation", "text_tokens", "frequency_width")}
+    unused = ("modulation",) if m.family == "wan" else ("text_tokens", "frequency_width")
+    for key in unused:
+        _require(m[key] == defaults[key], f"model.{key} = {m[key]!r} has no meaning for "
+                                          f"model.family = {m.family!r}; leave it at "
+                                          f"{defaults[key]!r}")
+    if m.family != "wan":
+        return
+    side = 2 * (m.head_dim // 6)  # as models/wan/config.py
+    axes = (m.head_dim - 2 * side, side, side)
+    _require(m.rope_axes == axes, f"model.rope_axes = {m.rope_axes}: Wan cuts a head of "
+                                  f"{m.head_dim} channels into {axes}; set that")
+    _require(m.frequency_width % 2 == 0, f"model.frequency_width = {m.frequency_width} must be "
+                                         "even: cosines and sines come in pairs")
+    _require(m.text_tokens == 0 or c.data.max_text_tokens <= m.text_tokens,
+             f"data.max_text_tokens = {c.data.max_text_tokens} is more than model.text_tokens = "
+             f"{m.text_tokens}")
 
 
 def _discriminator(c: ml_collections.ConfigDict) -> None:

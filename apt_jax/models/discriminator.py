@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.kernels.attention import attention
-from apt_jax.models.mmdit import Backbone, MMDiTConfig
+from apt_jax.models.mmdit import Backbone
 from apt_jax.nn.functional import Network, Params
 from apt_jax.nn.linear import MLP, linear
 from apt_jax.nn.norm import LayerNorm, RMSNorm
@@ -22,7 +25,7 @@ def default_taps(depth: int) -> tuple[int, ...]:
 class Head(nnx.Module):
     """Cross-attention-only block: one learned query looks at all visual tokens [B, N, D] -> [B, D]."""
 
-    def __init__(self, c: MMDiTConfig, heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, c: Any, heads: int, *, rngs: nnx.Rngs):
         dt = c.compute_dtype
         self.heads = heads
         self.query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.width,), jnp.float32))
@@ -51,9 +54,11 @@ class Discriminator(nnx.Module):
     The backbone ends at the last tap; what lies beyond it in the diffusion model has no part here.
     """
 
-    def __init__(self, c: MMDiTConfig, taps: tuple[int, ...], heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, c: Any, taps: tuple[int, ...], heads: int, *,
+                 backbone: Callable[..., nnx.Module] = Backbone, rngs: nnx.Rngs):
+        """c: the config of `backbone` (any family's), whose depth is the last tap."""
         self.taps = taps
-        self.backbone = Backbone(c, rngs=rngs)
+        self.backbone = backbone(c, rngs=rngs)
         self.heads = stack(lambda r: Head(c, heads, rngs=r), len(taps), rngs)
         self.logit_norm = LayerNorm(len(taps) * c.width)
         self.logit = linear(len(taps) * c.width, 1, dtype=jnp.dtype(jnp.float32), rngs=rngs)
@@ -61,7 +66,7 @@ class Discriminator(nnx.Module):
     def __call__(self, x, t, text, text_mask) -> jax.Array:
         """x: a clean sample, real or generated, float [B, F, H, W, C] (Eq. 6: never noised).
 
-        t: float [B] in [0, 1], condition only; text, text_mask as for MMDiT. Returns float32 [B].
+        t: float [B] in [0, 1], condition only; text, text_mask as for the generator. Returns float32 [B].
         """
         _, tapped, _ = self.backbone(x, t, text, text_mask, taps=self.taps)
         graphdef, state = nnx.split(self.heads)
@@ -77,7 +82,7 @@ def discriminator_from_diffusion(diffusion: Params, net: Network, key: jax.Array
     """D's starting weights: the backbone of the original diffusion weights, heads and logit new.
 
     Args:
-      diffusion: parameters of the MMDiT (not the distilled ones, Sec. 3.3).
+      diffusion: parameters of the generator's network (not the distilled ones, Sec. 3.3).
       net: the discriminator's Network; its depth may be smaller (last tap before the last block).
       key: random key of the new parts.
     """

@@ -1,29 +1,57 @@
-"""From a config to networks."""
+"""From a config to networks: which family model.family names, and how its parts are put together."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from flax import nnx
+
+from apt_jax.errors import UserError
+from apt_jax.models import mmdit, wan
 from apt_jax.models.discriminator import Discriminator, default_taps
-from apt_jax.models.mmdit import MMDiT, MMDiTConfig
 from apt_jax.nn.functional import Network
 
 
-def model_config(model: Any) -> MMDiTConfig:
-    """config.model (an ml_collections ConfigDict or a plain dict of the same fields) -> MMDiTConfig."""
-    names = [f.name for f in dataclasses.fields(MMDiTConfig)]
+class Family(NamedTuple):
+    """What a family of networks consists of: each part is made as part(config, rngs=rngs)."""
+
+    config: type  # a dataclass of sizes, its fields named as in config.model
+    backbone: Callable[..., nnx.Module]  # (x, t, text, text_mask, taps) -> tokens, tapped, time
+    generator: Callable[..., nnx.Module]  # (x, t, text, text_mask) -> velocity
+
+
+FAMILIES: dict[str, Family] = {
+    "mmdit": Family(mmdit.MMDiTConfig, mmdit.Backbone, mmdit.MMDiT),
+    "wan": Family(wan.WanConfig, wan.Backbone, wan.Wan),
+}
+
+
+def family_of(model: Any) -> Family:
+    """The family of config.model; weights that name none are older than the field, and MMDiTs."""
+    name = model["family"] if "family" in model else "mmdit"
+    if name not in FAMILIES:
+        raise UserError(f"model.family = {name!r} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def model_config(model: Any) -> Any:
+    """config.model (an ml_collections ConfigDict or a plain dict of the same fields) -> MMDiTConfig
+    or WanConfig. Fields that the family does not have are left out."""
+    kind = family_of(model).config
+    names = [f.name for f in dataclasses.fields(kind)]
     fields = {name: model[name] for name in names if name in model}
     for name in ("patch", "rope_axes"):
         if name in fields:
             fields[name] = tuple(fields[name])
-    return MMDiTConfig(**fields)
+    return kind(**fields)
 
 
 def make_generator(model: Any) -> Network:
     """The velocity network of config.model: net(params, x, t, text, text_mask) -> v."""
-    config = model_config(model)
-    return Network.build(lambda rngs: MMDiT(config, rngs=rngs))
+    config, make = model_config(model), family_of(model).generator
+    return Network.build(lambda rngs: make(config, rngs=rngs))
 
 
 def discriminator_taps(model: Any, discriminator: Any) -> tuple[int, ...]:
@@ -36,4 +64,6 @@ def make_discriminator(model: Any, discriminator: Any) -> Network:
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads
-    return Network.build(lambda rngs: Discriminator(config, taps, heads, rngs=rngs))
+    make = family_of(model).backbone
+    return Network.build(
+        lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs))

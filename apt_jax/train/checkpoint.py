@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from apt_jax.config import config_from_json, config_to_json
+from apt_jax.config.schema import BY_KEY
 from apt_jax.errors import UserError
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
 
@@ -46,7 +47,10 @@ class Restored(NamedTuple):
 
 
 def _get(config: Any, key: str) -> Any:
+    """The field of a run's config; its default where the run is older than the field."""
     for part in key.split("."):
+        if part not in config:
+            return BY_KEY[key].default
         config = config[part]
     return config
 
