@@ -158,9 +158,9 @@ def _compile(step: StepFunction, mesh: Mesh, shardings: Any) -> StepFunction:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def build_update(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: Any
-                 ) -> StepFunction:
-    """The update of `config.stage`: (state, frozen, batch) -> (state, metrics).
+def build_steps(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: Any
+                ) -> dict[str, StepFunction]:
+    """The compiled steps of `config.stage` by the network they train, in the order they run.
 
     Args:
       nets: `objectives.Nets`.
@@ -168,30 +168,47 @@ def build_update(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings:
       shardings: tree of shardings of the state.
 
     Returns:
-      A function that runs one compiled step, or in the adversarial stage one step of D and then
-      one of G (alternating updates, Sec. 3.3) on the same samples with fresh noise. The state is
-      donated. Metrics are float32 scalars on the device; the adversarial ones are named
-      "discriminator/..." and "generator/...". Each new batch shape compiles once.
+      {"generator": step}, in the adversarial stage {"discriminator": step, "generator": step};
+      each is a jitted (state, frozen, batch) -> (state, metrics) that donates the state.
     """
     def bind(loss, section):
         return lambda params, frozen, batch, keys: loss(params, frozen, batch, keys, nets, section)
 
+    def generator(loss):
+        return generator_update(loss, optimizers["generator"], config, mesh, shardings)
+
     objective = config.objective
     if config.stage == "pretrain":
-        return generator_update(bind(flow_matching.loss, objective.flow),
-                                optimizers["generator"], config, mesh, shardings)
+        return {"generator": generator(bind(flow_matching.loss, objective.flow))}
     if config.stage == "consistency":
-        return generator_update(bind(consistency.loss, objective.consistency),
-                                optimizers["generator"], config, mesh, shardings)
-    d_step = discriminator_update(bind(adversarial.discriminator_loss, objective.adversarial),
-                                  optimizers["discriminator"], config, mesh, shardings)
-    g_step = generator_update(bind(adversarial.generator_loss, objective.adversarial),
-                              optimizers["generator"], config, mesh, shardings)
+        return {"generator": generator(bind(consistency.loss, objective.consistency))}
+    return {
+        "discriminator": discriminator_update(
+            bind(adversarial.discriminator_loss, objective.adversarial),
+            optimizers["discriminator"], config, mesh, shardings),
+        "generator": generator(bind(adversarial.generator_loss, objective.adversarial)),
+    }
+
+
+def build_update(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: Any
+                 ) -> StepFunction:
+    """The update of `config.stage`: (state, frozen, batch) -> (state, metrics).
+
+    Takes what `build_steps` takes. Returns a function that runs one compiled step, or in the
+    adversarial stage one step of D and then one of G (alternating updates, Sec. 3.3) on the same
+    samples with fresh noise. The state is donated. Metrics are float32 scalars on the device; the
+    adversarial ones are named "discriminator/..." and "generator/...". Each new batch shape
+    compiles once.
+    """
+    steps = build_steps(config, nets, optimizers, mesh, shardings)
+    if len(steps) == 1:
+        return steps["generator"]
 
     def update(state, frozen, batch):
-        state, d_metrics = d_step(state, frozen, batch)
-        state, g_metrics = g_step(state, frozen, batch)
-        metrics = {f"discriminator/{name}": value for name, value in d_metrics.items()}
-        return state, metrics | {f"generator/{name}": value for name, value in g_metrics.items()}
+        metrics = {}
+        for name, step in steps.items():
+            state, found = step(state, frozen, batch)
+            metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        return state, metrics
 
     return update
