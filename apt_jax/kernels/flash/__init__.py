@@ -1,0 +1,1 @@
+"""Our flash attention in Pallas: forward, backward, and the function that joins them."""
