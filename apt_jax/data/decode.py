@@ -1,12 +1,14 @@
 """Open one media file: how long and large it is, and chosen frames of it as RGB.
 
 Images and animations (png, jpg, webp, gif) go through Pillow, which also composes animated WebP
-and GIF frames rightly; videos (mp4, webm, mov, mkv) go through PyAV.
+and GIF frames rightly; videos (mp4, webm, mov, mkv) go through PyAV. A file is a path or, from an
+archive, a `Blob`. Frames are chosen by number here and by time in `resample`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Sequence
 
@@ -23,21 +25,45 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """What a file holds: frames (1 = an image), size as displayed, frames a second (0 = image)."""
+    """What a file holds: frames (1 = an image), size as displayed, frames a second (0 = image),
+    and how many seconds a moving one lasts."""
 
     frames: int
     height: int
     width: int
     fps: float
+    seconds: float = 0.0
 
 
-def probe(path: pathlib.Path) -> Media:
+@dataclasses.dataclass(frozen=True)
+class Blob:
+    """A media file in memory; its name only tells the format."""
+
+    name: str
+    data: bytes
+
+    @property
+    def suffix(self) -> str:
+        return pathlib.PurePosixPath(self.name).suffix
+
+
+def opened(file: pathlib.Path | Blob) -> str | io.BytesIO:
+    """What Pillow and PyAV can open."""
+    return io.BytesIO(file.data) if isinstance(file, Blob) else str(file)
+
+
+def is_video(file: pathlib.Path | Blob) -> bool:
+    """Whether PyAV reads it (by its name)."""
+    return file.suffix.lower() in VIDEOS
+
+
+def probe(path: pathlib.Path | Blob) -> Media:
     """Look at a file without decoding more than it must. Raises whatever the decoder raises."""
-    return _probe_video(path) if path.suffix.lower() in VIDEOS else _probe_picture(path)
+    return _probe_video(path) if is_video(path) else _probe_picture(path)
 
 
 def read(
-    path: pathlib.Path,
+    path: pathlib.Path | Blob,
     wanted: Sequence[int],
     height: int,
     width: int,
@@ -48,7 +74,7 @@ def read(
     Returns uint8 [len(wanted), height, width, 3]; transparency is laid over `background`; EXIF
     orientation and video rotation are applied. ValueError if the file has fewer frames.
     """
-    frames = _read_video(path, wanted) if path.suffix.lower() in VIDEOS else _read_picture(
+    frames = _read_video(path, wanted) if is_video(path) else read_picture(
         path, wanted, background
     )
     fitted = [fit(frame, height, width) for frame in frames]
@@ -74,8 +100,8 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
-def _probe_picture(path: pathlib.Path) -> Media:
-    with Image.open(path, formats=_FORMATS) as image:
+def _probe_picture(path: pathlib.Path | Blob) -> Media:
+    with Image.open(opened(path), formats=_FORMATS) as image:
         frames = getattr(image, "n_frames", 1)
         width, height = image.size
         if frames == 1:
@@ -86,11 +112,12 @@ def _probe_picture(path: pathlib.Path) -> Media:
         image.seek(0)
         image.load()
         milliseconds = image.info.get("duration") or 100
-        return Media(frames, height, width, 1000.0 / milliseconds)
+        return Media(frames, height, width, 1000.0 / milliseconds, frames * milliseconds / 1000)
 
 
-def _read_picture(path: pathlib.Path, wanted: Sequence[int], background):
-    with Image.open(path, formats=_FORMATS) as image:
+def read_picture(path: pathlib.Path | Blob, wanted: Sequence[int], background):
+    """Frames number `wanted` of an image or animation, RGB, as long as there are any."""
+    with Image.open(opened(path), formats=_FORMATS) as image:
         if getattr(image, "n_frames", 1) == 1:
             yield from (flatten(ImageOps.exif_transpose(image), background) for _ in wanted[:1])
             return
@@ -102,10 +129,10 @@ def _read_picture(path: pathlib.Path, wanted: Sequence[int], background):
             yield flatten(image, background)
 
 
-def _probe_video(path: pathlib.Path) -> Media:
+def _probe_video(path: pathlib.Path | Blob) -> Media:
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(opened(path)) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
         stream = container.streams.video[0]
@@ -117,17 +144,18 @@ def _probe_video(path: pathlib.Path) -> Media:
             height, width = width, height
         rate = stream.average_rate or stream.guessed_rate or 25
         frames = stream.frames
+        seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
     if not frames:  # webm and mkv do not say; packets are frames for the codecs in use
-        with av.open(str(path)) as container:
+        with av.open(opened(path)) as container:
             frames = sum(p.size > 0 for p in container.demux(container.streams.video[0]))
-    return Media(int(frames), height, width, float(rate))
+    return Media(int(frames), height, width, float(rate), seconds or frames / float(rate))
 
 
 def _read_video(path: pathlib.Path, wanted: Sequence[int]):
     import av
 
     left = list(wanted)
-    with av.open(str(path)) as container:
+    with av.open(opened(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):
@@ -135,6 +163,10 @@ def _read_video(path: pathlib.Path, wanted: Sequence[int]):
                 return
             if number == left[0]:
                 left.pop(0)
-                turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
-                array = frame.to_ndarray(format="rgb24")
-                yield Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)))
+                yield upright(frame, frame.to_ndarray(format="rgb24"))
+
+
+def upright(frame, array: np.ndarray) -> Image.Image:
+    """The RGB array of a PyAV frame, turned as its display metadata say."""
+    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
+    return Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)))

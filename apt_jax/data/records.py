@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import struct
+import uuid
 from collections.abc import Iterable
 
 import numpy as np
@@ -149,7 +150,8 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> int:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".tmp")
+    # A name of its own: a worker that was given up may still be writing the same shard.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     # One record a group: any record is read alone. WebP does not shrink further.
     writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     count = 0

@@ -1,8 +1,8 @@
-"""Find the captioned files of a folder.
+"""Find the captioned files of a folder, also those in its WebDataset tars and parquet files.
 
 Captions come from metadata.jsonl or metadata.csv in the folder (columns file_name, text and, if
-wanted, group), else from a .txt beside the file. Files of one group stay in one split; without a
-group the file's stem is the group.
+wanted, group), else from a .txt beside the file; those of an archive from the archive. Files of one
+group stay in one split; without a group the file's stem is the group.
 """
 
 from __future__ import annotations
@@ -13,19 +13,29 @@ import json
 import os
 import pathlib
 
-from apt_jax.data.decode import MEDIA
+from apt_jax.data import archives, tables
+from apt_jax.data.decode import MEDIA, Blob
 from apt_jax.errors import UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
+ARCHIVES = (archives.SUFFIX, tables.SUFFIX)
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One file to prepare: its name relative to the folder (with '/'), caption and group."""
+    """One file to prepare: its name relative to the folder (with '/'), caption and group.
+
+    In an archive the name goes on after the archive's own; `place` is the offset of a tar member or
+    the number of a parquet row, `size` the member's bytes, `column` the parquet column of media.
+    """
 
     name: str
     caption: str
     group: str
+    archive: str = ""
+    place: int = 0
+    size: int = 0
+    column: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +49,13 @@ class Skipped:
 def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], list[Skipped]]:
     """All captioned media files under root, sorted by name, and those that cannot be used.
 
-    The folder `ignore` (the output) is passed over. UserError for a folder that is missing or
-    without media, and for a table that is broken or points out of the folder.
+    root may be one archive, too. The folder `ignore` (the output) is passed over. UserError for a
+    folder that is missing or without media, and for a table that is broken or points out of the
+    folder.
     """
+    if root.is_file() and root.suffix.lower() in ARCHIVES:
+        items, skipped = _find_in_archives(root.parent, [root.name])
+        return _some(root, items, skipped)
     if not root.is_dir():
         raise UserError(f"{root} is no folder; give the folder with the images and videos")
     tables = [root / name for name in TABLES if (root / name).is_file()]
@@ -49,7 +63,7 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
         raise UserError(f"{root} has both {' and '.join(TABLES)}; keep one of them")
     listed = _read_table(tables[0]) if tables else {}
     items, skipped = [], []
-    for name in sorted(set(listed) | set(_walk(root, ignore))):
+    for name in sorted(set(listed) | set(_walk(root, ignore, MEDIA))):
         path = root / name
         caption, group = listed.get(name) or (_read_text(path), path.stem)
         if not path.is_file():
@@ -62,13 +76,56 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
             skipped.append(Skipped(name, "no caption: not in the table and no .txt beside it"))
         else:
             items.append(Item(name, " ".join(caption.split()), group))
+    inside, left_out = _find_in_archives(root, sorted(_walk(root, ignore, ARCHIVES)))
+    return _some(root, items + inside, skipped + left_out)
+
+
+def fetch(source: pathlib.Path, item: Item) -> pathlib.Path | Blob:
+    """Where the decoder finds an item of `source`: a path, or the bytes out of an archive."""
+    if not item.archive:
+        return source / item.name
+    path = base(source) / item.archive
+    member = item.name[len(item.archive) + 1 :]
+    if item.column:
+        return tables.read_row(path, member, item.place, item.column)
+    return archives.read_member(path, member, item.place, item.size)
+
+
+def size_of(source: pathlib.Path, item: Item) -> int:
+    """Bytes of an item's file (of the whole parquet file for a row of it)."""
+    if item.size:
+        return item.size
+    return (base(source) / (item.archive or item.name)).stat().st_size
+
+
+def base(source: pathlib.Path) -> pathlib.Path:
+    """The folder that names are relative to: the source, or that of the one archive."""
+    return source.parent if source.is_file() else source
+
+
+def _find_in_archives(root: pathlib.Path, names) -> tuple[list[Item], list[Skipped]]:
+    items, skipped = [], []
+    for name in names:
+        if (root / name).suffix.lower() == tables.SUFFIX:
+            rows, left_out = tables.list_table(root / name)
+            rows = [(row, text, group, place, 0, column) for row, text, group, place, column in rows]
+        else:
+            rows, left_out = archives.list_tar(root / name)
+            rows = [(*row, "") for row in rows]
+        items += [Item(f"{name}/{member}", " ".join(caption.split()), group, name, *rest)
+                  for member, caption, group, *rest in rows]
+        skipped += [Skipped(f"{name}/{place}".rstrip("/"), reason) for place, reason in left_out]
+    return items, skipped
+
+
+def _some(root, items, skipped):
     if not items:
         reason = f"; the first of {len(skipped)} left out: {skipped[0]}" if skipped else ""
         raise UserError(f"{root} holds no captioned image or video{reason}; add metadata.jsonl")
     return items, skipped
 
 
-def _walk(root: pathlib.Path, ignore: pathlib.Path):
+def _walk(root: pathlib.Path, ignore: pathlib.Path, suffixes: tuple[str, ...]):
     for folder, folders, files in os.walk(root):
         here = pathlib.Path(folder)
         folders[:] = sorted(
@@ -76,7 +133,7 @@ def _walk(root: pathlib.Path, ignore: pathlib.Path):
             if not f.startswith(".") and (here / f).resolve() != ignore.resolve()
         )
         for file in files:
-            if pathlib.PurePath(file).suffix.lower() in MEDIA and not file.startswith("."):
+            if pathlib.PurePath(file).suffix.lower() in suffixes and not file.startswith("."):
                 yield (here / file).relative_to(root).as_posix()
 
 

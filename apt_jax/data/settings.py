@@ -1,0 +1,102 @@
+"""What a preparation is asked to do: one frozen record, checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from apt_jax.data.presets import MULTIPLE
+from apt_jax.data.quantise import TEXT_DTYPES
+from apt_jax.errors import UserError
+
+TEMPORAL = 4  # frames that the VAE's time axis puts into one
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How files become records.
+
+    sizes: (height, width) of the buckets; a file goes to the nearest aspect. frames: clip lengths;
+    a file goes to the longest that it fills, 1 is an image. sampling: "even" spreads the frames
+    over the whole clip, "consecutive" takes them from the middle at `fps` (0: the file's own rate).
+    holdout: part of the groups kept from training. quality: of WebP. background: RGB under
+    transparency. max_tokens: of a caption. shard_records: files of one shard.
+
+    For latents, besides: image_sizes: of single frames (none: `sizes`). clips: most windows cut
+    from one file, 0 is all that fit. min_fps: slower videos are left out (their frames would be
+    repeated). max_enlarge: files are left out that would have to grow by more (0: any factor).
+    text_dtype: how text states are stored. encode_batch: samples of one VAE call on each device.
+    """
+
+    name: str = "data"
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
+    frames: tuple[int, ...] = (1,)
+    sampling: str = "consecutive"
+    fps: float = 0.0
+    holdout: float = 0.05
+    quality: int = 90
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_tokens: int = 64
+    shard_records: int = 512
+    negative_prompt: str | None = None
+    notices: tuple[str, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    clips: int = 1
+    min_fps: float = 0.0
+    max_enlarge: float = 0.0
+    text_dtype: str = "int8"
+    encode_batch: int = 1
+
+    def check(self, latents: bool = False) -> None:
+        """UserError for a value that makes no sense."""
+        ranges = {
+            "sizes": bool(self.sizes) and all(min(s) > 0 for s in self.sizes),
+            "frames": bool(self.frames) and min(self.frames) > 0,
+            "sampling": self.sampling in ("even", "consecutive"),
+            "fps": self.fps >= 0,
+            "holdout": 0 <= self.holdout < 1,
+            "quality": 1 <= self.quality <= 100,
+            "max_tokens": 2 <= self.max_tokens <= (4096 if latents else 512),
+            "shard_records": self.shard_records > 0,
+            "clips": self.clips >= 0,
+            "min_fps": self.min_fps >= 0,
+            "max_enlarge": self.max_enlarge == 0 or self.max_enlarge >= 1,
+            "text_dtype": self.text_dtype in TEXT_DTYPES,
+            "encode_batch": self.encode_batch > 0,
+        }
+        for key, fine in ranges.items():
+            if not fine:
+                raise UserError(
+                    f"prepare: {key} = {getattr(self, key)!r} is not allowed; see --help"
+                )
+        for notice in self.notices:
+            if not pathlib.Path(notice).is_file():
+                raise UserError(f"prepare: no file {notice}; give the path of a licence text")
+        self._check_latents() if latents else self._check_pixels()
+
+    def _check_pixels(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in LATENT_ONLY and getattr(self, field.name) != field.default:
+                raise UserError(f"prepare: {field.name} belongs to latents; give --vae and "
+                                "--text-encoder, or leave it out")
+
+    def _check_latents(self) -> None:
+        for count in self.frames:
+            if (count - 1) % TEMPORAL:
+                low = count - (count - 1) % TEMPORAL
+                raise UserError(f"prepare: {count} frames do not fit the VAE, which takes 1 + 4 k; "
+                                f"choose {low} or {low + TEMPORAL}")
+        for height, width in self.sizes + self.image_sizes:
+            if height % MULTIPLE or width % MULTIPLE:
+                near = " x ".join(str(max(1, round(n / MULTIPLE)) * MULTIPLE)
+                                  for n in (width, height))
+                raise UserError(f"prepare: size {width}x{height} is no multiple of {MULTIPLE} "
+                                f"(VAE 8, patch 2); the nearest is {near}")
+
+    def made(self, latents: bool) -> dict:
+        """The settings as they are recorded: those for latents only where latents are made."""
+        value = dataclasses.asdict(self)
+        return {k: v for k, v in value.items() if latents or k not in LATENT_ONLY}
+
+
+LATENT_ONLY = ("image_sizes", "clips", "min_fps", "max_enlarge", "text_dtype", "encode_batch")
