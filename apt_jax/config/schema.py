@@ -72,8 +72,9 @@ FIELDS: tuple[Field, ...] = (
        choices=("per_block", "shared")),
     _f("model.dtype", "float32", "dtype of the computation; masters stay float32",
        choices=("float32", "bfloat16")),
-    _f("model.remat", "none", "what the backward pass recomputes",
-       choices=("none", "full", "dots")),
+    _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
+       "products, all but attention, or that with what is kept moved to the host",
+       choices=("none", "full", "dots", "attention", "offload")),
     # -- discriminator
     _f("discriminator.taps", (), "blocks (from 1) with a head; () is 4/9, 13/18 and 1 of the depth",
        low=1),

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from apt_jax.kernels import scope
 
@@ -58,4 +59,5 @@ def local_attention(
     if key_mask is not None:
         scores = jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, heads, Nq, Nk]
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    # Named, so that a rematerialisation policy can keep it (nn/stack.py).
+    return checkpoint_name(jnp.einsum("bhqk,bkhd->bqhd", weights, v), "attention_out")

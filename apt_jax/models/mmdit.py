@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from apt_jax.kernels.attention import attention
+from apt_jax.kernels.attention import joint_attention
 from apt_jax.models.inputs import check_inputs
 from apt_jax.nn.embeddings import TimeEmbedding, patchify, token_grid, unpatchify
 from apt_jax.nn.linear import MLP, linear
@@ -94,16 +94,9 @@ class Block(nnx.Module):
 
         qv, kv, vv = self.video.project(modulate(video, video_attn), rotations[0])
         qt, kt, vt = self.text.project(modulate(text, text_attn), rotations[1])
-        joint = attention(
-            jnp.concatenate([qt, qv], axis=1),  # [B, L + N, heads, head_dim]
-            jnp.concatenate([kt, kv], axis=1),
-            jnp.concatenate([vt, vv], axis=1),
-            key_mask,
-        )
-        joint = joint.reshape(*joint.shape[:2], -1)  # [B, L + N, D]
-        length = text.shape[1]
-        text = text + text_attn.gate * self.text.out(joint[:, :length])
-        video = video + video_attn.gate * self.video.out(joint[:, length:])
+        to_text, to_video = joint_attention((qt, qv), (kt, kv), (vt, vv), key_mask)
+        text = text + text_attn.gate * self.text.out(to_text.reshape(text.shape))
+        video = video + video_attn.gate * self.video.out(to_video.reshape(video.shape))
 
         video = video + video_mlp.gate * self.video.mlp(modulate(video, video_mlp))
         text = text + text_mlp.gate * self.text.mlp(modulate(text, text_mlp))

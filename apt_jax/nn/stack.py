@@ -1,6 +1,7 @@
 """A stack of equal blocks: one set of parameters with a leading depth axis, scanned.
 
-Scanning compiles one block whatever the depth. Hidden states can be tapped after chosen blocks: the
+Scanning compiles one block whatever the depth, and gathers sharded parameters one layer at a time.
+Hidden states can be tapped after chosen blocks: the
 scan is cut into segments there, so that nothing but the taps is kept (emitting every block's output
 would store all activations).
 """
@@ -12,13 +13,30 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from apt_jax.kernels import scope
 
 Carry = Any
 
+# What the backward pass keeps of every block, by the names that blocks and kernels give their
+# values: "block_in" is a block's input, the two others come from attention.
+ATTENTION = ("attention_out", "attention_lse")
+_policies = jax.checkpoint_policies
+
 REMAT_POLICIES: dict[str, Callable | None] = {
+    # Everything: fastest, and all of it in memory.
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Its input alone; the block is computed twice.
+    "full": _policies.nothing_saveable,
+    # Its input and the results of its matrix products.
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    # Its input and what attention returned: its costliest part is not computed twice.
+    "attention": _policies.save_only_these_names(*ATTENTION),
+    # The same, on the host: the device keeps nothing.
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_in", *ATTENTION],
+        offload_src="device", offload_dst="pinned_host"),
 }
 
 
@@ -52,8 +70,12 @@ def run_stack(
     """
     graphdef, state = nnx.split(blocks)
 
+    mesh = scope.current()
+    place = (lambda carry: carry) if mesh is None else mesh.tokens
+
     def body(carry: Carry, block_state: Any) -> tuple[Carry, None]:
-        return step(nnx.merge(graphdef, block_state), carry), None
+        carry = jax.tree.map(lambda x: checkpoint_name(x, "block_in"), place(carry))
+        return place(step(nnx.merge(graphdef, block_state), carry)), None
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:

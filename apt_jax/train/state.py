@@ -25,6 +25,8 @@ from apt_jax.errors import UserError
 from apt_jax.models.discriminator import discriminator_from_diffusion
 from apt_jax.models.presets import make_discriminator, make_generator
 from apt_jax.objectives import Nets
+from apt_jax.parallel.context import on_mesh
+from apt_jax.parallel.mesh import check_model
 from apt_jax.parallel.sharding import MIN_ELEMENTS, abstract_like, infer_shardings, path_string
 from apt_jax.train.optimizers import discriminator_optimizer, generator_optimizer
 from apt_jax.weights import load_generator
@@ -49,9 +51,12 @@ def set_up(config: Any, mesh: Mesh, min_elements: int = MIN_ELEMENTS) -> Setup:
     Arrays below `min_elements` are not sharded over fsdp.
     """
     adversarial = config.stage == "adversarial"
-    generator = make_generator(config.model)
-    discriminator = (make_discriminator(config.model, config.discriminator) if adversarial
-                     else None)
+    check_model(mesh, config.model, adversarial and (
+        config.discriminator.heads or config.model.heads), config.mesh.ulysses)
+    scope = on_mesh(mesh, config.mesh.ulysses)
+    generator = make_generator(config.model).on(scope)
+    discriminator = (make_discriminator(config.model, config.discriminator).on(scope)
+                     if adversarial else None)
     optimizers = {"generator": generator_optimizer(config)}
     if adversarial:
         optimizers["discriminator"] = discriminator_optimizer(config)

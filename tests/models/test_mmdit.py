@@ -165,7 +165,7 @@ def test_a_tap_is_what_a_shallower_network_ends_with():
 def by_policy():
     """Value and gradient of a function of the taps under every rematerialisation policy."""
     results = {}
-    for remat in ("none", "full", "dots"):
+    for remat in ("none", "full", "dots", "attention", "offload"):
         run = tapped(dataclasses.replace(TINY, remat=remat), (2, 4))
 
         def value(backbone, x, run=run):
@@ -178,7 +178,7 @@ def by_policy():
     return results
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "attention", "offload"])
 def test_rematerialisation_changes_no_value_and_no_gradient(by_policy, remat):
     (value, gradient), (plain, expected) = by_policy[remat], by_policy["none"]
     np.testing.assert_allclose(value, plain, rtol=1e-6)

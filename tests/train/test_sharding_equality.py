@@ -1,67 +1,110 @@
-"""Losses and gradients of one D and one G step are the same however the mesh is cut."""
+"""However the mesh is cut, D and G have the losses, gradients and weights of one device."""
+
+import itertools
+import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 from test_steps import host, relative_difference, wake
 from tiny import tiny_batch, tiny_config
 
-from apt_jax.objectives import adversarial
-from apt_jax.parallel.mesh import make_mesh
+from apt_jax.parallel.mesh import AXES, make_mesh
 from apt_jax.train.loop import put_batch
 from apt_jax.train.state import init_state, set_up
-from apt_jax.train.steps import gradient, sample_keys
+from apt_jax.train.steps import build_update
+
+STEPS = 5
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
+ONE = (1, 1, 1, 1)
+
+
+def equality_config(ulysses=-1, accumulate=1):
+    """Eight heads, so that every axis may have eight devices; 16 tokens of video and 3 of text.
+
+    sigma is the videos' 0.1: at 0.01 the penalty is the square of a difference of nearly equal
+    logits, and float32 rounding alone moves its gradient by 1e-5.
+    """
+    return tiny_config("adversarial", batch_size=16, objective__adversarial__r1_sigma=0.1,
+                       model__width=64, model__heads=8, discriminator__heads=8,
+                       train__accumulate=accumulate, mesh__ulysses=ulysses,
+                       optimizer__learning_rate=1e-5)
+
+
+def recording(optimizer):
+    """The optimiser, with the last gradient kept in its state."""
+    def update(grads, state, params=None):
+        updates, inner = optimizer.update(grads, state[0], params)
+        return updates, (inner, grads)
+
+    return optax.GradientTransformation(
+        lambda params: (optimizer.init(params), jax.tree.map(jax.numpy.zeros_like, params)), update)
 
 
 @pytest.fixture(scope="module")
 def weights():
     """One set of start weights, made on one device, as numpy."""
-    config = tiny_config("adversarial")
-    setup = set_up(config, make_mesh(config.mesh, jax.devices()[:1]))
-    return host(wake(init_state(config, setup)))
+    config = equality_config()
+    setup = set_up(config, make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
+    state = host(wake(init_state(config, setup)))
+    return {name: state[name] for name in ("generator", "discriminator", "generator_ema")}
 
 
-def losses_and_gradients(replica, fsdp, weights, microbatches=1):
-    """((gradients, metrics) of the D step, the same of the G step), on the host.
-
-    sigma is the videos' 0.1: at 0.01 the penalty is the square of a difference of nearly equal
-    logits, and float32 rounding alone moves its gradient by 1e-5.
-    """
-    config = tiny_config("adversarial", batch_size=16, objective__adversarial__r1_sigma=0.1)
-    mesh = make_mesh({"replica": replica, "fsdp": fsdp}, jax.devices()[: replica * fsdp])
+def train(shape, weights, ulysses=-1, accumulate=1):
+    """(metrics of the first update, gradients of D and G in it, weights after STEPS), on the host."""
+    config = equality_config(ulysses, accumulate)
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:math.prod(shape)])
     setup = set_up(config, mesh, min_elements=1)
-    state = jax.device_put(weights, setup.shardings)
-    if fsdp > 1:
-        cut = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-        assert len(cut) > 100, "the mesh is there, but nothing is sharded over it"
-    options, nets = config.objective.adversarial, setup.nets
-
-    batch = put_batch(tiny_batch(16, padded=3), mesh)
-
-    def run(loss, name, other, tag):
-        @jax.jit
-        def step(state, batch):
-            keys = sample_keys(state["key"], state["step"], tag, batch["x"].shape[0])
-            return gradient(
-                lambda p, b, k: loss(p, {other: state[other]}, b, k, nets, options), state[name],
-                batch, keys, microbatches=microbatches, mesh=mesh, shardings=setup.shardings[name])
-        return host(step(state, batch))
-
-    return (run(adversarial.discriminator_loss, "discriminator", "generator", 1),
-            run(adversarial.generator_loss, "generator", "discriminator", 0))
+    optimizers = {name: recording(o) for name, o in setup.optimizers.items()}
+    shardings = dict(setup.shardings)
+    state = jax.device_put(dict(weights), {name: shardings[name] for name in weights})
+    state |= jax.device_put({"step": np.zeros((), np.int32),
+                             "key": np.asarray(jax.random.key_data(jax.random.key(0)))},
+                            {name: shardings[name] for name in ("step", "key")})
+    for name, optimizer in optimizers.items():
+        shardings[f"{name}_opt"] = (shardings[f"{name}_opt"], shardings[name])
+        state[f"{name}_opt"] = jax.device_put(
+            jax.tree.map(lambda s: np.zeros(s.shape, s.dtype),
+                         jax.eval_shape(optimizer.init, weights[name])), shardings[f"{name}_opt"])
+    update = build_update(config, setup.nets, optimizers, mesh, shardings)
+    batches = [put_batch(tiny_batch(16, seed=i, padded=3, pixels=8), mesh) for i in range(STEPS)]
+    state, metrics = update(state, {}, batches[0])
+    metrics = host(metrics)
+    gradients = {name: host(state[f"{name}_opt"][1]) for name in optimizers}
+    for batch in batches[1:]:
+        state, _ = update(state, {}, batch)
+    if shape[1] * shape[2] * shape[3] == 8:
+        cut = [leaf for leaf in jax.tree.leaves(state["generator"])
+               if not leaf.sharding.is_fully_replicated]
+        assert len(cut) > 20, "the mesh is there, but nothing is sharded over it"
+    return metrics, gradients, {name: host(state[name]) for name in weights}
 
 
 @pytest.fixture(scope="module")
 def one_device(weights):
-    return losses_and_gradients(1, 1, weights)
+    return train(ONE, weights)
 
 
-@pytest.mark.parametrize(("replica", "fsdp", "microbatches"), [
-    (8, 1, 1), (2, 4, 2), (1, 8, 1)])
-def test_every_mesh_equals_one_device(replica, fsdp, microbatches, weights, one_device):
-    found = losses_and_gradients(replica, fsdp, weights, microbatches)
-    for (gradients, metrics), (want, want_metrics) in zip(found, one_device, strict=True):
-        assert relative_difference(gradients, want) < 1e-5
-        assert metrics["gradient_norm"] > 1e-2
-        for name, value in want_metrics.items():
-            np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-6)
+def assert_same(found, want):
+    (metrics, gradients, after), (want_metrics, want_gradients, want_after) = found, want
+    for name, value in want_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+    for name in ("discriminator", "generator"):
+        assert want_metrics[f"{name}/gradient_norm"] > 1e-2
+        assert relative_difference(gradients[name], want_gradients[name]) < 1e-5, name
+    for name in after:
+        assert relative_difference(after[name], want_after[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_every_mesh_equals_one_device(shape, weights, one_device):
+    assert_same(train(shape, weights), one_device)
+
+
+@pytest.mark.parametrize(("shape", "ulysses", "accumulate"), [
+    ((1, 1, 8, 1), 1, 1),  # ring 8
+    ((1, 2, 4, 1), 2, 2),  # Ulysses 2 inside ring 2, two microbatches
+])
+def test_the_ring_and_microbatches_equal_one_device(shape, ulysses, accumulate, weights, one_device):
+    assert_same(train(shape, weights, ulysses, accumulate), one_device)

@@ -29,7 +29,8 @@ def tiny_config(stage: str = "pretrain", batch_size: int = 8, **overrides):
     return config
 
 
-def tiny_batch(batch_size: int = 8, seed: int = 0, padded: int = 0) -> dict[str, np.ndarray]:
+def tiny_batch(batch_size: int = 8, seed: int = 0, padded: int = 0,
+               pixels: int = PIXELS) -> dict[str, np.ndarray]:
     """A random batch; the last `padded` samples have loss_mask 0."""
     rng = np.random.default_rng(seed)
     mask = np.ones(batch_size, np.float32)
@@ -37,7 +38,7 @@ def tiny_batch(batch_size: int = 8, seed: int = 0, padded: int = 0) -> dict[str,
     text_mask = np.ones((batch_size, TOKENS), bool)
     text_mask[::2, -1] = False
     text = rng.normal(size=(batch_size, TOKENS, TEXT_WIDTH)).astype(np.float32)
-    return {"x": rng.uniform(-1, 1, (batch_size, 1, PIXELS, PIXELS, 3)).astype(np.float32),
+    return {"x": rng.uniform(-1, 1, (batch_size, 1, pixels, pixels, 3)).astype(np.float32),
             "text": text * text_mask[..., None], "text_mask": text_mask, "loss_mask": mask,
             "index": np.arange(batch_size, dtype=np.int32)}
 
