@@ -1,7 +1,9 @@
 """Generator weights on disk: a folder with model.safetensors and config.json.
 
-model.safetensors holds flat "a/b/c" keys, config.json {"kind": "generator", "model": {...}, ...}.
-The same loader reads the bundled base and the checkpoints of a run.
+model.safetensors (or several files and an index) holds flat "a/b/c" keys, config.json
+{"kind": "generator", "model": {...}, ...}. The same loader reads the bundled base, the checkpoints
+of a run, and a component folder, which `apt-jax convert import` writes: its config.json says
+{"kind": "pipeline"} and its networks lie in transformer/, vae/ and text_encoder/.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,14 @@ import numpy as np
 
 from apt_jax.config import load_json
 from apt_jax.errors import UserError
+from apt_jax.parallel.place import place
+from apt_jax.parallel.sharding import STACKED
+from apt_jax.tensor_files import NAMES, TensorSet, open_folder
 
 BUNDLED = "bundled:"
 WEIGHTS_FILE, CONFIG_FILE, CHECKPOINTS = "model.safetensors", "config.json", "checkpoints"
-KIND = "generator"
+INDEX_FILE = "model.safetensors.index.json"
+KIND, PIPELINE, TRANSFORMER = "generator", "pipeline", "transformer"
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -93,57 +99,149 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
-def load_generator(path: str | Path, which: str = "ema"
+def load_generator(path: str | Path, which: str = "ema", shardings: Any = None
                    ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
     """Reads a generator.
 
     Args:
-      path: "bundled:base", a weights folder, or a run folder (its newest readable checkpoint).
+      path: "bundled:base", a weights folder, a component folder, or a run folder (its newest
+        readable checkpoint).
       which: "ema" or "raw": which weights of a run; a weights folder holds one set.
+      shardings: a tree of shardings of the parameters; each leaf is then read straight onto its
+        devices, layer by layer, and the host never holds the whole.
 
     Returns:
-      Its config.model, and the parameters as a nested dict of float32 numpy arrays.
+      Its config.model, and the parameters as a nested dict of float32 arrays: numpy, or jax where
+      `shardings` is given.
 
     Raises:
       UserError: nothing there, an incomplete or damaged folder, keys that do not fit the model.
     """
     if which not in ("ema", "raw"):
         raise UserError(f"which = {which!r} is unknown; use 'ema' or 'raw'")
+    if not str(path).startswith(BUNDLED) and _is_run(folder := generator_folder(path)):
+        return _load_run(folder, which, shardings)
+    with open_generator(path, which) as (model, leaves):
+        flat = flatten(shardings) if shardings is not None else None
+        if flat is not None and set(flat) != set(leaves.shapes()):
+            flat = None  # of another model: the caller compares, and names the difference
+        return model, unflatten({
+            name: _read_leaf(leaves, name, shape, flat and flat[name])
+            for name, shape in leaves.shapes().items()})
+
+
+def _read_leaf(leaves: Any, name: str, shape: tuple[int, ...], sharding: Any) -> Any:
+    return place(lambda layer: leaves.read(name, layer), shape, np.float32,
+                 bool(STACKED.search(name)), sharding)
+
+
+@contextmanager
+def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, Any]]:
+    """A generator's config.model and its leaves, to be read one at a time.
+
+    The leaves have `shapes()` -> {"a/b": shape} and `read(name, layer=None)` -> numpy array in the
+    dtype it is stored in; those of a run are read at once. Arguments and errors as for
+    `load_generator`.
+    """
     text = str(path)
     if text.startswith(BUNDLED):
-        return _load_bundled(text.removeprefix(BUNDLED))
+        with _bundled(text.removeprefix(BUNDLED)) as folder, _open_folder(folder) as opened:
+            yield opened
+        return
+    folder = generator_folder(path)
+    if _has_weights(folder):
+        with _open_folder(folder) as opened:
+            yield opened
+    elif _is_run(folder):
+        model, params = load_generator(folder, which)
+        yield model, Leaves(flatten(params))
+    else:
+        raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {CHECKPOINTS}/; give a run "
+                        "folder that has saved a checkpoint, or a weights folder")
+
+
+def generator_folder(path: str | Path) -> Path:
+    """The folder of the generator itself: transformer/ of a component folder, else `path`."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a run folder, a weights folder or "
                         "'bundled:base'")
-    if (folder / WEIGHTS_FILE).is_file():
-        return _load_folder(folder)
-    if (folder / CHECKPOINTS).is_dir():
-        return _load_run(folder, which)
-    raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {CHECKPOINTS}/; give a run folder "
-                    "that has saved a checkpoint, or a weights folder")
+    if not _has_weights(folder) and not _is_run(folder) and (
+            (folder / CONFIG_FILE).is_file() and read_card(folder).get("kind") == PIPELINE):
+        return folder / TRANSFORMER
+    return folder
+
+
+class Leaves:
+    """Flat parameters in memory, to be read like those of a file."""
+
+    def __init__(self, flat: Mapping[str, Any]):
+        self._flat = flat
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self._flat.items()}
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        return np.asarray(self._flat[name] if layer is None else self._flat[name][layer])
+
+
+def _is_run(folder: Path) -> bool:
+    return not _has_weights(folder) and (folder / CHECKPOINTS).is_dir()
+
+
+def _has_weights(folder: Any) -> bool:
+    return (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def load_component(path: str | Path, name: str, kind: str, shardings: Any = None
+                   ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Another network of a component folder: the VAE or the text encoder.
+
+    Args:
+      path: the component folder, or the network's own folder in it.
+      name, kind: "vae" and "vae", or "text_encoder" and "umt5".
+      shardings: as for `load_generator`.
+
+    Returns:
+      Its config.json, and its parameters as a nested dict of float32 arrays.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; apt-jax convert import writes one")
+    if (folder / name / CONFIG_FILE).is_file():
+        folder = folder / name
+    card = read_card(folder)
+    if card.get("kind") != kind or not isinstance(card.get(kind), dict):
+        raise UserError(f"{folder / CONFIG_FILE} does not describe a {name} (kind = "
+                        f"{card.get('kind')!r}); give a folder that apt-jax convert import wrote")
+    flat = flatten(shardings) if shardings is not None else None
+    with open_folder(folder) as tensors:
+        return card, unflatten({key: _read_leaf(tensors, key, shape, flat and flat[key])
+                                for key, shape in tensors.shapes().items()})
 
 
 def generator_card(path: str | Path) -> dict[str, Any]:
     """What a weights folder (or bundled weights) says of itself; {} for a run, without card."""
     text = str(path)
-    folder = (resources.files("apt_jax") / "assets" / text.removeprefix(BUNDLED)
-              if text.startswith(BUNDLED) else Path(path))
-    if not (folder / WEIGHTS_FILE).is_file():
-        return {}
-    return _read_card(folder)
+    if text.startswith(BUNDLED):
+        folder = resources.files("apt_jax") / "assets" / text.removeprefix(BUNDLED)
+    else:
+        folder = Path(path)
+        folder = generator_folder(folder) if folder.is_dir() else folder
+    return read_card(folder) if _has_weights(folder) else {}
 
 
-def _load_bundled(name: str) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+@contextmanager
+def _bundled(name: str) -> Iterator[Path]:
     root = resources.files("apt_jax") / "assets" / name
     if not (root / WEIGHTS_FILE).is_file():
         raise UserError(f"there are no bundled weights {BUNDLED}{name}; the package ships "
                         f"{BUNDLED}base")
     with resources.as_file(root) as folder:
-        return _load_folder(Path(folder))
+        yield Path(folder)
 
 
-def _read_card(folder: Any) -> dict[str, Any]:
+def read_card(folder: Any) -> dict[str, Any]:
     try:
         return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError:
@@ -154,46 +252,29 @@ def _read_card(folder: Any) -> dict[str, Any]:
                         "again") from None
 
 
-def _load_folder(folder: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
-    description = _read_card(folder)
+@contextmanager
+def _open_folder(folder: Path) -> Iterator[tuple[ml_collections.ConfigDict, TensorSet]]:
+    description = read_card(folder)
     if description.get("kind") != KIND or not isinstance(description.get("model"), dict):
         raise UserError(f"{folder / CONFIG_FILE} does not describe a generator (kind = "
                         f"{description.get('kind')!r}); give a folder that export wrote")
     model = ml_collections.ConfigDict(
         {key: tuple(value) if isinstance(value, list) else value
          for key, value in description["model"].items()})
-    params = unflatten(_read_safetensors(folder / WEIGHTS_FILE))
-    _check_keys(params, model, str(folder))
-    return model, params
+    with open_folder(folder) as tensors:
+        for name, tensor in tensors.tensors.items():
+            if NAMES[tensor.dtype] not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(f"{tensor.file}: {name} has dtype {NAMES[tensor.dtype]}; generator "
+                                "weights are floating point")
+        _check_keys(tensors.shapes(), model, str(folder))
+        yield model, tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All arrays, floats as float32 (safetensors' numpy reader has no bfloat16)."""
-    import ml_dtypes
-    from safetensors import SafetensorError, deserialize
-
-    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    try:
-        tensors = deserialize(path.read_bytes())
-    except (SafetensorError, OSError, struct.error) as error:
-        raise UserError(f"{path} is damaged or incomplete ({error}); copy or export it again"
-                        ) from None
-    flat = {}
-    for name, tensor in tensors:
-        if tensor["dtype"] not in kinds:
-            raise UserError(f"{path}: {name} has dtype {tensor['dtype']}; generator weights are "
-                            "floating point")
-        values = np.frombuffer(tensor["data"], kinds[tensor["dtype"]]).reshape(tensor["shape"])
-        flat[name] = values.astype(np.float32)
-    return flat
-
-
-def _check_keys(params: Any, model: Any, source: str) -> None:
-    """Missing, unknown and misshapen parameters, by name."""
+def _check_keys(have: Mapping[str, tuple[int, ...]], model: Any, source: str) -> None:
+    """Missing, unknown and misshapen parameters, by name. have: {"a/b": shape}."""
     from apt_jax.models.presets import make_generator
 
     want = {k: tuple(v.shape) for k, v in flatten(make_generator(model).abstract()).items()}
-    have = {k: tuple(v.shape) for k, v in flatten(params).items()}
     for problem, names in (("lacks", sorted(set(want) - set(have))),
                            ("has the unknown", sorted(set(have) - set(want)))):
         if names:
@@ -206,14 +287,16 @@ def _check_keys(params: Any, model: Any, source: str) -> None:
                             f"says {want[name]}; export it again")
 
 
-def _load_run(folder: Path, which: str) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+def _load_run(folder: Path, which: str, shardings: Any
+              ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
     config = load_json(folder / CONFIG_FILE)
     steps = sorted((int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdigit()),
                    reverse=True)
     problem = "it holds none"
     for step in steps:
         try:
-            params = _read_checkpoint(folder / CHECKPOINTS / str(step), config.model, which)
+            params = _read_checkpoint(folder / CHECKPOINTS / str(step), config.model, which,
+                                      shardings)
         except UserError:
             raise
         except Exception as error:  # whatever a torn checkpoint makes the reader raise
@@ -224,21 +307,27 @@ def _load_run(folder: Path, which: str) -> tuple[ml_collections.ConfigDict, dict
                     "saves one")
 
 
-def _read_checkpoint(folder: Path, model: Any, which: str) -> dict[str, Any]:
-    """One parameter tree out of a checkpoint, as numpy; the rest of the state is not read."""
+def _read_checkpoint(folder: Path, model: Any, which: str, shardings: Any = None
+                     ) -> dict[str, Any]:
+    """One parameter tree out of a checkpoint; the rest of the state is not read."""
     import jax
     import orbax.checkpoint as ocp
 
     from apt_jax.models.presets import make_generator
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    item = {"generator_ema" if which == "ema" else "generator": make_generator(model).abstract()}
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    abstract = make_generator(model).abstract()
+    if shardings is not None and jax.tree.structure(abstract) == jax.tree.structure(shardings):
+        args = jax.tree.map(lambda leaf, where: ocp.ArrayRestoreArgs(
+            sharding=where, global_shape=leaf.shape, dtype=leaf.dtype), abstract, shardings)
+    else:
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+    name = "generator_ema" if which == "ema" else "generator"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         state = reader.restore((folder / "state").resolve(), args=ocp.args.PyTreeRestore(
-            item=item, restore_args=restore_args, partial_restore=True))
-    (params,) = state.values()
-    _check_keys(params, model, str(folder))
+            item={name: abstract}, restore_args={name: args}, partial_restore=True))
+    params = state[name]
+    _check_keys(Leaves(flatten(params)).shapes(), model, str(folder))
     return params
 
 

@@ -55,12 +55,13 @@ LAYERS = (
     {"cli"},
     {"api"},
     {"train", "eval"},
-    {"objectives", "weights", "convert"},
+    {"convert"},
+    {"objectives", "weights"},
     {"diffusion", "models", "data"},
     {"nn", "parallel"},
-    {"kernels", "media"},
+    {"kernels", "media", "tensor_files"},
     {"config"},
-    {"errors", "__init__"},
+    {"errors", "__init__", "assets"},
 )
 # data/captions.py runs the text encoder of models/; train/ and eval/ do not know of each other.
 ASIDE = {("data", "models")}

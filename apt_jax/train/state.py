@@ -106,12 +106,11 @@ def check_like(params: Any, abstract: Any, source: str) -> None:
 
 def load_params(source: str, which: str, setup: Setup, dtype: Any = np.float32) -> Any:
     """Generator weights of a run, a weights folder or the bundled base, on the mesh, float32."""
-    _, params = load_generator(source, which)
-    abstract = setup.generator.abstract()
-    check_like(params, abstract, source)
+    shardings = setup.shardings["generator"]
+    _, params = load_generator(source, which, shardings)
+    check_like(params, setup.generator.abstract(), source)
     return jax.tree.map(
-        lambda value, sharding: jax.device_put(np.asarray(value, dtype), sharding), params,
-        setup.shardings["generator"])
+        lambda value, sharding: jax.device_put(value.astype(dtype), sharding), params, shardings)
 
 
 def init_state(config: Any, setup: Setup) -> State:

@@ -1,0 +1,95 @@
+"""Takes PyTorch checkpoints in and gives one-step diffusers folders out.
+
+  import   a diffusers folder (Wan 2.1 text-to-video, Qwen-Image) -> a component folder, which
+           init.diffusion, init.generator, apt-jax prepare and apt-jax sample read
+  export   a run or weights -> a diffusers folder that from_pretrained loads: transformer, scheduler
+           for one and two steps, the base's other components, model card
+
+Neither needs torch. What is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+EXAMPLES = """\
+  apt-jax convert import --source ./Wan2.1-T2V-1.3B-Diffusers --to ckpt/wan13b
+  apt-jax convert import --source Wan-AI/Wan2.1-T2V-1.3B-Diffusers --to ckpt/wan13b
+  apt-jax convert export --checkpoint runs/apt_video --to ./wan13b-one-step
+  apt-jax convert export --checkpoint runs/apt_video --to ./raw --weights raw --dtype bfloat16
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `apt-jax convert`."""
+    parser.add_argument("direction", choices=("import", "export"), help="which way")
+    add = parser.add_argument_group("both").add_argument
+    add("--to", required=True, metavar="DIR", help="the folder to write")
+    add("--overwrite", action="store_true", help="replace what --to holds")
+    add("--copy", action="store_true",
+        help="copy the files that are not converted, where they would be hard-linked")
+    add("--quiet", action="store_true", help="no progress output")
+    add = parser.add_argument_group("import").add_argument
+    add("--source", metavar="PATH",
+        help="a diffusers folder (a pipeline, or a transformer alone), or a hub id like org/name")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
+    add = parser.add_argument_group("export").add_argument
+    add("--checkpoint", metavar="PATH", help="a run folder, a component folder, a weights folder")
+    add("--weights", choices=("ema", "raw"), default="ema",
+        help="averaged or raw weights of a run (default: ema)")
+    add("--base", metavar="DIR",
+        help="the component folder with the other components (default: where the run began)")
+    add("--dtype", choices=("source", "float32", "bfloat16", "float16"), default="source",
+        help="of the tensors written (default: source, as the base's were)")
+    add("--two-step-time", type=float, metavar="T",
+        help="t between two steps, fixed by the scheduler's shift (default: the run's "
+             "sample.two_step_time)")
+    add("--shard-gb", type=float, default=5.0, metavar="GB",
+        help="larger weights become several files with an index (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, prints where the result is."""
+    from apt_jax.errors import UserError
+
+    def say(text: str) -> None:
+        if not args.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    if args.direction == "import":
+        if not args.source:
+            raise UserError("apt-jax convert import needs --source; give a diffusers folder or a "
+                            "hub id")
+        if args.checkpoint:
+            raise UserError("--checkpoint is of apt-jax convert export; import takes --source")
+        from apt_jax.convert.importing import import_folder
+
+        import_folder(args.source, args.to, revision=args.revision, overwrite=args.overwrite,
+                      copy=args.copy, say=say)
+    else:
+        if not args.checkpoint:
+            raise UserError("apt-jax convert export needs --checkpoint; give a run folder")
+        if args.source:
+            raise UserError("--source is of apt-jax convert import; export takes --checkpoint")
+        if args.shard_gb <= 0:
+            raise UserError(f"--shard-gb {args.shard_gb} must be above 0")
+        from apt_jax.convert.exporting import export_folder
+
+        export_folder(args.checkpoint, args.to, weights=args.weights, base=args.base,
+                      dtype=args.dtype, two_step_time=args.two_step_time,
+                      shard_bytes=int(args.shard_gb * 1e9), overwrite=args.overwrite,
+                      copy=args.copy, command=_command(args), say=say)
+    print(f"wrote {args.to}")
+    return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command for the model card: the flags that change the result."""
+    words = ["apt-jax", "convert", "export", "--checkpoint", args.checkpoint, "--to", args.to,
+             "--weights", args.weights, "--dtype", args.dtype]
+    for flag, value in (("--base", args.base), ("--two-step-time", args.two_step_time)):
+        if value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,1 @@
+"""PyTorch checkpoints in and out: one table of key patterns per model and one small engine."""

@@ -1,0 +1,106 @@
+"""The pipelines that can be converted, and the plan of every component."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from apt_jax.convert.table import Plan, make_plan
+from apt_jax.convert.tables import qwen_image, wan
+from apt_jax.errors import UserError
+from apt_jax.models.presets import make_generator
+from apt_jax.weights import KIND, flatten
+
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # how the libraries name weight files
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A network of a pipeline that is converted.
+
+    kind, section: what its config.json here says: {"kind": kind, section: {...}}.
+    stem: the name of its weight files there.
+    config_from_theirs: (their config.json, its path) -> our config, plain values.
+    plan: our config -> the table applied.
+    """
+
+    kind: str
+    section: str
+    stem: str
+    config_from_theirs: Callable[[Mapping[str, Any], str], dict[str, Any]]
+    plan: Callable[[Mapping[str, Any]], Plan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A pipeline of diffusers.
+
+    name: as config.json of a component folder says; pipeline: diffusers' class;
+    model_family: config.model.family; table: the transformer's module in tables/;
+    parts: the entries of model_index.json; tokenizer: files of which the tokenizer's folder
+    must have one; task: the hub's name of what the pipeline does.
+    """
+
+    name: str
+    pipeline: str
+    model_family: str
+    table: ModuleType
+    tokenizer: tuple[str, ...]
+    task: str
+    parts: tuple[str, ...] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """UserError when the tokenizer's file is not there."""
+        if not any((folder / name).is_file() for name in self.tokenizer):
+            raise UserError(f"{folder} lacks {' or '.join(self.tokenizer)}; copy or download the "
+                            "tokenizer")
+
+
+FAMILIES = (
+    Family("wan", "WanPipeline", "wan", wan, ("tokenizer.json",), "text-to-video"),
+    Family("qwen_image", "QwenImagePipeline", "mmdit", qwen_image,
+           ("tokenizer.json", "vocab.json"), "text-to-image"),
+)
+
+
+def family_of_pipeline(class_name: Any, source: str) -> Family:
+    """By model_index.json's _class_name."""
+    for family in FAMILIES:
+        if class_name == family.pipeline:
+            return family
+    known = " and ".join(f.pipeline for f in FAMILIES)
+    raise UserError(f"{source} is of {class_name or 'no pipeline'}; {known} can be converted")
+
+
+def family_of_transformer(class_name: Any, source: str) -> Family:
+    """By transformer/config.json's _class_name."""
+    for family in FAMILIES:
+        if class_name == family.table.CLASS:
+            return family
+    known = " and ".join(f.table.CLASS for f in FAMILIES)
+    raise UserError(f"{source} describes {class_name or 'no model'}; {known} can be converted")
+
+
+def family_of_model(model: Mapping[str, Any]) -> Family:
+    """By config.model.family."""
+    name = model.get("family", "mmdit")
+    return next(family for family in FAMILIES if family.model_family == name)
+
+
+def transformer_plan(model: Mapping[str, Any]) -> Plan:
+    """The plan of config.model's generator."""
+    return make_plan(family_of_model(model).table.rules(model),
+                     _shapes(make_generator(model).abstract()))
+
+
+def _shapes(abstract: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
+
+
+def components_of(family: Family) -> dict[str, Component]:
+    """The networks of a family's pipeline that are converted, by folder name."""
+    return {"transformer": Component(KIND, "model", DIFFUSERS, family.table.model_from,
+                                     transformer_plan)}

@@ -1,0 +1,172 @@
+"""A diffusers folder -> a component folder of ours.
+
+    config.json     {"kind": "pipeline", "family", "source", "components"}
+    transformer/    our weights and config.json {"kind": "generator", "model", "tensor_dtypes"}
+    vae/ ...        likewise, for the components that run here
+    source/         the other files of the diffusers folder (links where the disk allows): what an
+                    export puts beside its new transformer
+
+Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from apt_jax.convert import engine
+from apt_jax.convert.families import (
+    Component,
+    Family,
+    components_of,
+    family_of_pipeline,
+    family_of_transformer,
+)
+from apt_jax.convert.folders import bring, check_space, new_folder
+from apt_jax.convert.source import CONFIG, INDEX, Source, files_of, licence_of, locate, sha256
+from apt_jax.errors import UserError
+from apt_jax.tensor_files import TensorSet, open_folder, read_json, write_files, write_json
+
+PIPELINE = "pipeline"
+TRANSFORMER, SOURCE = "transformer", "source"
+
+
+@dataclasses.dataclass
+class _Work:
+    """One component to convert."""
+
+    name: str
+    component: Component
+    config: dict[str, Any]  # of the model, ours
+    plan: Any
+    tensors: TensorSet
+
+
+def import_folder(source: str, to: str | Path, *, revision: str | None = None,
+                  overwrite: bool = False, copy: bool = False,
+                  say: Callable[[str], None] = lambda text: None) -> Path:
+    """Converts a diffusers folder (or the hub's) into a component folder.
+
+    Args:
+      source: a local folder or a hub id: a pipeline, or a transformer alone.
+      to: the folder to write; it must not hold anything unless `overwrite`.
+      copy: copy the other files instead of linking them.
+      say: takes lines of progress.
+
+    Returns:
+      `to`.
+
+    Raises:
+      UserError: no such source, an unsupported or damaged checkpoint, a full disk. Nothing is left.
+    """
+    found = locate(source, revision)
+    family, folders = _family(found)
+    works: list[_Work] = []
+    try:
+        for name, component in components_of(family).items():
+            if name in folders:
+                works.append(_open(name, component, folders[name]))
+        check_space(to, sum(t.nbytes for w in works for t in w.tensors.tensors.values()))
+        with new_folder(to, overwrite) as part:
+            files = _write(part, found, family, works, folders, copy, say)
+            write_json(part / CONFIG, {
+                "kind": PIPELINE, "family": family.name,
+                "source": {**found.origin, "licence": licence_of(found.folder), "files": files},
+                "components": _components(part, folders),
+            })
+    finally:
+        for work in works:
+            work.tensors.__exit__()
+    return Path(to)
+
+
+def _family(found: Source) -> tuple[Family, dict[str, Path]]:
+    """The family, and the folder of every component of the source."""
+    folder = found.folder
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        family = family_of_pipeline(index.get("_class_name"), str(folder / INDEX))
+        folders = {}
+        for name, entry in index.items():
+            if not isinstance(entry, list) or entry == [None, None]:
+                _check_switch(name, entry, folder / INDEX)
+                continue
+            if name not in family.parts:
+                raise UserError(f"{folder / INDEX} has a component {name}, which {family.pipeline} "
+                                "has only in other versions; this pipeline cannot be converted")
+            if not (folder / name).is_dir():
+                raise UserError(f"{folder} lacks the folder {name}, which {INDEX} names; copy or "
+                                "download it")
+            folders[name] = folder / name
+        for name in family.parts:
+            if name not in folders:
+                raise UserError(f"{folder / INDEX} names no {name}; copy the file again")
+        family.check_tokenizer(folders["tokenizer"])
+        return family, folders
+    if (folder / CONFIG).is_file():
+        config = read_json(folder / CONFIG)
+        return (family_of_transformer(config.get("_class_name"), str(folder / CONFIG)),
+                {TRANSFORMER: folder})
+    raise UserError(f"{folder} has neither {INDEX} nor {CONFIG}; give a diffusers folder")
+
+
+def _check_switch(name: str, value: Any, source: Path) -> None:
+    """The pipeline's own settings; those of Wan 2.2 make it another sampler."""
+    if name in ("boundary_ratio", "expand_timesteps") and value not in (None, False):
+        raise UserError(f"{source}: {name} = {value!r} is of a pipeline with two transformers or "
+                        "times per token; only Wan 2.1 text-to-video can be converted")
+
+
+def _open(name: str, component: Component, folder: Path) -> _Work:
+    config = component.config_from_theirs(read_json(folder / CONFIG), str(folder / CONFIG))
+    tensors = open_folder(folder, component.stem)
+    try:
+        plan = component.plan(config)
+        engine.check_source(plan, tensors, str(folder))
+    except BaseException:
+        tensors.__exit__()
+        raise
+    return _Work(name, component, config, plan, tensors)
+
+
+def _write(part: Path, found: Source, family: Family, works: list[_Work],
+           folders: dict[str, Path], copy: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Converted weights and linked files; returns what is known of the source's files."""
+    files = {}
+    for work in works:
+        bytes_ = sum(t.nbytes for t in work.tensors.tensors.values())
+        say(f"{work.name}: {len(work.tensors.tensors)} tensors, {bytes_ / 1e9:.2f} GB")
+        target = part / work.name
+        target.mkdir()
+        write_files(target, "model", engine.our_specs(work.plan, work.tensors),
+                    engine.our_chunks(work.plan, work.tensors), metadata={"format": "apt_jax"})
+        write_json(target / CONFIG, {
+            "kind": work.component.kind, work.component.section: work.config,
+            "tensor_dtypes": engine.record_dtypes(work.tensors)})
+        for file in work.tensors.files:
+            relative = str(file.relative_to(found.folder))
+            files[relative] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    if TRANSFORMER in folders and len(folders) == 1:
+        (part / SOURCE / TRANSFORMER).mkdir(parents=True)
+        bring(found.folder / CONFIG, part / SOURCE / TRANSFORMER / CONFIG, copy)
+        return files
+    if "tokenizer" in folders:
+        for relative in files_of(folders["tokenizer"]):
+            bring(folders["tokenizer"] / relative, part / "tokenizer" / relative, copy)
+    weights = {Path(name) for name in files if Path(name).parts[0] == TRANSFORMER}
+    for relative in files_of(found.folder):
+        if relative in weights or relative.name.endswith((".bin", ".ckpt", ".pt", ".msgpack")):
+            continue
+        if relative.parts[0] == TRANSFORMER and relative.name.endswith(".index.json"):
+            continue
+        if len(relative.parts) > 1 and relative.parts[0] not in folders:
+            continue  # examples, assets
+        bring(found.folder / relative, part / SOURCE / relative, copy)
+    return files
+
+
+def _components(part: Path, folders: dict[str, Path]) -> dict[str, str]:
+    """{component: its folder inside ours}: converted ones, the rest under source/."""
+    return {name: name if (part / name).is_dir() else f"{SOURCE}/{name}" for name in folders}
