@@ -4,6 +4,7 @@ A subcommand is a module `apt_jax.cli.NAME` with
 
     add_arguments(parser)   adds its flags; a module docstring and EXAMPLES become its --help
     run(args) -> int|None   does the work; args.overrides is the list of --config.key=value
+    describe_config()       help on its config, where that is not a training config
 
 and is imported only when it is asked for, so that `apt-jax --help` answers at once.
 """
@@ -24,6 +25,8 @@ COMMANDS = {
     "sample": "draw images or clips from prompts",
     "evaluate": "measure samples against the data: Frechet distance, KID, sharpness",
     "report": "write a self-contained HTML page of a study",
+    "plan": "compile a run for devices that are not there: memory, traffic, time",
+    "convert": "take PyTorch checkpoints in, give one-step diffusers folders out",
     "prepare": "turn a folder of captioned images and clips into a data set",
 }
 
@@ -74,7 +77,8 @@ def command_parser(name: str) -> tuple[_Parser, object]:
     if _takes_config(parser):
         from apt_jax.config.schema import describe_fields
 
-        parts.append("config overrides (key and default):\n" + describe_fields())
+        describe = getattr(module, "describe_config", describe_fields)
+        parts.append("config overrides (key and default):\n" + describe())
     parser.epilog = "\n\n".join(part for part in parts if part)
     return parser, module
 

@@ -223,16 +223,18 @@ def split_argument(path: str) -> tuple[Path, str | None]:
     return Path(path), None
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load_config(path: str | Path, overrides: Sequence[str] = (),
+                keys: Sequence[str] | None = None) -> ml_collections.ConfigDict:
     """Runs a config file's `get_config()` and applies overrides: a locked ConfigDict, unchecked.
 
     path: 'FILE.py', or 'FILE.py:ARGUMENT' for a get_config(argument). The file is run as Python.
     overrides: '--config.key=value' strings, or pairs '--config.key', 'value'.
+    keys: the names to choose the nearest from, where a name is wrong (a training config's).
     Call `validate` on the result. UserError in one line for a missing file, one without
     get_config, one that raises, and for every wrong override.
     """
     file, argument = split_argument(str(path))
-    keys = list(BY_KEY)
+    keys = list(BY_KEY if keys is None else keys)
     if not file.is_file():
         beside = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"config file {str(file)!r} does not exist{nearest(str(file), beside)}")

@@ -19,7 +19,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """
     _check_keys(config)
     for field in FIELDS:
-        _check_value(field, get_key(config, field.key))
+        check_value(field, get_key(config, field.key))
     for rule in (_data, _model, _family, _discriminator, _stage, _objective, _train, _mesh):
         rule(config)
     return config
@@ -45,7 +45,8 @@ def _same_type(value: Any, default: Any) -> bool:
     return type(value) is type(default)
 
 
-def _check_value(field: Field, value: Any) -> None:
+def check_value(field: Field, value: Any) -> None:
+    """UserError unless the value has the field's type and lies in its range."""
     default = field.default
     _require(_same_type(value, default),
              f"{field.key} takes {kind_of(field.key, default)}, not {value!r}")

@@ -1,0 +1,200 @@
+"""Prompts to text states with a checkpoint's own encoder: UMT5 for Wan, Qwen2.5-VL for Qwen-Image.
+
+Both follow their diffusers pipelines: how the prompt is cleaned or wrapped, where it is cut, which
+states are kept. They look like `captions.TextEncoder`: a name, a width, and encode().
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from apt_jax.data.vae_codec import _card, folder_digest
+from apt_jax.errors import UserError
+
+_BATCH = 8  # prompts of one call: one compilation for each padded length
+
+
+def load_text_encoder(folder: str | pathlib.Path, dtype: str = "bfloat16"):
+    """The text encoder of a component folder (or of its text_encoder/).
+
+    dtype: of its weights and computation, "bfloat16" or "float32". Weights are read on first use.
+    UserError for a folder without one, or of a kind that is not known here.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--text-encoder: there is no folder {folder}; apt-jax convert import "
+                        "writes one")
+    for found in (folder / "text_encoder", folder / "source" / "text_encoder", folder):
+        if (found / "config.json").is_file():
+            card = _card(found)
+            if card.get("kind") == "umt5":
+                return UMT5Encoder(found, dtype)
+            if card.get("model_type") == "qwen2_5_vl":
+                return QwenEncoder(found, dtype)
+    raise UserError(f"--text-encoder: {folder} holds no text encoder of a known kind (umt5 as "
+                    "apt-jax convert import writes it, or Qwen2.5-VL's own folder)")
+
+
+class UMT5Encoder:
+    """Wan's text encoder: states after the final norm, trimmed to the prompt and its end token.
+
+    The parameters are sharded over all local devices, so XXL (5.7B) fits a mesh of small ones.
+    """
+
+    def __init__(self, folder: pathlib.Path, dtype: str = "bfloat16"):
+        from apt_jax.models.prompts import PromptTokenizer
+        from apt_jax.models.umt5 import umt5_config
+
+        self.folder, self.dtype = pathlib.Path(folder), dtype
+        self._config = umt5_config(_card(self.folder)["umt5"], dtype=dtype)
+        self.width = self._config.width
+        tokenizers = (self.folder, self.folder.parent)
+        place = next((p for p in tokenizers if (p / "tokenizer.json").is_file()
+                      or (p / "tokenizer").is_dir()), self.folder.parent)
+        self._tokenizer = PromptTokenizer(place)
+
+    def __reduce__(self):
+        return UMT5Encoder, (self.folder, self.dtype)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Which weights, and in which precision."""
+        return f"umt5 {folder_digest(self.folder, whole=False)} {self.dtype}"
+
+    @functools.cached_property
+    def _run(self):
+        import jax
+        import jax.numpy as jnp
+
+        from apt_jax.models.umt5 import make_umt5
+        from apt_jax.parallel.mesh import make_mesh
+        from apt_jax.parallel.sharding import infer_shardings
+
+        network = make_umt5(self._config)
+        mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+        abstract = network.abstract()
+        params = _read_params(self.folder, infer_shardings(abstract, mesh), abstract,
+                              jnp.dtype(self.dtype))
+        run = jax.jit(network)
+        return lambda ids, mask: np.asarray(run(params, ids, mask), np.float32)
+
+    def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(text float32 [B, L, D], mask bool [B, L]) with L = max_tokens; padding is zero.
+
+        A caption over max_tokens (counting its end token) is cut and keeps the end token.
+        """
+        text = np.zeros((len(captions), max_tokens, self.width), np.float32)
+        mask = np.zeros((len(captions), max_tokens), bool)
+        for start in range(0, len(captions), _BATCH):
+            part = list(captions[start : start + _BATCH])
+            ids, valid = self._tokenizer(part + [""] * (_BATCH - len(part)), max_tokens)
+            states = self._run(ids, valid)  # [_BATCH, l, D]
+            for i in range(len(part)):
+                n = int(valid[i].sum())
+                text[start + i, :n], mask[start + i, :n] = states[i, :n], True
+        return text, mask
+
+
+def _read_params(folder: pathlib.Path, shardings: Any, abstract: Any, dtype: Any) -> Any:
+    """Parameters of `abstract`'s tree, read from the folder straight onto the devices."""
+    import jax
+
+    from apt_jax.parallel.place import place
+    from apt_jax.parallel.sharding import STACKED, path_string
+    from apt_jax.tensor_files import open_folder
+
+    with open_folder(folder) as tensors:
+        have = tensors.shapes()
+
+        def leaf(path, want, sharding):
+            name = path_string(path)
+            if have.get(name) != tuple(want.shape):
+                raise UserError(f"{folder}: parameter {name!r} is {have.get(name)}, its config "
+                                f"says {tuple(want.shape)}; import the checkpoint again")
+            return place(lambda layer: tensors.read(name, layer), tuple(want.shape), dtype,
+                         bool(STACKED.search(name)), sharding)
+
+        return jax.tree_util.tree_map_with_path(leaf, abstract, shardings)
+
+
+class QwenEncoder:
+    """Qwen-Image's text encoder, run by transformers (an optional extra, with PyTorch).
+
+    The prompt is wrapped in the pipeline's template and the states of the template's first tokens
+    are dropped; the states are those of the last layer.
+    """
+
+    TEMPLATE = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+        "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+    DROPPED = 34  # tokens of the template before the prompt
+    LIMIT = 1024  # tokens of a prompt
+
+    def __init__(self, folder: pathlib.Path, dtype: str = "bfloat16"):
+        self.folder, self.dtype = pathlib.Path(folder), dtype
+        card = _card(self.folder)
+        width = card.get("hidden_size") or card.get("text_config", {}).get("hidden_size")
+        if not isinstance(width, int):
+            raise UserError(f"{self.folder / 'config.json'} has no hidden_size; copy the text "
+                            "encoder from the checkpoint again")
+        self.width = width
+        places = (self.folder.parent, self.folder.parent.parent, self.folder)
+        self._tokens = next((p / "tokenizer" for p in places if (p / "tokenizer").is_dir()),
+                            self.folder)
+
+    def __reduce__(self):
+        return QwenEncoder, (self.folder, self.dtype)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Which weights, and in which precision."""
+        return f"qwen2_5_vl {folder_digest(self.folder, whole=False)} {self.dtype}"
+
+    @functools.cached_property
+    def _run(self):
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            raise UserError("Qwen-Image's text encoder runs on PyTorch; pip install "
+                            "'apt_jax[convert]'") from None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self._tokens, local_files_only=True)
+            model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                self.folder, dtype=getattr(torch, self.dtype), local_files_only=True)
+        except (OSError, ValueError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"the text encoder in {self.folder} cannot be read ({line}); copy it "
+                            "and its tokenizer folder from the checkpoint again") from None
+        model = model.to(device).eval()
+
+        def run(prompts: list[str], limit: int) -> list[np.ndarray]:
+            tokens = tokenizer([self.TEMPLATE.format(p) for p in prompts], padding=True,
+                               max_length=limit + self.DROPPED, truncation=True,
+                               return_tensors="pt").to(device)
+            with torch.no_grad():
+                states = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
+                               output_hidden_states=True).hidden_states[-1]
+            return [row[valid.bool()][self.DROPPED:].float().cpu().numpy()
+                    for row, valid in zip(states, tokens.attention_mask)]
+
+        return run
+
+    def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(text float32 [B, L, D], mask bool [B, L]) with L = max_tokens; padding is zero."""
+        text = np.zeros((len(captions), max_tokens, self.width), np.float32)
+        mask = np.zeros((len(captions), max_tokens), bool)
+        for start in range(0, len(captions), _BATCH):
+            rows = self._run(list(captions[start : start + _BATCH]), min(max_tokens, self.LIMIT))
+            for i, states in enumerate(rows):
+                n = min(len(states), max_tokens)
+                text[start + i, :n], mask[start + i, :n] = states[:n], True
+        return text, mask
