@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the one entry of all models, and the oracle of every faster kernel."""
+"""Scaled dot-product attention: the one entry of all models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from apt_jax.kernels import scope
+from apt_jax.kernels import dispatch, scope
 
 
 def attention(
@@ -20,8 +19,9 @@ def attention(
     Args:
       q: [B, Nq, heads, head_dim]; k, v: [B, Nk, heads, head_dim]; float32 or bfloat16.
       key_mask: bool [B, Nk], False for keys that nobody may look at; None for no padding. A row with
-        no key left is undefined.
-    Returns: [B, Nq, heads, head_dim] in q's dtype. Differentiable any number of times.
+        no key left is zeros, without a gradient.
+    Returns: [B, Nq, heads, head_dim] in q's dtype. Differentiable once; any number of times by the
+      oracle, which `kernels.choice.choosing(derivatives=2)` asks for.
     """
     mesh = scope.current()
     if mesh is not None:
@@ -53,11 +53,5 @@ def joint_attention(
 def local_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None
 ) -> jax.Array:
-    """`attention` on one device."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5)
-    if key_mask is not None:
-        scores = jnp.where(key_mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, heads, Nq, Nk]
-    # Named, so that a rematerialisation policy can keep it (nn/stack.py).
-    return checkpoint_name(jnp.einsum("bhqk,bkhd->bqhd", weights, v), "attention_out")
+    """`attention` on one device, by the kernel that `kernels.dispatch` chooses."""
+    return dispatch.run(q, k, v, key_mask)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from apt_jax.kernels.choice import choosing
 from apt_jax.kernels.scope import Scope, entered
 
 Params = dict[str, Any]
@@ -24,19 +25,21 @@ class Network:
     """Static description of a module: how to make it, and its graph without the arrays.
 
     scope: how its tokens and attention lie on a mesh (`on`); None is one device.
+    attention: the attention kernel by name, one of `kernels.choice.BACKENDS`.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
     graphdef: Any = dataclasses.field(repr=False)
     shapes: Params = dataclasses.field(repr=False)
     scope: Scope | None = None
+    attention: str = "auto"
 
     @classmethod
-    def build(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    def build(cls, make: Callable[[nnx.Rngs], nnx.Module], *, attention: str = "auto") -> Network:
         """Trace `make(rngs)` abstractly: no array is allocated, whatever the size."""
         module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         graphdef, state = nnx.split(module)
-        return cls(make, graphdef, nnx.to_pure_dict(state))
+        return cls(make, graphdef, nnx.to_pure_dict(state), attention=attention)
 
     def on(self, scope: Scope | None) -> Network:
         """The same network with its forward pass on a mesh."""
@@ -55,7 +58,7 @@ class Network:
         return nnx.merge(self.graphdef, params)
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        with entered(self.scope):
+        with entered(self.scope), choosing(backend=self.attention):
             return self.bind(params)(*args, **kwargs)
 
     def parameter_count(self) -> int:

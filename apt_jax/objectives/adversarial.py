@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from apt_jax.diffusion.interpolation import noise_like
 from apt_jax.diffusion.samplers import one_step
 from apt_jax.diffusion.time_shift import uniform_time
+from apt_jax.kernels.choice import choosing
 from apt_jax.objectives.types import Nets, split_keys
 
 
@@ -43,7 +44,8 @@ def approximated_r1(logits: jax.Array, perturbed: jax.Array) -> jax.Array:
 
 def exact_r1(discriminate, params, x, t, text, text_mask) -> jax.Array:
     """|| grad_x D(x, c) ||^2 [B] (Eq. 8): sigma^2 times it is what the approximation tends to."""
-    gradient = jax.grad(lambda x: discriminate(params, x, t, text, text_mask).sum())(x)
+    with choosing(derivatives=2):  # no fast attention kernel can be differentiated twice
+        gradient = jax.grad(lambda x: discriminate(params, x, t, text, text_mask).sum())(x)
     return (gradient**2).sum(axis=tuple(range(1, x.ndim)))
 
 

@@ -1,0 +1,200 @@
+"""Which kernel computes an attention: by name, hardware, dtype, shape and derivatives.
+
+Every kernel says what it cannot do (`refusal`). A kernel that the config names and that cannot
+serve is an error with that reason; "auto" takes the first that can, and logs its choice once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.errors import UserError
+from apt_jax.kernels import choice, peers
+from apt_jax.kernels.choice import BACKENDS, Hardware
+from apt_jax.kernels.flash.attention import flash_attention, flash_gradients, rowsum
+from apt_jax.kernels.oracle import oracle
+
+log = logging.getLogger("apt_jax")
+
+# With fewer queries there is no tile to fill, and scores are few: always plain JAX, so also for the
+# discriminator's one query, which cuDNN refuses.
+FEW_QUERIES = 16
+# "auto" leaves attention this small to XLA, which fuses it.
+SMALL_SCORES = 256 * 256
+# In float32 the GPU kernels multiply outside the tensor cores: "auto" takes them to save memory only.
+LARGE_SCORES = 2**28
+HALF = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One attention, as far as it decides the kernel."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    dtype: jnp.dtype
+    uniform: bool  # q, k and v have one dtype
+    derivatives: int
+    hardware: Hardware
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> Request:
+        return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], jnp.dtype(q.dtype),
+                   q.dtype == k.dtype == v.dtype, choice.current().derivatives, choice.hardware())
+
+    @property
+    def scores(self) -> int:
+        return self.batch * self.heads * self.queries * self.keys
+
+
+def refusal(backend: str, r: Request) -> str | None:
+    """Why this kernel cannot serve the request, None if it can."""
+    if backend == "oracle":
+        return None
+    if r.derivatives > 1:
+        return "it can be differentiated once, and this needs a second derivative"
+    if not r.uniform:
+        return "q, k and v have different dtypes"
+    return _REFUSALS[backend](r)
+
+
+def _pallas(r: Request) -> str | None:
+    if r.hardware.platform == "tpu":
+        return f"it is written for GPUs, and this is a {r.hardware.name}; 'splash' is for TPUs"
+    if r.hardware.platform == "gpu" and r.hardware.capability < 8:
+        return ("it needs an NVIDIA GPU of compute capability 8.0 or newer, and this is a "
+                f"{r.hardware.name}")
+    if r.dtype not in (*HALF, jnp.float32):
+        return f"it has no {r.dtype}"
+    if r.head_dim > 256:
+        return f"heads of {r.head_dim} channels are more than its 256"
+    return None
+
+
+def _tokamax(r: Request) -> str | None:
+    if r.hardware.platform != "gpu" or r.hardware.capability != 9.0:
+        return f"it is a kernel for Hopper GPUs, and this is a {r.hardware.name}"
+    if importlib.util.find_spec("tokamax") is None:
+        return "tokamax is not installed; run: pip install 'apt_jax[tokamax]'"
+    if r.dtype not in HALF:
+        return f"it has no {r.dtype}; set model.dtype to 'bfloat16'"
+    if r.head_dim % 32 or r.head_dim > 256:
+        return f"its heads are multiples of 32 up to 256 channels, not {r.head_dim}"
+    return None
+
+
+def _cudnn(r: Request) -> str | None:
+    if r.hardware.platform != "gpu" or r.hardware.capability < 8:
+        return ("it needs an NVIDIA GPU of compute capability 8.0 or newer, and this is a "
+                f"{r.hardware.name}")
+    if r.dtype not in HALF:
+        return f"it has no {r.dtype}; set model.dtype to 'bfloat16'"
+    if r.head_dim % 8 or r.head_dim > 128:
+        return f"its heads are multiples of 8 up to 128 channels, not {r.head_dim}"
+    return None
+
+
+def _splash(r: Request) -> str | None:
+    if r.hardware.platform == "gpu":
+        return f"it is a kernel for TPUs, and this is a {r.hardware.name}"
+    if r.head_dim % 64:
+        return f"its heads are multiples of 64 channels, not {r.head_dim}"
+    return None
+
+
+_REFUSALS: dict[str, Callable[[Request], str | None]] = {
+    "pallas": _pallas, "tokamax": _tokamax, "cudnn": _cudnn, "splash": _splash}
+
+
+def select(backend: str, r: Request) -> str:
+    """The kernel that serves a request, never "auto". UserError where a named one cannot."""
+    if backend not in BACKENDS:
+        raise UserError(f"model.attention = {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend != "auto":
+        reason = refusal(backend, r)
+        if reason:
+            raise UserError(f"model.attention = {backend!r} cannot serve this: {reason}; 'auto' "
+                            "takes what can")
+        return "oracle" if r.queries < FEW_QUERIES else backend
+    found = _automatic(r)
+    _note(found, r.hardware.name, str(r.dtype), r.head_dim)
+    return found
+
+
+def _automatic(r: Request) -> str:
+    small = r.queries < FEW_QUERIES or r.queries * r.keys <= SMALL_SCORES
+    if r.hardware.platform == "cpu" or small or r.derivatives > 1:
+        return "oracle"
+    if r.dtype == jnp.float32 and r.scores <= LARGE_SCORES and r.hardware.platform == "gpu":
+        return "oracle"
+    order = {"gpu": ("tokamax", "pallas"), "tpu": ("splash",)}.get(r.hardware.platform, ())
+    return next((name for name in order if refusal(name, r) is None), "oracle")
+
+
+@functools.lru_cache(maxsize=None)
+def _note(backend: str, hardware: str, dtype: str, head_dim: int) -> None:
+    log.info("attention on %s: %s (%s, heads of %d)", hardware, backend, dtype, head_dim)
+
+
+def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
+    """Attention on one device by the kernel in force; see `kernels.attention.attention`."""
+    r = Request.of(q, k, v)
+    backend = select(choice.current().backend, r)
+    interpret = r.hardware.platform == "cpu"
+    if backend == "pallas":
+        return flash_attention(q, k, v, key_mask, interpret=interpret)[0]
+    if backend == "splash":
+        return peers.splash(q, k, v, key_mask, interpret=interpret)
+    if backend in ("tokamax", "cudnn"):
+        return getattr(peers, backend)(q, k, v, key_mask)
+    return oracle(q, k, v, key_mask)
+
+
+# -- one block of keys, for those who put a softmax together from its parts ------------------------
+
+
+class Blocks(NamedTuple):
+    """Attention to one block of keys by our own kernels (the others keep their log-sum-exp).
+
+    forward(q, k, v, key_mask) -> out like q, log-sum-exp float32 [B, heads, Nq]; a row without a
+      key has zeros and -1e20.
+    backward(q, k, v, key_mask, out, lse, dout) -> (dq, dk, dv); out, lse and dout are those of the
+      whole rows, of which this block is a part.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> Blocks | None:
+    """The kernels for blocks of such arrays, None where plain JAX is the choice.
+
+    Ask while the network is traced; the functions themselves depend on nothing but their arguments.
+    """
+    r = Request.of(q, k, v)
+    if select(choice.current().backend, r) in ("oracle", "splash") or refusal("pallas", r):
+        return None
+    return _blocks(r.hardware.platform == "cpu")
+
+
+@functools.lru_cache(maxsize=None)
+def _blocks(interpret: bool) -> Blocks:
+    def forward(q, k, v, key_mask):
+        return flash_attention(q, k, v, key_mask, interpret=interpret)
+
+    def backward(q, k, v, key_mask, out, lse, dout):
+        return flash_gradients(q, k, v, key_mask, dout, lse, rowsum(dout, out),
+                               interpret=interpret)
+
+    return Blocks(forward, backward)

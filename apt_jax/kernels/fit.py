@@ -1,0 +1,57 @@
+"""Making a request fit a kernel that takes whole tiles and lengths, not masks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def pad_tokens(x: jax.Array, multiple: int) -> jax.Array:
+    """x [B, N, ...] with zeros up to the next multiple of tokens."""
+    count = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2)) if count else x
+
+
+def visible_first(k: jax.Array, v: jax.Array, key_mask: jax.Array
+                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values with the visible ones in front, and their number, int32 [B].
+
+    No softmax notices the order of its keys, and a length is all that the kernels take (as a mask,
+    cuDNN and tokamax would want the whole [Nq, Nk]). k, v: [B, Nk, heads, head_dim].
+    """
+    order = jnp.argsort(~key_mask, axis=1, stable=True)  # [B, Nk]
+    back = jnp.argsort(order, axis=1)
+    return (_reorder(k, order, back), _reorder(v, order, back),
+            key_mask.sum(axis=1, dtype=jnp.int32))
+
+
+@jax.custom_vjp
+def _reorder(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """x[b, order[b]]; its gradient reads too, in the opposite order, where a scatter would write."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+
+
+def _reorder_forward(x, order, back):
+    return _reorder(x, order, back), back
+
+
+def _reorder_backward(back, gradient):
+    return jnp.take_along_axis(gradient, back[:, :, None, None], axis=1), None, None
+
+
+_reorder.defvjp(_reorder_forward, _reorder_backward)
+
+
+def lengths(batch: int, count: int, like: jax.Array) -> jax.Array:
+    """int32 [B], all `count`. It hangs on `like` [B, ...], so that it is batched where that is:
+    cuDNN's rule for vmap wants all of its operands batched."""
+    return jnp.full((batch,), count, jnp.int32) + _no(like)
+
+
+def batched_with(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x [B] unchanged, batched where `like` [B, ...] is."""
+    return x + _no(like)
+
+
+def _no(like: jax.Array) -> jax.Array:
+    return jnp.zeros((), jnp.int32) * (like.reshape(like.shape[0], -1)[:, 0] > 0)

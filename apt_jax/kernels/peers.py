@@ -1,0 +1,92 @@
+"""Attention kernels of others, wrapped so that any request fits: cuDNN, tokamax's, TPU splash.
+
+Each takes and returns what `kernels.attention.attention` does, and can be differentiated once.
+Imported by name only where asked for: tokamax is optional.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from apt_jax.kernels.fit import batched_with, lengths, pad_tokens, visible_first
+from apt_jax.kernels.oracle import zero_without_keys
+
+TOKAMAX_TILE = 128  # its gradients want multiples of 8 keys; whole tiles spare masking inside
+CUDNN_TILE = 2  # its gradients refuse odd lengths
+SPLASH_TILES = (512, 128)  # tokens of a block: the first that the sequence fills
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+    """cuDNN's fused attention, through jax.nn."""
+    b, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    visible = None
+    if key_mask is not None:
+        k, v, visible = visible_first(k, v, key_mask)
+    elif keys % CUDNN_TILE:
+        visible = lengths(b, keys, q)
+    padded = [pad_tokens(x, CUDNN_TILE) for x in (q, k, v)]
+    if visible is None:
+        out = jax.nn.dot_product_attention(*padded, implementation="cudnn")
+    else:
+        # A length of zero is no softmax; the row is zeroed below.
+        out = jax.nn.dot_product_attention(
+            *padded, query_seq_lengths=lengths(b, queries, q),
+            key_value_seq_lengths=batched_with(jnp.maximum(visible, 1), q),
+            implementation="cudnn")
+    return _finish(out, queries, key_mask)
+
+
+def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+    """tokamax's Pallas kernel for Hopper (Mosaic GPU)."""
+    from tokamax import dot_product_attention
+
+    b, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    visible = None
+    if key_mask is not None:
+        k, v, visible = visible_first(k, v, key_mask)
+    elif keys % TOKAMAX_TILE:
+        visible = lengths(b, keys, q)
+    out = dot_product_attention(
+        *(pad_tokens(x, TOKAMAX_TILE) for x in (q, k, v)),
+        key_value_seq_lengths=None if visible is None else jnp.maximum(visible, 1),
+        implementation="mosaic")
+    return _finish(out, queries, key_mask)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, *,
+           interpret: bool = False) -> jax.Array:
+    """JAX's splash attention for TPUs; padding is a segment of its own."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    b, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    tile_q, tile_k = (next((t for t in SPLASH_TILES if n >= t), SPLASH_TILES[-1])
+                      for n in (queries, keys))
+    segments = None
+    if key_mask is not None or queries % tile_q or keys % tile_k:
+        seen = jnp.ones((b, keys), bool) if key_mask is None else key_mask
+        # Queries are all of segment 1, so are the visible keys; hidden and padded keys are of 0.
+        segments = kernel.SegmentIds(
+            q=jnp.ones((b, queries + -queries % tile_q), jnp.int32),
+            kv=pad_tokens(seen.astype(jnp.int32), tile_k))
+    q, k, v = (jnp.swapaxes(pad_tokens(x, t), 1, 2)  # [B, heads, N, head_dim]
+               for x, t in ((q * dim**-0.5, tile_q), (k, tile_k), (v, tile_k)))
+    sizes = kernel.BlockSizes(
+        block_q=tile_q, block_kv=tile_k, block_kv_compute=tile_k, block_q_dkv=tile_q,
+        block_kv_dkv=tile_k, block_kv_dkv_compute=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k)
+    full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads)
+    with jax.ensure_compile_time_eval():
+        attend = kernel.make_splash_mha_single_device(full, block_sizes=sizes, interpret=interpret)
+    out = jax.vmap(attend)(q, k, v, segments)
+    return _finish(jnp.swapaxes(out, 1, 2), queries, key_mask)
+
+
+def _finish(out: jax.Array, queries: int, key_mask: jax.Array | None) -> jax.Array:
+    """out without padded queries, zeros where no key was visible, named for rematerialisation."""
+    out = out[:, :queries]
+    if key_mask is not None:
+        out = zero_without_keys(out, key_mask)
+    return checkpoint_name(out, "attention_out")
