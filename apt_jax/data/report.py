@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import pathlib
 import time
 
 from apt_jax.data.manifest import Manifest
@@ -63,6 +64,11 @@ def build(made: Manifest, stats: list[dict], skipped, clock: Clock, engine: str,
 def dumps(value: dict) -> str:
     """JSON text with a final newline."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def load(path: pathlib.Path) -> dict:
+    """The inverse of `dumps` on a file."""
+    return json.loads(path.read_text("utf-8"))
 
 
 def table(value: dict, shown: int = 10) -> str:
