@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from apt_jax.errors import UserError
 from apt_jax.models.vae.config import VAEConfig
 from apt_jax.models.vae.network import CausalVAE
+from apt_jax.models.vae.tiling import Tiling, tiled
 from apt_jax.models.vae.walk import Caches, Rows, Walk
 from apt_jax.nn.functional import Network, Params
 
@@ -39,28 +41,33 @@ class VAE:
     config: VAEConfig
     network: Network
 
-    def encode(self, params: Params, x: jax.Array, *, chunk: int = 1) -> jax.Array:
+    def encode(self, params: Params, x: jax.Array, *, chunk: int = 1,
+               tiling: Tiling | None = None, rows: Rows | None = None) -> jax.Array:
         """The mean latents of a clip, normalised.
 
         Args:
           params: nested dict of arrays.
           x: [B, 1 + 4k, H, W, 3] in [-1, 1], any float dtype; H and W multiples of 8.
           chunk: latents per step of the scan.
+          tiling: cut pictures larger than a tile into tiles.
+          rows: for `encode_sharded`.
 
         Returns float32 [B, 1 + k, H / 8, W / 8, 16]. UserError for other sizes.
         """
-        return self.normalise(self.moments(params, x, chunk=chunk)[..., : self._z])
+        moments = self.moments(params, x, chunk=chunk, tiling=tiling, rows=rows)
+        return self.normalise(moments[..., : self.config.latent_channels])
 
-    def moments(self, params: Params, x: jax.Array, *, chunk: int = 1, rows: Rows | None = None
-                ) -> jax.Array:
+    def moments(self, params: Params, x: jax.Array, *, chunk: int = 1,
+                tiling: Tiling | None = None, rows: Rows | None = None) -> jax.Array:
         """Mean and log variance as the network gives them: [B, 1 + k, H / 8, W / 8, 32]."""
         latents = self.config.latent_shape(*x.shape[1:4])[0]
         head, step = self._cut(latents, chunk)
-        return _run(self.encode_step(params, rows), x, self.config.pixel_frames(head),
-                    step * self.config.frames)
+        one = partial(_run, self.encode_step(params, rows), head=self.config.pixel_frames(head),
+                      size=step * self.config.frames)
+        return self._whole_or_tiled(one, x, tiling, decode=False)
 
     def decode(self, params: Params, z: jax.Array, *, chunk: int = 1, clamp: bool = True,
-               rows: Rows | None = None) -> jax.Array:
+               tiling: Tiling | None = None, rows: Rows | None = None) -> jax.Array:
         """Pixels of normalised latents.
 
         Args:
@@ -68,13 +75,22 @@ class VAE:
           z: [B, 1 + k, H', W', 16] as `encode` gives them.
           chunk: latents per step of the scan; more use a GPU better and need more memory.
           clamp: to [-1, 1], as diffusers does; False leaves the network's own values.
+          tiling: cut pictures larger than a tile into tiles.
           rows: for `decode_sharded`.
 
         Returns [B, 1 + 4k, 8 H', 8 W', 3] in the compute dtype.
         """
         head, step = self._cut(z.shape[1], chunk)
-        y = _run(self.decode_step(params, rows), z, head, step)
+        one = partial(_run, self.decode_step(params, rows), head=head, size=step)
+        y = self._whole_or_tiled(one, z, tiling, decode=True)
         return jnp.clip(y, -1, 1) if clamp else y
+
+    def _whole_or_tiled(self, one: Callable[[jax.Array], jax.Array], x: jax.Array,
+                        tiling: Tiling | None, decode: bool) -> jax.Array:
+        plan = tiling.plan(self.config, decode) if tiling is not None else None
+        if plan is None or not plan.needed(*x.shape[2:4]):
+            return one(x)
+        return tiled(one, x, plan)
 
     def encode_step(self, params: Params, rows: Rows | None = None) -> Step:
         """Pixels of one chunk -> moments; for loops of one's own."""
@@ -114,10 +130,6 @@ class VAE:
             return leaf if path[-1].key == "scale" else jnp.asarray(leaf, dtype)
 
         return jax.tree_util.tree_map_with_path(one, params)
-
-    @property
-    def _z(self) -> int:
-        return self.config.latent_channels
 
     def _cut(self, latents: int, chunk: int) -> tuple[int, int]:
         """Latents in the first chunk (the odd ones with it) and in every other."""
