@@ -99,7 +99,8 @@ class Generator:
         self.model = model
         self.config = config if config is not None else base_config()
         self.source, self.weights = source, weights
-        self.network = make_generator(model)
+        # The kernel is the machine's matter: weights trained with one go with any.
+        self.network = make_generator({**dict(model), "attention": "auto"})
         self.params = jax.tree.map(jnp.asarray, params)
         self._generations: dict[tuple, Generation] = {}
         self._encoder = None

@@ -13,6 +13,7 @@ import ml_collections
 
 STAGES = ("pretrain", "consistency", "adversarial")
 INITS = ("", "bundled:base")
+ATTENTION = ("auto", "oracle", "pallas", "tokamax", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,8 @@ FIELDS: tuple[Field, ...] = (
        choices=("per_block", "shared")),
     _f("model.dtype", "float32", "dtype of the computation; masters stay float32",
        choices=("float32", "bfloat16")),
+    _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
+       "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
        "products, all but attention, or that with what is kept moved to the host",
        choices=("none", "full", "dots", "attention", "offload")),

@@ -166,6 +166,10 @@ def _objective(c: ml_collections.ConfigDict) -> None:
     _require(a.fixed_time == -1 or 0 <= a.fixed_time <= 1,
              f"objective.adversarial.fixed_time = {a.fixed_time} must be -1 (draw t) or lie in "
              "0 to 1")
+    exact = c.stage == "adversarial" and a.r1 and a.r1_mode == "exact"
+    _require(not exact or c.model.attention in ("auto", "oracle"),
+             f"model.attention = {c.model.attention!r} cannot be differentiated twice, which "
+             "objective.adversarial.r1_mode = 'exact' needs; use 'auto' or 'oracle'")
     _require(not (a.r2 and a.r1_mode == "exact"),
              "objective.adversarial.r2 has no exact form here; set r1_mode to 'approximate'")
 

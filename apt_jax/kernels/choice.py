@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
+from apt_jax.config.schema import ATTENTION
 from apt_jax.kernels import scope
 
-BACKENDS = ("auto", "oracle", "pallas", "tokamax", "cudnn", "splash")
+BACKENDS = ATTENTION  # "auto" and the kernels' names
 
 
 @dataclasses.dataclass(frozen=True)

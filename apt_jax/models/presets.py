@@ -48,10 +48,15 @@ def model_config(model: Any) -> Any:
     return kind(**fields)
 
 
+def attention_of(model: Any) -> str:
+    """config.model.attention; weights that name no kernel are older than the field."""
+    return model["attention"] if "attention" in model else "auto"
+
+
 def make_generator(model: Any) -> Network:
     """The velocity network of config.model: net(params, x, t, text, text_mask) -> v."""
     config, make = model_config(model), family_of(model).generator
-    return Network.build(lambda rngs: make(config, rngs=rngs))
+    return Network.build(lambda rngs: make(config, rngs=rngs), attention=attention_of(model))
 
 
 def discriminator_taps(model: Any, discriminator: Any) -> tuple[int, ...]:
@@ -66,4 +71,5 @@ def make_discriminator(model: Any, discriminator: Any) -> Network:
     heads = discriminator["heads"] or config.heads
     make = family_of(model).backbone
     return Network.build(
-        lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs))
+        lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),
+        attention=attention_of(model))
