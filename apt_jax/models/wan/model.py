@@ -99,11 +99,11 @@ class Backbone(nnx.Module):
         """
         c = self.config
         check_inputs(c, x, t, text, text_mask)
+        rotation = video_rotation(c.grid(x.shape), c.rope_axes, c.rope_theta, centred=False)
         video = self.patch_in(patchify(x, c.patch))  # [B, N, D]
         words = self.text_in(zero_padded(text, text_mask, c.text_tokens))  # [B, 512, D]
         time = self.time(t)  # [B, D], float32
         condition = self.modulation(jax.nn.silu(time)).reshape(-1, 6, c.width)
-        rotation = video_rotation(c.grid(x.shape), c.rope_axes, c.rope_theta, centred=False)
         video, tapped = run_stack(
             self.blocks,
             lambda block, tokens: block(tokens, words, condition, rotation),
