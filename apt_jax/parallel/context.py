@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from apt_jax.kernels import dispatch
 from apt_jax.kernels.attention import local_attention
 from apt_jax.parallel.mesh import BATCH_AXES, ulysses_size
 from apt_jax.parallel.ring import PLAIN, Block, ring_attention
@@ -44,14 +45,14 @@ class ContextParallel:
       mesh: the run's mesh (`parallel.mesh`).
       ulysses: config.mesh.ulysses.
       kernel: attention on one device, (q, k, v, key_mask) -> [B, N, h, d].
-      block: one turn of the ring.
+      block: one turn of the ring; None takes what `kernels.dispatch` has for the arrays.
       multiple: the kernel wants token counts that this divides.
     """
 
     mesh: Mesh
     ulysses: int = -1
     kernel: Callable[..., jax.Array] = local_attention
-    block: Block = PLAIN
+    block: Block | None = None
     multiple: int = 1
 
     @property
@@ -130,7 +131,8 @@ class ContextParallel:
         if split.ulysses > 1:
             q, k, v = (jax.lax.all_to_all(x, "ulysses", 2, 1, tiled=True) for x in (q, k, v))
         if split.ring > 1:
-            out = ring_attention(q, k, v, mask, axis="ring", size=split.ring, block=self.block)
+            block = self.block or dispatch.blocks(q, k, v) or PLAIN
+            out = ring_attention(q, k, v, mask, axis="ring", size=split.ring, block=block)
         else:
             out = self.kernel(q, k, v, None if mask is None else mask[:, 0])
         if split.ulysses > 1:

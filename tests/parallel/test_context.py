@@ -1,14 +1,17 @@
 """Attention over a cut context equals attention on one device: values, gradients, second ones."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apt_jax.errors import UserError
-from apt_jax.kernels.attention import joint_attention, local_attention
+from apt_jax.kernels.attention import attention, joint_attention, local_attention
+from apt_jax.kernels.choice import choosing
 from apt_jax.kernels.scope import entered
-from apt_jax.parallel.context import ContextParallel, on_mesh
+from apt_jax.parallel.context import ContextParallel
 from apt_jax.parallel.mesh import make_mesh
 
 BATCH, HEADS, DIM = 2, 4, 8
@@ -58,3 +61,92 @@ def test_joint_attention_on_every_kind_of_mesh(sizes, ulysses, lengths, masked):
     mask = mask if masked else None
     found = value_and_gradients(scope, q, k, v, mask)
     close(found, value_and_gradients(None, q, k, v, mask))
+
+
+def mesh_of(**sizes):
+    return make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values())))])
+
+
+def test_a_fast_kernel_runs_in_the_ring_and_in_ulysses():
+    """The Pallas kernels, interpreted, instead of plain JAX: joint, with padding, both at once."""
+    q, k, v, mask = streams((3, 10))
+    with choosing(backend="pallas"):
+        found = value_and_gradients(ContextParallel(mesh_of(context=4), 2), q, k, v, mask)
+    close(found, value_and_gradients(None, q, k, v, mask))
+
+
+@pytest.mark.parametrize("queries", [1, 3, 12])
+def test_queries_to_other_keys(queries):
+    """The discriminator's one query to all tokens; text keys to cut video queries."""
+    (q, _), (_, k), (_, v), mask = streams((queries, 9))
+    mask = mask[:, queries:]
+
+    def run(scope, q, k, v):
+        with entered(scope):
+            return attention(q, k, v, mask)
+
+    def both(scope):
+        loss = lambda *a: jnp.sin(run(scope, *a)).sum()  # noqa: E731
+        return jax.jit(lambda *a: (run(scope, *a), jax.grad(loss, (0, 1, 2))(*a)))(q, k, v)
+
+    close(both(ContextParallel(mesh_of(fsdp=2, context=4))), both(None))
+
+
+@pytest.mark.parametrize("ulysses", [4, 1])
+def test_second_derivatives_go_through(ulysses):
+    """Exact R1 (Eq. 8) differentiates attention twice."""
+    q, k, v, mask = streams((2, 6))
+
+    def penalty(scope, q, k, v):
+        def loss(q, k, v):
+            with entered(scope), choosing(derivatives=2):
+                return sum(jnp.sin(o).sum() for o in joint_attention(q, k, v, mask))
+        first = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+        return sum((x**2).sum() for x in jax.tree.leaves(first))
+
+    run = lambda scope: jax.jit(jax.value_and_grad(  # noqa: E731
+        functools.partial(penalty, scope), argnums=(0, 1, 2)))(q, k, v)
+    close(run(ContextParallel(mesh_of(context=4), ulysses)), run(None))
+
+
+def test_a_kernel_gets_the_token_counts_it_asks_for():
+    """The padding comes from the shorter stream, and is masked."""
+    seen = []
+
+    def kernel(q, k, v, key_mask):
+        seen.append((q.shape[1], k.shape[1], key_mask is None))
+        return local_attention(q, k, v, key_mask)
+
+    q, k, v, _ = streams((3, 12))
+    with entered(ContextParallel(mesh_of(context=4), kernel=kernel, multiple=32)):
+        found = jax.jit(functools.partial(joint_attention, key_mask=None))(q, k, v)
+    close(found, joint_attention(q, k, v))
+    assert seen == [(32, 32, False)]
+
+
+def moved(mesh, ulysses, lengths=(64, 960)):
+    """{kind of collective: bytes a device holds of its results} of one joint attention."""
+    scope = ContextParallel(mesh, ulysses)
+    tokens = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context"))
+    shapes = tuple(jax.ShapeDtypeStruct((1, n, 8, 4), jnp.float32, sharding=tokens)
+                   for n in lengths)
+
+    def run(q, k, v):
+        with entered(scope):
+            return joint_attention(q, k, v)
+
+    text = jax.jit(run, out_shardings=[tokens] * 2).lower(shapes, shapes, shapes).compile().as_text()
+    found = {}
+    for line in text.splitlines():
+        for kind in ("all-to-all", "all-gather", "all-reduce", "collective-permute"):
+            if f" {kind}(" in line:
+                sizes = re.findall(r"f32\[([\d,]+)\]", line.split(f" {kind}(")[0])
+                found[kind] = found.get(kind, 0) + sum(
+                    4 * int(np.prod([int(n) for n in size.split(",")])) for size in sizes)
+    return found
+
+
+def test_ulysses_moves_no_more_than_it_must():
+    """Four arrays of a device's tokens each way, once; nothing is gathered."""
+    local = (64 + 960) // 8 * 8 * 4 * 4  # bytes of q on one device
+    assert moved(mesh_of(context=8), -1) == {"all-to-all": 4 * local}
