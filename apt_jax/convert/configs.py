@@ -54,13 +54,15 @@ class Fields:
                             "again")
         return tuple(value)
 
-    def finish(self, fixed: Mapping[str, Any], ignored: Sequence[str] = ()) -> None:
-        """Every other field must have its one supported value, or be known not to matter."""
+    def finish(self, fixed: Mapping[str, Any], ignored: Sequence[str] = (),
+               strict: bool = True) -> None:
+        """Every other field must have its one supported value, or be known not to matter; an
+        unknown one is refused where `strict`."""
         for key, value in self._config.items():
             if key in self._taken or key in ignored:
                 continue
             if key not in fixed:
-                if value is None or value is False:
+                if not strict or value is None or value is False:
                     continue  # a switch of a later release, off
                 raise refuse(self._source, f"the field {key} = {value!r} is unknown")
             if (list(value) if isinstance(value, tuple) else value) != fixed[key]:

@@ -9,9 +9,12 @@ from types import ModuleType
 from typing import Any
 
 from apt_jax.convert.table import Plan, make_plan
-from apt_jax.convert.tables import qwen_image, wan
+from apt_jax.convert.tables import qwen_image, umt5, vae, wan
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
+from apt_jax.models.umt5 import make_umt5, umt5_config
+from apt_jax.models.vae.config import VAEConfig
+from apt_jax.models.vae.model import make_vae
 from apt_jax.weights import KIND, flatten
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # how the libraries name weight files
@@ -100,7 +103,27 @@ def _shapes(abstract: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
 
 
+def vae_plan(config: Mapping[str, Any]) -> Plan:
+    """The plan of a VAE; config: the fields of VAEConfig."""
+    network = make_vae(VAEConfig.from_dict(config)).network
+    return make_plan(vae.rules(config), _shapes(network.abstract()))
+
+
+def umt5_plan(config: Mapping[str, Any]) -> Plan:
+    """The plan of a UMT5 encoder; config: the fields of UMT5Config."""
+    return make_plan(umt5.rules(config), _shapes(make_umt5(umt5_config(config)).abstract()),
+                     umt5.ALIASES)
+
+
+VAE = Component("vae", "vae", DIFFUSERS, vae.config_from_theirs, vae_plan)
+UMT5 = Component("umt5", "umt5", TRANSFORMERS, umt5.config_from_theirs, umt5_plan)
+
+
 def components_of(family: Family) -> dict[str, Component]:
-    """The networks of a family's pipeline that are converted, by folder name."""
-    return {"transformer": Component(KIND, "model", DIFFUSERS, family.table.model_from,
-                                     transformer_plan)}
+    """The networks of a family's pipeline that are converted, by folder name.
+
+    Qwen-Image's text encoder is not: transformers runs it, from source/.
+    """
+    transformer = Component(KIND, "model", DIFFUSERS, family.table.model_from, transformer_plan)
+    found = {"transformer": transformer, "vae": VAE}
+    return found | {"text_encoder": UMT5} if family.name == "wan" else found

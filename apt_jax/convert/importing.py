@@ -123,7 +123,7 @@ def _open(name: str, component: Component, folder: Path) -> _Work:
     config = component.config_from_theirs(read_json(folder / CONFIG), str(folder / CONFIG))
     tensors = open_folder(folder, component.stem)
     try:
-        plan = component.plan(config)
+        plan = component.plan(config).choosing(tensors.tensors)
         engine.check_source(plan, tensors, str(folder))
     except BaseException:
         tensors.__exit__()

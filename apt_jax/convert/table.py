@@ -161,6 +161,19 @@ class Plan:
     theirs: dict[str, Shape]
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def choosing(self, found: Iterable[str]) -> Plan:
+        """The plan with the name of each tied tensor that `found` has, where it has only one."""
+        found = set(found)
+        swap = {name: alias for alias, name in self.aliases.items()
+                if name not in found and alias in found}
+        if not swap:
+            return self
+        leaves = {key: dataclasses.replace(leaf, parts=tuple(
+            tuple(swap.get(part, part) for part in row) for row in leaf.parts))
+            for key, leaf in self.leaves.items()}
+        return Plan(leaves, {swap.get(n, n): shape for n, shape in self.theirs.items()},
+                    {a: n for a, n in self.aliases.items() if n not in swap})
+
     def check(self, found: Mapping[str, Shape], source: str) -> None:
         """UserError naming the first tensor of `found` that is missing, unknown or misshapen."""
         for problem, names in (("lacks", set(self.theirs) - set(found)),
