@@ -1,0 +1,67 @@
+"""A tiny Wan through whole runs of the loop: consistency distillation, then APT on clips."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import emoji_config
+
+from apt_jax.config import validate
+from apt_jax.errors import UserError
+from apt_jax.models.presets import make_generator
+from apt_jax.train.loop import train
+from apt_jax.weights import load_generator, save_generator
+
+WAN = dict(model__family="wan", model__rope_axes=(4, 2, 2), model__text_tokens=8,
+           model__frequency_width=16, train__log_every=1)
+
+
+def wan_config(stage, **overrides):
+    """The tiny config of this folder with Wan's network: width 16, text filled up to 8 states."""
+    return emoji_config(stage, **{**WAN, **overrides})
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
+    """A weights folder of the "pre-trained" network, nothing at zero."""
+    config, rng = wan_config("pretrain"), np.random.default_rng(0)
+    params = jax.tree.map(lambda s: (0.1 * rng.normal(size=s.shape)).astype(np.float32),
+                          make_generator(config.model).abstract())
+    return str(save_generator(tmp_path_factory.mktemp("diffusion"), config.model, params))
+
+
+def test_the_stages_follow_each_other(diffusion, tmp_path):
+    consistency = str(tmp_path / "consistency")
+    config = validate(wan_config("consistency", init__diffusion=diffusion, train__steps=3,
+                                 data__frames=(1, 2), objective__consistency__steps=4))
+    summary = train(config, consistency, quiet=True)
+    assert summary["status"] == "complete" and np.isfinite(summary["metrics"]["loss"])
+    _, teacher = load_generator(diffusion)
+    model, student = load_generator(consistency, "raw")
+    assert model.family == "wan"
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), teacher, student)
+    assert min(jax.tree.leaves(moved)) > 0  # every parameter learns
+
+    config = validate(wan_config("adversarial", init__diffusion=diffusion, train__steps=3,
+                                 init__generator=consistency, data__frames=(2,),
+                                 discriminator__taps=(1, 2), model__remat="full"))
+    summary = train(config, tmp_path / "apt", quiet=True)
+    metrics = summary["metrics"]
+    assert {"discriminator/loss", "generator/loss", "discriminator/r1"} <= set(metrics)
+    assert all(np.isfinite(v) for v in metrics.values())
+    _, generator = load_generator(tmp_path / "apt", "raw")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), student, generator)
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.parametrize("override, says", [
+    (dict(model__rope_axes=(2, 2, 4)), r"Wan cuts a head of 8 channels into \(4, 2, 2\)"),
+    (dict(model__modulation="shared"), "model.modulation = 'shared' has no meaning"),
+    (dict(data__max_text_tokens=9), "data.max_text_tokens = 9 is more than model.text_tokens = 8"),
+    (dict(model__frequency_width=15), "must be even"),
+    (dict(model__family="unet"), "model.family = 'unet' is not one of mmdit, wan"),
+    (dict(model__family="mmdit", model__rope_axes=(2, 2, 4), model__frequency_width=256),
+     "model.text_tokens = 8 has no meaning for model.family = 'mmdit'"),
+])
+def test_what_wan_cannot_do_is_said(override, says):
+    with pytest.raises(UserError, match=says):
+        validate(wan_config("pretrain", **override))
