@@ -42,9 +42,13 @@ EXTRAS = {
         "accelerate>=1.0",
         "huggingface_hub>=0.34",
     ],
+    # apt-jax prepare: parquet files in, and --engine ray
+    "data": ["pyarrow>=15"],
+    "ray": ["ray>=2.40"],
     # compiling for TPUs that are not there
     "plan": ["libtpu"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=77", "wheel>=0.43"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=77", "wheel>=0.43", "pyarrow>=15",
+             "ray>=2.40; python_version < '3.14'"],
 }
 
 setup(
