@@ -1,0 +1,103 @@
+"""The wrapped kernels of others: what of padding, order and lengths can be run without their hardware.
+
+cuDNN and tokamax are stood in for by jax.nn's plain path, which takes the same arguments; their own
+programs are compiled for H100 in tests/bench/. Splash attention runs in interpret mode.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_float64 import attention64, draw
+
+from apt_jax.kernels import fit, peers
+
+PLAIN = jax.nn.dot_product_attention
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Routes both wrappers to the plain path; returns the calls' (q, k) lengths and names."""
+    calls = []
+
+    def plain(q, k, v, *, implementation, **lengths):
+        calls.append((q.shape[1], k.shape[1], implementation, sorted(lengths)))
+        return PLAIN(q, k, v, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=plain))
+    return calls
+
+
+def check(run, shape, keys, mask):
+    q, k, v, dout, _ = draw(shape, keys, jnp.float32)
+    out, pull = jax.vjp(lambda *a: run(*a, None if mask is None else jnp.asarray(mask)), q, k, v)
+    want_out, _, want = attention64(q, k, v, mask, dout)
+    assert out.shape == q.shape
+    np.testing.assert_allclose(out, want_out, atol=3e-6, rtol=1e-5)
+    for g, w in zip(pull(dout), want):
+        np.testing.assert_allclose(g, w, atol=5e-6, rtol=2e-5)
+
+
+def some_mask(b, n, *, empty=False):
+    mask = np.random.default_rng(3).random((b, n)) < 0.5
+    mask[0, :3] = [False, True, False]
+    if empty:
+        mask[-1] = False
+    return mask
+
+
+@pytest.mark.parametrize("name, tile", [("cudnn", 2), ("tokamax", 128)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_odd_lengths_and_masks_fit(stand_in, name, tile, masked):
+    mask = some_mask(2, 37, empty=True) if masked else None
+    check(getattr(peers, name), (2, 21, 2, 16), 37, mask)
+    for queries, keys, implementation, _ in stand_in:
+        assert queries % tile == keys % tile == 0
+        assert implementation == {"cudnn": "cudnn", "tokamax": "mosaic"}[name]
+
+
+@pytest.mark.parametrize("name", ["cudnn", "tokamax"])
+def test_lengths_that_fit_pass_unchanged(stand_in, name):
+    check(getattr(peers, name), (1, 128, 1, 8), 128, None)
+    for queries, keys, _, lengths in stand_in:
+        assert (queries, keys) == (128, 128)
+        assert "key_value_seq_lengths" not in lengths or name == "tokamax"
+
+
+def test_every_operand_of_cudnn_is_batched_under_vmap(monkeypatch):
+    """Its vmap rule wants all of them batched, and a mask is shared by real and fake samples."""
+    seen = []
+
+    def plain(q, k, v, *, implementation, query_seq_lengths, key_value_seq_lengths):
+        seen.extend(x for x in (query_seq_lengths, key_value_seq_lengths)
+                    if type(x).__name__ == "BatchTracer")
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    mask = jnp.asarray(some_mask(2, 6))
+    x = jnp.ones((3, 2, 6, 1, 8))
+    jax.vmap(lambda q, k, v: peers.cudnn(q, k, v, mask))(x, x, x)
+    assert len(seen) == 2
+
+
+def test_visible_keys_come_first_in_their_order():
+    k = jnp.arange(5.0)[None, :, None, None]
+    mask = jnp.array([[False, True, False, True, True]])
+    moved, _, count = fit.visible_first(k, k, mask)
+    assert moved[0, :, 0, 0].tolist() == [1, 3, 4, 0, 2] and count.tolist() == [3]
+    weight = jnp.arange(1.0, 6)[None, :, None, None]
+    g = jax.grad(lambda k: (weight * fit.visible_first(k, k, mask)[0]).sum())(k)
+    assert g[0, :, 0, 0].tolist() == [4, 1, 5, 2, 3]  # each key's place
+
+
+@pytest.mark.parametrize("dim, queries, keys, masked", [
+    (64, 33, 45, True), (128, 128, 128, False), (128, 20, 130, True)])
+def test_splash_attention_in_interpret_mode(dim, queries, keys, masked):
+    mask = some_mask(2, keys, empty=True) if masked else None
+    check(lambda *a: peers.splash(*a, interpret=True), (2, queries, 2, dim), keys, mask)
