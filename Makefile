@@ -9,13 +9,14 @@ DEMO_ARGS ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 
-.PHONY: help demo demo-full demo-long test fixtures venv venv-test clean distclean
+.PHONY: help demo demo-full demo-long test test-mesh fixtures venv venv-test clean distclean
 
 help:
 	@echo "make demo        the whole method on the bundled data: writes runs/demo, prints the table"
 	@echo "make demo-full   the same, pre-training the base model too"
 	@echo "make demo-long   the same at length: hours on two cores, minutes on a GPU"
 	@echo "make test        all tests"
+	@echo "make test-mesh   every mesh shape on eight virtual devices, four real processes: longer"
 	@echo "make fixtures    regenerate the PyTorch fixtures of the tests (needs torch and diffusers)"
 	@echo "make clean       remove build products and caches; distclean: the environments too"
 	@echo ""
@@ -40,6 +41,9 @@ demo-long: venv
 
 test: venv-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-mesh: venv-test
+	$(VENV)/bin/python -m pytest -m mesh $(PYTEST_ARGS)
 
 fixtures: venv-test
 	@$(VENV)/bin/python tests/fixtures/make_fixtures.py

@@ -230,6 +230,19 @@ def test_full_rematerialisation_stores_only_the_carries():
     b, n, length, d = 2, 12, 4, TINY.width
     assert kept("full") <= TINY.depth * b * (n + length) * d * 1.1
     assert kept("full") < kept("dots") < kept("none")
+    # On top of the carries one result of attention per token (and here no log-sum-exp: plain JAX).
+    assert kept("attention") - kept("full") == TINY.depth * b * (n + length) * d
+
+
+def test_offloading_keeps_nothing_on_the_device():
+    run = tapped(dataclasses.replace(TINY, remat="offload"), (4,))
+
+    def value(x):
+        return run(PARAMS["backbone"], x, *BATCH[1:])[1][-1].sum()
+
+    spaces = {str(v.aval.memory_space) for e in scans(jax.grad(value), BATCH[0])
+              for v in e.outvars if v.aval.ndim > 3 or v.aval.shape[:1] == (TINY.depth,)}
+    assert spaces and all("host" in space.lower() for space in spaces)
 
 
 # -- precision and errors ------------------------------------------------------------------------

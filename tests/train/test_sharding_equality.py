@@ -1,5 +1,6 @@
 """However the mesh is cut, D and G have the losses, gradients and weights of one device."""
 
+import functools
 import itertools
 import math
 
@@ -17,16 +18,19 @@ from apt_jax.train.steps import build_update
 
 STEPS = 5
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
+# The others run under `make test-mesh`.
+ALWAYS = [("mmdit", (1, 2, 2, 2)), ("wan", (2, 1, 4, 1))]
 ONE = (1, 1, 1, 1)
 
 
-def equality_config(ulysses=-1, accumulate=1):
+def equality_config(family="mmdit", ulysses=-1, accumulate=1):
     """Eight heads, so that every axis may have eight devices; 16 tokens of video and 3 of text.
 
-    sigma is the videos' 0.1: at 0.01 the penalty is the square of a difference of nearly equal
-    logits, and float32 rounding alone moves its gradient by 1e-5.
+    sigma is 0.5: at the paper's 0.01 and 0.1 the penalty is the square of a difference of nearly
+    equal logits, and float32 rounding alone moves its gradient by 1e-5.
     """
-    return tiny_config("adversarial", batch_size=16, objective__adversarial__r1_sigma=0.1,
+    wan = {"model__family": "wan", "model__rope_axes": (4, 2, 2), "model__text_tokens": 5}
+    return tiny_config("adversarial", batch_size=16, **(wan if family == "wan" else {}), objective__adversarial__r1_sigma=0.5,
                        model__width=64, model__heads=8, discriminator__heads=8,
                        train__accumulate=accumulate, mesh__ulysses=ulysses,
                        optimizer__learning_rate=1e-5)
@@ -42,23 +46,23 @@ def recording(optimizer):
         lambda params: (optimizer.init(params), jax.tree.map(jax.numpy.zeros_like, params)), update)
 
 
-@pytest.fixture(scope="module")
-def weights():
+@functools.cache
+def weights(family):
     """One set of start weights, made on one device, as numpy."""
-    config = equality_config()
+    config = equality_config(family)
     setup = set_up(config, make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
     state = host(wake(init_state(config, setup)))
     return {name: state[name] for name in ("generator", "discriminator", "generator_ema")}
 
 
-def train(shape, weights, ulysses=-1, accumulate=1):
+def train(family, shape, ulysses=-1, accumulate=1):
     """(metrics of the first update, gradients of D and G in it, weights after STEPS), on the host."""
-    config = equality_config(ulysses, accumulate)
+    config, start = equality_config(family, ulysses, accumulate), weights(family)
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:math.prod(shape)])
     setup = set_up(config, mesh, min_elements=1)
     optimizers = {name: recording(o) for name, o in setup.optimizers.items()}
     shardings = dict(setup.shardings)
-    state = jax.device_put(dict(weights), {name: shardings[name] for name in weights})
+    state = jax.device_put(dict(start), {name: shardings[name] for name in start})
     state |= jax.device_put({"step": np.zeros((), np.int32),
                              "key": np.asarray(jax.random.key_data(jax.random.key(0)))},
                             {name: shardings[name] for name in ("step", "key")})
@@ -66,7 +70,7 @@ def train(shape, weights, ulysses=-1, accumulate=1):
         shardings[f"{name}_opt"] = (shardings[f"{name}_opt"], shardings[name])
         state[f"{name}_opt"] = jax.device_put(
             jax.tree.map(lambda s: np.zeros(s.shape, s.dtype),
-                         jax.eval_shape(optimizer.init, weights[name])), shardings[f"{name}_opt"])
+                         jax.eval_shape(optimizer.init, start[name])), shardings[f"{name}_opt"])
     update = build_update(config, setup.nets, optimizers, mesh, shardings)
     batches = [put_batch(tiny_batch(16, seed=i, padded=3, pixels=8), mesh) for i in range(STEPS)]
     state, metrics = update(state, {}, batches[0])
@@ -78,12 +82,12 @@ def train(shape, weights, ulysses=-1, accumulate=1):
         cut = [leaf for leaf in jax.tree.leaves(state["generator"])
                if not leaf.sharding.is_fully_replicated]
         assert len(cut) > 20, "the mesh is there, but nothing is sharded over it"
-    return metrics, gradients, {name: host(state[name]) for name in weights}
+    return metrics, gradients, {name: host(state[name]) for name in start}
 
 
-@pytest.fixture(scope="module")
-def one_device(weights):
-    return train(ONE, weights)
+@functools.cache
+def one_device(family):
+    return train(family, ONE)
 
 
 def assert_same(found, want):
@@ -97,14 +101,23 @@ def assert_same(found, want):
         assert relative_difference(after[name], want_after[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_every_mesh_equals_one_device(shape, weights, one_device):
-    assert_same(train(shape, weights), one_device)
+CASES = [pytest.param(family, s, id=f"{family}-{'x'.join(map(str, s))}",
+                      marks=[] if (family, s) in ALWAYS else pytest.mark.mesh)
+         for family in ("mmdit", "wan") for s in SHAPES]
+
+
+def test_there_are_twenty_shapes():
+    assert len(SHAPES) == 20 and {s for _, s in ALWAYS} < set(SHAPES)
+
+
+@pytest.mark.parametrize(("family", "shape"), CASES)
+def test_every_mesh_equals_one_device(family, shape):
+    assert_same(train(family, shape), one_device(family))
 
 
 @pytest.mark.parametrize(("shape", "ulysses", "accumulate"), [
-    ((1, 1, 8, 1), 1, 1),  # ring 8
+    pytest.param((1, 1, 8, 1), 1, 1, marks=pytest.mark.mesh),  # ring 8
     ((1, 2, 4, 1), 2, 2),  # Ulysses 2 inside ring 2, two microbatches
 ])
-def test_the_ring_and_microbatches_equal_one_device(shape, ulysses, accumulate, weights, one_device):
-    assert_same(train(shape, weights, ulysses, accumulate), one_device)
+def test_the_ring_and_microbatches_equal_one_device(shape, ulysses, accumulate):
+    assert_same(train("mmdit", shape, ulysses, accumulate), one_device("mmdit"))
