@@ -6,16 +6,18 @@ from pathlib import Path
 import jax
 import pytest
 
-from apt_jax.config import load_config, validate
+from apt_jax.config import base_config, load_config, validate
+from apt_jax.config.networks import NETWORKS, use_network
 from apt_jax.errors import UserError
-from apt_jax.models.presets import make_discriminator, make_generator
+from apt_jax.models.presets import discriminator_taps, make_discriminator, make_generator
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {
+    "qwen_image": (":consistency", ":apt"),
     "emoji_64": (":pretrain", ":consistency", ":image", ":video"),
     **{f"demo_{stage}": ("", ":long") for stage in ("pretrain", "consistency", "image", "video")},
 }
-FILES = sorted(p for p in CONFIGS.glob("*.py") if not p.stem.endswith("_common"))
+FILES = sorted(p for p in CONFIGS.glob("*.py") if not p.stem.endswith(("_common", "_data")))
 ALL = [str(p) + argument for p in FILES for argument in ARGUMENTS.get(p.stem, ("",))]
 
 
@@ -26,7 +28,8 @@ def short(path: str) -> str:
 def test_the_issues_configs_are_there():
     assert {p.stem for p in FILES} >= {
         "demo_pretrain", "demo_consistency", "demo_image", "demo_video", "emoji_64",
-        "seaweed_8b_image", "seaweed_8b_video"}
+        "seaweed_8b_image", "seaweed_8b_video", "wan_1_3b_consistency", "wan_1_3b_apt_image",
+        "wan_1_3b_apt_video", "qwen_image"}
 
 
 @pytest.mark.parametrize("path", ALL, ids=short)
@@ -50,8 +53,8 @@ def test_a_wrong_argument_names_the_right_ones():
         load_config(f"{CONFIGS / 'demo_consistency.py'}:audio")
 
 
-@pytest.mark.parametrize("path", [p for p in ALL if "seaweed" not in p and "pretrain" not in p],
-                         ids=short)
+@pytest.mark.parametrize("path", [p for p in ALL if any(f in p for f in ("demo", "emoji"))
+                                  and "pretrain" not in p], ids=short)
 def test_stages_of_one_family_share_the_network(path):
     """Weights pass from stage to stage, so every stage must describe the same generator."""
     first = (f"{CONFIGS / 'emoji_64.py'}:pretrain" if "emoji_64" in path
@@ -110,6 +113,56 @@ def test_the_8b_networks_build_without_allocating(name):
     logits = jax.eval_shape(judge, judge.abstract(), *inputs)
     assert logits.shape == (2,) and logits.dtype == "float32"
     assert judge.parameter_count() > generator.parameter_count() - 2e6
+
+
+WAN = {  # stage: what the paper or Wan says of it
+    "consistency": dict(frames=(1, 21), generator="", rate=1e-5),
+    "apt_image": dict(frames=(1,), generator="runs/cd", rate=5e-6, steps=350, sigma=0.01, shift=1),
+    "apt_video": dict(frames=(21,), generator="runs/apt_image", rate=3e-6, steps=300, sigma=0.1,
+                      shift=12),
+}
+
+
+@pytest.mark.parametrize("stage", WAN)
+def test_wans_recipe(stage):
+    said, config = WAN[stage], validate(load_config(CONFIGS / f"wan_1_3b_{stage}.py"))
+    assert make_generator(config.model).parameter_count() == 1_418_996_800
+    assert config.model.dtype == "bfloat16" and config.model.text_tokens == 512
+    assert config.init.diffusion == "ckpt/wan13b" and config.init.generator == said["generator"]
+    assert config.data.frames == said["frames"] and config.data.path == "data/clips"
+    assert config.optimizer.learning_rate == said["rate"]
+    assert config.train.batch_size % config.train.accumulate == 0
+    if stage == "consistency":
+        assert config.optimizer.name == "adamw" and 5 <= config.objective.consistency.guidance <= 7.5
+        return
+    adversarial = config.objective.adversarial
+    assert config.train.steps == said["steps"] and config.train.ema_decay == 0.995
+    assert config.optimizer.name == "rmsprop" and config.optimizer.weight_decay == 0
+    assert adversarial.r1_sigma == said["sigma"] and adversarial.r1_weight == 100
+    assert adversarial.time_shift == said["shift"] and adversarial.fixed_time == -1
+    assert config.init.generator_weights == "ema" and config.discriminator.taps == (13, 22, 30)
+    judge = make_discriminator(config.model, config.discriminator)
+    assert judge.abstract()["heads"]["query"].shape == (3, 1536)
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("wan_1_3b", 1_418_996_800), ("wan_14b", 14_288_491_584), ("qwen_image", 20_430_401_088),
+])
+def test_public_networks_have_their_public_sizes(name, parameters):
+    config = base_config()
+    use_network(config, name)
+    config.data.height = config.data.width = 0
+    assert make_generator(validate(config).model).parameter_count() == parameters
+    assert set(NETWORKS[name]) <= set(base_config().model)
+    with pytest.raises(UserError, match=f"did you mean {name!r}"):
+        use_network(config, name + "x")
+
+
+def test_qwen_image_takes_the_papers_blocks():
+    config = validate(load_config(f"{CONFIGS / 'qwen_image.py'}:apt"))
+    assert discriminator_taps(config.model, config.discriminator) == (27, 43, 60)
+    with pytest.raises(UserError, match="consistency, apt"):
+        load_config(f"{CONFIGS / 'qwen_image.py'}:video")
 
 
 def test_demo_generator_is_small_enough_to_ship():
