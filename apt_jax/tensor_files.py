@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,29 +275,16 @@ def write_files(folder: Path | str, stem: str, specs: Sequence[Spec],
     groups = _split(specs, limit)
     names = ([f"{stem}.safetensors"] if len(groups) <= 1 else
              [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))])
-    chunks = iter(chunks)
+    chunks = (chunk for chunk in chunks if chunk.nbytes)
     written: dict[str, Any] = {}
     for name, group in zip(names, groups or [[]], strict=True):
         with disk_errors(folder / name), open(folder / name, "xb", buffering=0) as file:
             digest, size = hashlib.sha256(), 0
-
-            def put(data: bytes | memoryview) -> None:
-                nonlocal size
-                digest.update(data)  # noqa: B023
+            for data in _bytes(group, chunks, metadata):
+                digest.update(data)
                 size += len(data)
                 while len(data):
-                    data = data[file.write(data):]  # noqa: B023
-
-            put(_header(group, metadata))
-            for spec in group:
-                left = spec.nbytes
-                while left:
-                    chunk = next(chunks)
-                    if chunk.dtype != spec.dtype or chunk.nbytes > left:
-                        raise ValueError(f"{spec.name}: a chunk of {chunk.dtype}, "
-                                         f"{chunk.nbytes} bytes, {left} of {spec.dtype} to come")
-                    put(memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)))
-                    left -= chunk.nbytes
+                    data = data[file.write(data):]
             os.fsync(file.fileno())
         written[name] = {"bytes": size, "sha256": digest.hexdigest()}
     if next(chunks, None) is not None:
@@ -308,6 +295,21 @@ def write_files(folder: Path | str, stem: str, specs: Sequence[Spec],
                                 for spec in group}}
         write_json(folder / f"{stem}.safetensors.index.json", index)
     return written
+
+
+def _bytes(specs: Sequence[Spec], chunks: Iterator[np.ndarray],
+           metadata: Mapping[str, str] | None) -> Iterator[bytes | memoryview]:
+    """The content of one file: header, then as many chunks as its tensors need."""
+    yield _header(specs, metadata)
+    for spec in specs:
+        left = spec.nbytes
+        while left:
+            chunk = next(chunks, None)
+            if chunk is None or chunk.dtype != spec.dtype or chunk.nbytes > left:
+                got = "none" if chunk is None else f"{chunk.nbytes} bytes of {chunk.dtype}"
+                raise ValueError(f"{spec.name}: a chunk of {got}, {left} of {spec.dtype} to come")
+            yield memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+            left -= chunk.nbytes
 
 
 def _header(specs: Sequence[Spec], metadata: Mapping[str, str] | None) -> bytes:

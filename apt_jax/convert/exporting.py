@@ -71,6 +71,7 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         family = family_of_model(model)
         if folder:
             _check_base(family, model, card, folder)
+        scheduler = scheduler_config(family.name, t, bool(settings.two_step_fresh))
         plan, config = transformer_plan(model), family.table.config_from(model)
         engine.check_leaves(plan, leaves.shapes(), checkpoint)
         dtypes = _dtypes(dtype, folder)
@@ -82,7 +83,8 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         with new_folder(to, overwrite) as part:
             if pipeline:
                 _other_components(part, folder, copy)
-                _scheduler(part, family, t, bool(settings.two_step_fresh))
+                (part / "scheduler").mkdir()
+                write_json(part / "scheduler" / SCHEDULER_FILE, scheduler)
             target = part / TRANSFORMER if pipeline else part
             target.mkdir(exist_ok=True)
             write_files(target, DIFFUSERS, specs,
@@ -141,11 +143,6 @@ def _other_components(part: Path, folder: Path, copy: bool) -> None:
     index = read_json(source / INDEX)
     index["scheduler"] = ["diffusers", SCHEDULER]
     write_json(part / INDEX, index)
-
-
-def _scheduler(part: Path, family: Family, t: float, fresh: bool) -> None:
-    (part / "scheduler").mkdir()
-    write_json(part / "scheduler" / SCHEDULER_FILE, scheduler_config(family.name, t, fresh))
 
 
 def _text(path: Path, text: str) -> None:

@@ -1,0 +1,255 @@
+"""Wrong sources, bases, arguments and disks: one clear line, and nothing left behind."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import synthetic
+from safetensors.numpy import save_file
+
+from apt_jax import tensor_files
+from apt_jax.cli import main as cli
+from apt_jax.convert.exporting import export_folder
+from apt_jax.convert.importing import import_folder
+from apt_jax.errors import UserError
+
+STEM = "diffusion_pytorch_model"
+
+
+def tree(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def copy(wan_source, tmp_path):
+    """A copy of the source to damage (files of its own, no links)."""
+    import shutil
+
+    return shutil.copytree(wan_source[0], tmp_path / "source")
+
+
+def rewrite(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def set_(**fields):
+    return lambda folder: rewrite(folder / "transformer" / "config.json",
+                                  lambda value: value.update(fields))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def first_shard(folder):
+    return sorted((folder / "transformer").glob("*.safetensors"))[0]
+
+
+def rename_tensor(folder):
+    path = folder / "vae" / f"{STEM}.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'"encoder.conv_in.bias"') == 1
+    path.write_bytes(data.replace(b'"encoder.conv_in.bias"', b'"encoder.conv_in.bios"'))
+
+
+def untie(folder):
+    save_file({"shared.weight": np.zeros((64, 20), np.float32),
+               "encoder.embed_tokens.weight": np.ones((64, 20), np.float32),
+               **{n: np.zeros(s, np.float32) for n, s in
+                  synthetic.umt5_plan(synthetic.UMT5).theirs.items() if n != "shared.weight"}},
+              folder / "text_encoder" / "model.safetensors")
+
+
+def integers(folder):
+    shapes = synthetic.vae_plan(synthetic.VAE).theirs
+    save_file({n: np.zeros(s, np.int8 if n == "quant_conv.bias" else np.float32)
+               for n, s in shapes.items()}, folder / "vae" / f"{STEM}.safetensors")
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda f: cut(first_shard(f)), "damaged or incomplete"),
+    (lambda f: cut(f / "vae" / f"{STEM}.safetensors"), "vae.*damaged or incomplete"),
+    (lambda f: first_shard(f).unlink(), "lacks diffusion_pytorch_model-00001"),
+    (lambda f: (f / "transformer" / "config.json").unlink(), "no readable config.json"),
+    (lambda f: (f / "transformer" / "config.json").write_text("{"), "not valid JSON"),
+    (lambda f: (f / "transformer" / "config.json").write_text("[]"), "no model, not Wan"),
+    (set_(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel, not WanTransformer3D"),
+    (set_(num_layers=4), r"lacks tensor blocks\.3\.attn1\.norm_k\.weight and 26 more"),
+    (set_(num_layers=2), r"unknown tensor blocks\.2\."),
+    (set_(ffn_dim=48), r"blocks\.0\.ffn\.net\.0\.proj\.bias is \(40,\).*makes it \(48,\)"),
+    (set_(num_layers="3"), "num_layers = '3' is not a valid value"),
+    (set_(num_layers=0), "num_layers = 0 must be 1 or more"),
+    (set_(image_dim=1280), "image_dim = 1280 is not supported"),
+    (set_(in_channels=36), "image-to-video"),
+    (set_(new_thing=3), "field new_thing = 3 is unknown"),
+    (rename_tensor, r"unknown tensor encoder\.conv_in\.bios|lacks tensor encoder\.conv_in\.bias"),
+    (untie, "tied in this model, but differ"),
+    (integers, r"quant_conv\.bias is I8; only unquantised"),
+    (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "tokenizer lacks tokenizer.json"),
+    (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()] and (f / "tokenizer").rmdir(),
+     "lacks the folder tokenizer"),
+    (lambda f: rewrite(f / "model_index.json", lambda v: v.update(_class_name="FluxPipeline")),
+     "is of FluxPipeline; WanPipeline and QwenImagePipeline can be"),
+    (lambda f: rewrite(f / "model_index.json", lambda v: v.update(boundary_ratio=0.9)),
+     "only Wan 2.1"),
+    (lambda f: rewrite(f / "model_index.json",
+                       lambda v: v.update(transformer_2=["diffusers", "WanTransformer3DModel"])),
+     "component transformer_2"),
+    (lambda f: rewrite(f / "model_index.json", lambda v: v.pop("vae")), "names no vae"),
+    (lambda f: rewrite(f / "vae" / "config.json", lambda v: v.update(is_residual=True)),
+     "is_residual"),
+    (lambda f: rewrite(f / "text_encoder" / "config.json", lambda v: v.update(model_type="t5")),
+     "describes t5, not umt5"),
+    (lambda f: rewrite(f / "text_encoder" / "config.json",
+                       lambda v: v.update(feed_forward_proj="relu")), "'relu' is not supported"),
+    (lambda f: (f / "model_index.json").unlink(), "neither model_index.json nor config.json"),
+])
+def test_a_bad_source_is_one_line_and_leaves_nothing(copy, tmp_path, capsys, damage, says):
+    import re
+
+    damage(copy)
+    code = cli.main(["convert", "import", "--source", str(copy), "--to", str(tmp_path / "out"),
+                     "--quiet"])
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1, err
+    assert re.search(says, err), err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_checkpoint_of_another_model(tmp_path, wan_source):
+    """Qwen-Image's weights beside Wan's config."""
+    synthetic.write_transformer(tmp_path / "mixed", synthetic.QWEN)
+    config = (wan_source[0] / "transformer" / "config.json").read_text()
+    (tmp_path / "mixed" / "config.json").write_text(config)
+    with pytest.raises(UserError, match=r"lacks tensor blocks\.0\.attn1"):
+        import_folder(str(tmp_path / "mixed"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_a_full_disk_leaves_nothing(wan_source, wan_components, tmp_path, monkeypatch, capsys, way):
+    """The disk fills up while the second file is synced."""
+    synced = []
+
+    def refuse(handle):
+        synced.append(handle)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tensor_files.os, "fsync", refuse)
+    arguments = (["--source", str(wan_source[0])] if way == "import" else
+                 ["--checkpoint", str(wan_components), "--shard-gb", "5e-5"])
+    code = cli.main(["convert", way, *arguments, "--to", str(tmp_path / "out"), "--quiet"])
+    err = capsys.readouterr().err
+    assert code == 2 and "no space left" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_said_before_anything_is_written(wan_source, tmp_path, monkeypatch):
+    import collections
+
+    from apt_jax.convert import folders
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    with pytest.raises(UserError, match=r"needs 0\.0 GB and its disk has 0\.0 GB free"):
+        import_folder(str(wan_source[0]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_import_leaves_nothing(wan_source, tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensor_files.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        import_folder(str(wan_source[0]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_unasked(wan_source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(UserError, match="is there already"):
+        import_folder(str(wan_source[0]), tmp_path / "out")
+    assert tree(tmp_path) == ["out/mine"]
+    import_folder(str(wan_source[0]), tmp_path / "out", overwrite=True)
+    assert "mine" not in tree(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_copies_where_asked(wan_source, tmp_path):
+    out = import_folder(str(wan_source[0]), tmp_path / "out", copy=True)
+    assert (out / "source" / "vae" / f"{STEM}.safetensors").stat().st_nlink == 1
+
+
+def test_an_export_needs_its_own_base(wan_components, tmp_path):
+    synthetic.write_pipeline(tmp_path / "qwen", synthetic.QWEN)
+    qwen = import_folder(str(tmp_path / "qwen"), tmp_path / "ckpt")
+    assert json.loads((qwen / "config.json").read_text())["components"]["text_encoder"] \
+        == "source/text_encoder"
+    with pytest.raises(UserError, match="of family qwen_image, the checkpoint of wan"):
+        export_folder(str(wan_components), tmp_path / "out", base=str(qwen))
+    with pytest.raises(UserError, match="is no component folder"):
+        export_folder(str(wan_components), tmp_path / "out", base=str(tmp_path / "qwen"))
+    synthetic.write_pipeline(tmp_path / "deep", {**synthetic.WAN, "depth": 2})
+    deep = import_folder(str(tmp_path / "deep"), tmp_path / "deeper")
+    with pytest.raises(UserError, match="has depth = 2, the checkpoint 3"):
+        export_folder(str(wan_components), tmp_path / "out", base=str(deep))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["import", "--to", "x"], "needs --source"),
+    (["export", "--to", "x"], "needs --checkpoint"),
+    (["import", "--source", "a", "--checkpoint", "b", "--to", "x"], "--checkpoint is of"),
+    (["export", "--source", "a", "--checkpoint", "b", "--to", "x"], "--source is of"),
+    (["import", "--source", "./nowhere", "--to", "x"], "no folder ./nowhere"),
+    (["export", "--checkpoint", "nowhere", "--to", "x"], "no folder nowhere"),
+    (["export", "--checkpoint", "bundled:base", "--to", "x", "--shard-gb", "0"], "above 0"),
+    (["export", "--checkpoint", "bundled:base", "--to", "x", "--two-step-time", "1"], "between 0"),
+    (["sideways", "--to", "x"], "invalid choice"),
+])
+def test_wrong_arguments(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_id_without_the_network(tmp_path, monkeypatch, capsys):
+    """One line, whether the package is there or not; no request leaves this machine."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    code = ("import sys; from apt_jax.cli.main import main; "
+            "sys.exit(main(['convert', 'import', '--source', 'nobody/nothing', '--to', 'x']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "hub" in done.stderr and "local folder" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_hub_id_is_recorded(wan_source, tmp_path, monkeypatch):
+    import types
+
+    calls = {}
+
+    def snapshot_download(name, revision, allow_patterns):
+        calls.update(name=name, revision=revision)
+        return str(wan_source[0])
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub",
+                        types.SimpleNamespace(snapshot_download=snapshot_download))
+    out = import_folder("Wan-AI/Tiny", tmp_path / "out", revision="v1")
+    assert calls == {"name": "Wan-AI/Tiny", "revision": "v1"}
+    source = json.loads((out / "config.json").read_text())["source"]
+    assert source["hub"] == "Wan-AI/Tiny" and source["revision"] == wan_source[0].name
+    readme = (export_folder(str(out), tmp_path / "e") / "README.md").read_text()
+    assert "base_model: Wan-AI/Tiny" in readme
