@@ -29,11 +29,12 @@ def equality_config(family="mmdit", ulysses=-1, accumulate=1):
     sigma is 0.5: at the paper's 0.01 and 0.1 the penalty is the square of a difference of nearly
     equal logits, and float32 rounding alone moves its gradient by 1e-5.
     """
-    wan = {"model__family": "wan", "model__rope_axes": (4, 2, 2), "model__text_tokens": 5}
-    return tiny_config("adversarial", batch_size=16, **(wan if family == "wan" else {}), objective__adversarial__r1_sigma=0.5,
+    of_family = {"mmdit": {}, "wan": {"model__family": "wan", "model__rope_axes": (4, 2, 2),
+                                      "model__text_tokens": 5}}[family]
+    return tiny_config("adversarial", batch_size=16, objective__adversarial__r1_sigma=0.5,
                        model__width=64, model__heads=8, discriminator__heads=8,
                        train__accumulate=accumulate, mesh__ulysses=ulysses,
-                       optimizer__learning_rate=1e-5)
+                       optimizer__learning_rate=1e-5, **of_family)
 
 
 def recording(optimizer):
