@@ -1,0 +1,96 @@
+"""Compile a config's programs for devices that are not there, and say what they need.
+
+The G step, the D step (or the step of the config's stage) and one-step inference are compiled by the
+real XLA for the topology, with one sample at a time for each group of devices that shares one. The
+tables show, per device: parameters, optimiser state, temporaries and the peak against the chip's
+memory; model FLOPs and the time they take at the chip's peak rate; the collectives by kind, axes and
+bytes, and which part of them compute hides. Times are models, for comparing; memory and traffic are
+the compiler's own. Nothing is trained and no accelerator is touched.
+
+Topologies: h100:HOSTSxGPUS (h100:1x8, h100:16x8), h200 likewise, v4:4x4x4, v5p:4x4x8, v5e:4x4,
+v6e:16x16. Needs `pip install 'apt_jax[plan]'` (libtpu for TPUs, jax's CUDA plugin for GPUs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EXAMPLES = """\
+  apt-jax plan --config configs/seaweed_8b_video.py --topology h100:1x8
+  apt-jax plan --config configs/seaweed_8b_video.py --topology v5p:4x4x8 --json plan.json
+  apt-jax plan --config configs/emoji_64.py:image --topology h100:1x1 --config.model.remat=none
+  apt-jax plan --config configs/seaweed_8b_image.py --topology h100:8x8 --sweep
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `apt-jax plan`."""
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]", help="a config file")
+    add("--topology", required=True, metavar="CHIP:SIZES", help="devices to compile for")
+    add("--json", metavar="FILE", default="", help="write everything as JSON too")
+    add("--hlo", metavar="DIR", default="", help="keep the compiled programs' text in this folder")
+    add("--no-inference", action="store_true", help="leave out one-step inference")
+    add("--sweep", action="store_true",
+        help="try mesh shapes and remat policies, rank those that fit by modelled time")
+    add("--remats", nargs="+", default=["full"], metavar="NAME",
+        help="policies that --sweep tries (default: full)")
+    add("--flags", metavar="FILE", default="auto",
+        help="XLA flags to compile with: a file, 'none', or 'auto' for the platform's own "
+             "(default: auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, print the tables; status 0 when it fits, 1 when it does not."""
+    from apt_jax.plan.devices import prepare_environment
+
+    prepare_environment()
+    from apt_jax.config import load_config, validate
+    from apt_jax.errors import UserError
+    from apt_jax.parallel.flags import compiler_options
+    from apt_jax.plan import run as planning
+    from apt_jax.plan.chips import parse_topology
+    from apt_jax.plan.show import format_plan, format_sweep
+
+    topology = parse_topology(args.topology)
+    config = validate(load_config(args.config, args.overrides))
+    options = compiler_options(args.flags, topology.chip.kind)
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if args.sweep:
+        results = planning.sweep(config, topology, tuple(args.remats), tell, options=options)
+        print(format_sweep(results, topology.devices))
+        value = [{"mesh": label, **(found.to_json() if not isinstance(found, str)
+                                    else {"error": found})} for label, found in results]
+        fits = any(not isinstance(found, str) and found.fits for _, found in results)
+    else:
+        keep = None
+        if args.hlo:
+            Path(args.hlo).mkdir(parents=True, exist_ok=True)
+
+            def keep(name: str, text: str) -> None:
+                (Path(args.hlo) / f"{name.replace(' ', '_')}.txt").write_text(text)
+
+        found = planning.plan(config, topology, inference=not args.no_inference, options=options,
+                              keep=keep, tell=tell)
+        if not found.fits:
+            import dataclasses
+
+            tell("looking for a change that makes it fit")
+            found = dataclasses.replace(found, remedy=planning.find_remedy(
+                config, topology, options=options, tell=tell))
+        print(format_plan(found))
+        value, fits = found.to_json(), found.fits
+    if args.json:
+        try:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(json.dumps(value, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json} ({error.strerror}); give a file in a "
+                            "folder that you may write to") from None
+    return 0 if fits else 1

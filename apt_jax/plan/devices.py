@@ -1,0 +1,85 @@
+"""Devices of hardware that is not there: topology descriptions that the real XLA compiles for.
+
+TPUs come from libtpu, NVIDIA GPUs from jax's CUDA plugin with a description of the chip; neither
+needs a driver. Set up the environment (`prepare_environment`) before jax makes a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+from apt_jax.errors import UserError
+from apt_jax.plan.chips import Topology
+
+# GpuTargetConfig of the chip that the compiler should imagine (its public data sheet).
+_SM90 = """\
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{name}"
+"""
+_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+_CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+# Autotuning needs the GPU itself; without it Triton matrix products would be chosen blindly.
+CUDA_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+
+
+def prepare_environment() -> None:
+    """Environment variables that must be set before jax starts: CPU as backend, quiet plugins."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # what matters is the topology's name
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for flag in CUDA_FLAGS:
+        if not any(f.split("=")[0] == flag.split("=")[0] for f in flags):
+            flags.append(flag)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def describe(topology: Topology) -> list[Any]:
+    """The devices of a topology, in the order in which a mesh should take them.
+
+    Raises UserError where the compiler for them is not installed, or does not know the topology.
+    """
+    from jax.experimental import topologies
+
+    if topology.chip.kind == "cuda":
+        return list(topologies.get_topology_desc(**_cuda(topology)).devices)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning for TPUs needs libtpu; run: pip install 'apt_jax[plan]'")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
+    except Exception as error:  # whatever libtpu says of a slice that does not exist
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"libtpu knows no slice {topology.text} ({reason})") from None
+    return list(found.devices)
+
+
+def _cuda(topology: Topology) -> dict[str, Any]:
+    for name in _CUDA_PLUGINS:
+        try:
+            importlib.import_module(name)
+            break
+        except ImportError:
+            continue
+    else:
+        raise UserError("planning for GPUs needs jax's CUDA plugin (no driver); run: "
+                        "pip install 'apt_jax[plan]'")
+    chip = topology.chip
+    target = _SM90.format(bandwidth=int(chip.bandwidth), memory=chip.memory,
+                          name=_NAMES[chip.name])
+    hosts, devices = topology.sizes
+    return {"platform": "cuda", "topology_name": chip.name, "target_config": target,
+            "topology": f"1x{hosts}x{devices}"}
