@@ -147,6 +147,7 @@ def _note(backend: str, hardware: str, dtype: str, head_dim: int) -> None:
     log.info("attention on %s: %s (%s, heads of %d)", hardware, backend, dtype, head_dim)
 
 
+@jax.named_scope("attention")  # plan/flops.py tells its products from the others by this name
 def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
     """Attention on one device by the kernel in force; see `kernels.attention.attention`."""
     r = Request.of(q, k, v)
