@@ -88,7 +88,6 @@ class VaeCodec:
         from apt_jax.models.vae import load_vae
 
         vae, params = load_vae(self.folder, self.dtype)
-        params.pop("decoder", None)
         whole = NamedSharding(self._split.mesh, PartitionSpec())
         params = jax.jit(vae.cast, out_shardings=whole)(params)
 
