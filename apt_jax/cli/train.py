@@ -21,17 +21,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR",
                         help="run folder; made if missing, continued if it holds checkpoints")
     parser.add_argument("--quiet", action="store_true", help="no progress output")
+    several = parser.add_argument_group(
+        "several processes", "found without flags under Slurm, in a JobSet and from launch/local.py; "
+        "all processes take the same command otherwise")
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT",
+                         help="where process 0 listens")
+    several.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, default=-1, metavar="I", help="which this is, from 0")
+    several.add_argument("--distributed", action="store_true",
+                         help="let jax find the others, e.g. on TPU VMs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; exit status 0 also after a signal, when the state is saved."""
     from apt_jax.config import load_config, validate
+    from apt_jax.train.distributed import find_job, start
     from apt_jax.train.loop import train
 
     config = validate(load_config(args.config, args.overrides))
+    start(find_job(coordinator=args.coordinator, processes=args.processes, process=args.process,
+                   automatic=args.distributed))
 
     summary = train(config, args.workdir, quiet=args.quiet)
-    if summary["status"] == "complete":
+    import jax
+
+    if summary["status"] == "complete" and jax.process_index() == 0:
         print(f"{config.name}: {summary['step']} steps in {summary['seconds']:.0f} s of training, "
               f"in {summary['workdir']}")
     return 0

@@ -12,24 +12,30 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from apt_jax.config import validate
+from apt_jax.config import config_to_json, validate
 from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
+from apt_jax.train.distributed import agree, batch_part, describe
 from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
 from apt_jax.train.state import frozen_inputs, init_state, set_up
 from apt_jax.train.steps import build_update
+from apt_jax.train.watchdog import Watchdog
 
 BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch to the devices: arrays [B, ...] of the global batch."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, batch[name])
-            for name in BATCH_KEYS}
+    """This process's part of a batch (`batch_part`) to the devices: arrays [B, ...] of all of it."""
+    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
+
+    def put(part):
+        return jax.make_array_from_process_local_data(
+            sharding, part, (len(part) * parts, *part.shape[1:]))
+
+    return {name: put(np.asarray(batch[name])) for name in BATCH_KEYS}
 
 
 def train(config: Any, workdir: str | Path, *, quiet: bool = False,
@@ -73,6 +79,9 @@ class _Run:
             check_batch(self.mesh, config.train.clip_batch_size, config.train.accumulate,
                         "train.clip_batch_size")
         self.setup = set_up(config, self.mesh)
+        if jax.process_count() > 1:
+            agree(config_to_json(config))
+            print(f"{config.name}: {describe(self.mesh)}", file=sys.stderr, flush=True)
         self.checkpoints = Checkpoints(workdir, config, self.say)
         self.window: list[tuple[int, dict]] = []  # metrics on the device since the last log
         self.checked = 0  # updates known to be sound
@@ -124,7 +133,7 @@ class _Run:
         self.progress = Progress(total, step, config.name, shows=self.first and not self.quiet)
         self.checked = step
         previews = None
-        stream = _stream(config, dataset, step)
+        stream = _stream(config, dataset, step, self.mesh)
         batch = next(stream)
         begun = time.monotonic()
 
@@ -136,8 +145,12 @@ class _Run:
             self.checkpoints.save(step, state, {"seed": config.seed, "next_batch": step},
                                   seconds())
 
-        with Preemption() as stop:
+        shapes = set()
+        hang = config.train.hang_seconds if jax.process_count() > 1 else 0.0
+        with Preemption() as stop, Watchdog(hang) as dog:
             while step < total:
+                dog.alive(compiles=batch["x"].shape not in shapes)
+                shapes.add(batch["x"].shape)
                 on_device = put_batch(batch, self.mesh)
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, frozen, on_device)
@@ -236,12 +249,12 @@ def _open(config: Any) -> Any:
                         caption_dropout=data.caption_dropout)
 
 
-def _stream(config: Any, dataset: Any, start_step: int) -> Any:
+def _stream(config: Any, dataset: Any, start_step: int, mesh: Mesh) -> Any:
     from apt_jax.data.pipeline import batches
 
-    processes = jax.process_count()
+    part, parts = batch_part(mesh)
     return iter(batches(dataset, batch_size=config.train.batch_size,
                         clip_batch_size=config.train.clip_batch_size, seed=config.seed,
-                        start_step=start_step, process_index=jax.process_index(),
-                        process_count=processes, threads=config.data.threads,
+                        start_step=start_step, process_index=part, process_count=parts,
+                        threads=config.data.threads,
                         prefetch=config.data.prefetch))

@@ -1,0 +1,208 @@
+"""Several processes as one run: who the others are, which data are ours, who we are.
+
+`start()` sets up `jax.distributed` when it is asked to or finds itself in a job of several
+processes, and does nothing otherwise. It looks, in this order, at
+
+    flags          --coordinator HOST:PORT --processes N --process I
+    environment    APT_JAX_COORDINATOR, APT_JAX_PROCESSES, APT_JAX_PROCESS (launch/local.py sets them)
+    Slurm          a step of srun with several tasks
+    JobSet         JOBSET_NAME, REPLICATED_JOB_NAME, JOB_COMPLETION_INDEX, JOB_INDEX, with
+                   APT_JAX_PROCESSES (and APT_JAX_PODS per job): launch/gke sets them
+    jax            --distributed (or APT_JAX_DISTRIBUTED=1): jax finds out, e.g. on TPU VMs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from apt_jax.errors import UserError
+from apt_jax.parallel.mesh import BATCH_AXES
+
+JOBSET_PORT = 8476
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process of a job.
+
+    Attributes:
+      coordinator: "host:port" of process 0; None lets jax find everything.
+      processes, process: how many, and which one this is.
+      devices: the local devices of this process, None for all that it sees.
+      source: where this was read, for the log.
+    """
+
+    coordinator: str | None
+    processes: int = 1
+    process: int = 0
+    devices: tuple[int, ...] | None = None
+    source: str = ""
+
+
+def find_job(env: Mapping[str, str] | None = None, *, coordinator: str = "", processes: int = 0,
+             process: int = -1, automatic: bool = False) -> Job | None:
+    """The job this process belongs to, None for a process of its own.
+
+    Args:
+      env: the environment (default: os.environ).
+      coordinator, processes, process: flags; "", 0 and -1 mean not given.
+      automatic: ask jax.
+
+    Raises:
+      UserError: half of a description, or numbers that contradict each other.
+    """
+    env = os.environ if env is None else env
+    given = {"--coordinator": bool(coordinator), "--processes": processes != 0,
+             "--process": process != -1}
+    if any(given.values()):
+        return _described(given, coordinator, processes, process, "flags")
+    names = ("APT_JAX_COORDINATOR", "APT_JAX_PROCESSES", "APT_JAX_PROCESS")
+    if env.get(names[0]):
+        return _described({name: name in env for name in names}, env[names[0]],
+                          _number(env, names[1]), _number(env, names[2]), "environment")
+    if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS") > 1:
+        return _slurm(env)
+    if "JOBSET_NAME" in env and "JOB_COMPLETION_INDEX" in env:
+        return _jobset(env)
+    if automatic or env.get("APT_JAX_DISTRIBUTED") == "1":
+        return Job(None, source="jax")
+    return None
+
+
+def _described(given, coordinator, processes, process, source) -> Job | None:
+    missing = [name for name, there in given.items() if not there]
+    if missing:
+        raise UserError(f"a job of several processes needs {', '.join(given)}; "
+                        f"{' and '.join(missing)} not given")
+    if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", coordinator):
+        raise UserError(f"the coordinator {coordinator!r} must be HOST:PORT, e.g. node1:8476")
+    if processes < 1 or not 0 <= process < processes:
+        raise UserError(f"process {process} of {processes}: the number must lie in 0 to "
+                        f"{max(processes - 1, 0)}")
+    return Job(coordinator, processes, process, None, source) if processes > 1 else None
+
+
+def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    try:
+        return int(env.get(name, default))
+    except ValueError:
+        raise UserError(f"{name}={env[name]!r} is no number") from None
+
+
+def _slurm(env: Mapping[str, str]) -> Job:
+    """A task of `srun`. The first host of the step coordinates, at a port of the job's own."""
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
+    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts)
+    host = first.group(1) + (first.group(2) or "")  # node[004-007,9] -> node004
+    port = 61440 + _number(env, "SLURM_JOB_ID") % 4096
+    # Several tasks on a node that all see all of its GPUs take one each.
+    visible = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE") or "1")
+    share = tasks and int(tasks.group()) > 1 and len(visible) > 1
+    return Job(f"{host}:{port}", _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID"),
+               (_number(env, "SLURM_LOCALID"),) if share else None, "Slurm")
+
+
+def _jobset(env: Mapping[str, str]) -> Job | None:
+    """A pod of a JobSet; pod 0 of job 0 coordinates under its stable name."""
+    name, job = env["JOBSET_NAME"], env.get("REPLICATED_JOB_NAME", "worker")
+    processes = _number(env, "APT_JAX_PROCESSES", 1)
+    index = _number(env, "JOB_COMPLETION_INDEX") + (
+        _number(env, "JOB_INDEX") * _number(env, "APT_JAX_PODS", 1))
+    return _described({}, f"{name}-{job}-0-0.{name}:{JOBSET_PORT}", processes, index, "JobSet")
+
+
+def start(job: Job | None) -> None:
+    """Joins the job: afterwards jax.devices() are all devices of all processes.
+
+    Must run before anything asks jax for a device. UserError if the others cannot be reached.
+    """
+    if job is None or jax.distributed.is_initialized():
+        return
+    try:
+        if job.coordinator is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(
+                job.coordinator, job.processes, job.process,
+                None if job.devices is None else list(job.devices))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"process {job.process} of {job.processes} cannot join the job at "
+                        f"{job.coordinator} ({job.source}): {reason}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): this process reads part `index` of `count` equal parts of a global batch.
+
+    Processes whose devices share samples (through context or tensor) read the same part. Where the
+    devices of the processes do not cut the batch into equal, contiguous parts, everyone reads all
+    of it: (0, 1).
+    """
+    process = jax.process_index() if process is None else process
+    axes = [list(mesh.shape).index(axis) for axis in BATCH_AXES]
+    owners = np.vectorize(lambda d: d.process_index, otypes=[int])(mesh.devices)
+    owners = np.moveaxis(owners, axes, range(len(axes)))
+    owners = owners.reshape(np.prod(owners.shape[:len(axes)], dtype=int), -1)  # [batch ways, rest]
+    rows = {p: tuple(np.flatnonzero((owners == p).any(axis=1))) for p in np.unique(owners)}
+    parts = sorted(set(rows.values()))
+    length = len(parts[0])
+    if [row for part in parts for row in part] != list(range(len(owners))) or any(
+            len(part) != length for part in parts):
+        return 0, 1
+    return parts.index(rows[process]), len(parts)
+
+
+def describe(mesh: Mesh) -> str:
+    """One line on this process: host, devices and place in the mesh."""
+    mine = [index for index, d in np.ndenumerate(mesh.devices)
+            if d.process_index == jax.process_index()]
+    place = []
+    for axis, (name, size) in enumerate(mesh.shape.items()):
+        at = sorted({index[axis] for index in mine})
+        if size > 1:
+            place.append(f"{name} {_spans(at)} of {size}")
+    devices = jax.local_devices()
+    return (f"process {jax.process_index()} of {jax.process_count()}: pid {os.getpid()} on "
+            f"{socket.gethostname()}, {len(devices)} x {devices[0].device_kind} (ids "
+            f"{_spans(sorted(d.id for d in devices))}), at {', '.join(place) or 'one device'}")
+
+
+def _spans(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def agree(value: Any) -> None:
+    """Raises UserError unless all processes hold the same JSON-able value (their configuration)."""
+    if jax.process_count() == 1:
+        return
+    import hashlib
+    import json
+
+    from jax.experimental import multihost_utils
+
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest()
+    mine = np.frombuffer(digest[:8], np.uint32).astype(np.int32)
+    first = multihost_utils.broadcast_one_to_all(mine)
+    same = multihost_utils.process_allgather(np.asarray(np.array_equal(first, mine)))
+    if not np.all(same):
+        raise UserError(f"the processes {_spans(list(map(int, np.flatnonzero(~same))))} were started "
+                        "with another configuration than process 0; start all with the same command")
