@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-WORDS = ("a", "cat", "dog", "red", "heart", "surfing", "beach", "running", "blue", "car", "on", "the")
+WORDS = ("a", "cat", "dog", "red", "heart", "surfing", "beach", "running", "blue", "car", "on",
+         "the")
 TEXT_WIDTH = 24
 CHANNELS = 16  # of the latents, fixed by the VAE's statistics
 
@@ -134,5 +135,6 @@ def _qwen_tokenizer(folder: Path):
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "vocab.json").write_text(json.dumps(vocabulary))
     (scratch / "merges.txt").write_text("#version: 0.2\n")
-    return Qwen2Tokenizer(vocab_file=str(scratch / "vocab.json"),
-                          merges_file=str(scratch / "merges.txt"))
+    (scratch / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 2048}))
+    return Qwen2Tokenizer.from_pretrained(str(scratch))
