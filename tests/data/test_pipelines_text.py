@@ -1,0 +1,84 @@
+"""Text states equal those of diffusers' own pipelines (live, needs torch, diffusers, transformers)."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
+
+import tiny_pipelines  # noqa: E402
+
+from apt_jax.convert.importing import import_folder  # noqa: E402
+from apt_jax.data.text_encoders import QwenEncoder, UMT5Encoder, load_text_encoder  # noqa: E402
+from apt_jax.data.vae_codec import VaeCodec  # noqa: E402
+
+PROMPTS = ["a red cat surfing on the beach", "", "  the  blue\ncar &amp; dog running"]
+
+
+def close(found, want):
+    assert np.linalg.norm(found - want) <= 1e-4 * np.linalg.norm(want)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wan")
+    return tiny_pipelines.save_wan(root / "theirs"), import_folder(
+        str(root / "theirs"), root / "ours")
+
+
+def test_wans_states_are_its_pipelines(wan):
+    from diffusers import WanPipeline
+
+    theirs, ours = wan
+    pipeline = WanPipeline.from_pretrained(theirs)
+    encoder = load_text_encoder(ours, "float32")
+    assert isinstance(encoder, UMT5Encoder)
+    text, _ = encoder.encode(PROMPTS, 16)
+    with torch.no_grad():
+        want = pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=16).numpy()
+    close(text, want)  # zeros after the prompt in both
+    cut, mask = encoder.encode(PROMPTS, 4)
+    with torch.no_grad():
+        want = pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=4).numpy()
+    close(cut, want)
+    assert mask.sum(1).tolist() == [4, 1, 4]
+
+
+def test_wans_latents_are_its_vaes(wan):
+    from diffusers import AutoencoderKLWan
+
+    theirs, ours = wan
+    vae = AutoencoderKLWan.from_pretrained(theirs, subfolder="vae")
+    frames = np.random.default_rng(0).integers(0, 256, (1, 5, 16, 32, 3)).astype(np.uint8)
+    found = np.asarray(VaeCodec(ours, 1, "float32").encode(frames), np.float32)
+    x = torch.from_numpy(frames.astype(np.float32) / 127.5 - 1).permute(0, 4, 1, 2, 3)
+    with torch.no_grad():
+        mode = vae.encode(x).latent_dist.mode()
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1)
+                 for v in (vae.config.latents_mean, vae.config.latents_std))
+    want = ((mode - mean) / std).permute(0, 2, 3, 4, 1).numpy()
+    # found is bfloat16: 8 bits of mantissa
+    assert np.linalg.norm(found - want) <= 4e-3 * np.linalg.norm(want)
+
+
+def test_qwens_states_are_its_pipelines(tmp_path):
+    from diffusers import QwenImagePipeline
+
+    theirs = tiny_pipelines.save_qwen(tmp_path / "theirs")
+    ours = import_folder(str(theirs), tmp_path / "ours")
+    encoder = load_text_encoder(ours, "float32")
+    assert isinstance(encoder, QwenEncoder) and encoder.width == tiny_pipelines.TEXT_WIDTH
+    pipeline = QwenImagePipeline.from_pretrained(theirs)
+    prompts = ["a red cat", "", " "]
+    with torch.no_grad():
+        want, valid = pipeline._get_qwen_prompt_embeds(prompts)
+    length = want.shape[1]
+    text, mask = encoder.encode(prompts, length)
+    np.testing.assert_array_equal(mask, valid.numpy().astype(bool))
+    close(text, want.numpy())
+    assert not text[~mask].any()
