@@ -19,10 +19,13 @@ def visible_first(k: jax.Array, v: jax.Array, key_mask: jax.Array
     No softmax notices the order of its keys, and a length is all that the kernels take (as a mask,
     cuDNN and tokamax would want the whole [Nq, Nk]). k, v: [B, Nk, heads, head_dim].
     """
-    order = jnp.argsort(~key_mask, axis=1, stable=True)  # [B, Nk]
-    back = jnp.argsort(order, axis=1)
-    return (_reorder(k, order, back), _reorder(v, order, back),
-            key_mask.sum(axis=1, dtype=jnp.int32))
+    count = key_mask.sum(axis=1, dtype=jnp.int32)
+    seen, unseen = (jnp.cumsum(m, axis=1, dtype=jnp.int32) - 1 for m in (key_mask, ~key_mask))
+    back = jnp.where(key_mask, seen, count[:, None] + unseen)  # each key's place, [B, Nk]
+    here = jnp.broadcast_to(jnp.arange(back.shape[1], dtype=jnp.int32), back.shape)
+    order = jax.vmap(lambda at, key: jnp.zeros_like(at).at[at].set(key, unique_indices=True))(
+        back, here)  # the key of each place
+    return _reorder(k, order, back), _reorder(v, order, back), count
 
 
 @jax.custom_vjp
