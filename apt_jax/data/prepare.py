@@ -84,6 +84,12 @@ def prepare(
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; make room or mend it, then repeat the "
                         "same command to continue") from None
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError("the devices have too little memory for the VAE or the text encoder at "
+                        f"these sizes; lower encode_batch = {settings.encode_batch}, the sizes or "
+                        "the frames") from None
     finally:
         running.close()
     lines = (json.dumps(dataclasses.asdict(s), ensure_ascii=False) + "\n" for s in skipped)

@@ -12,6 +12,7 @@ one WebP with its frames tiled from top to bottom, then in further columns where
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -146,7 +147,10 @@ def unpack(data: bytes) -> Record:
 
 
 def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> int:
-    """Write records into one ArrayRecord file, appearing whole or not at all; returns the count."""
+    """Write records into one ArrayRecord file, appearing whole or not at all; returns the count.
+
+    OSError where the disk is full or cannot be written.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = pathlib.Path(path)
@@ -156,10 +160,25 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> int:
     writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     count = 0
     try:
-        for record in records:
-            writer.write(record)
-            count += 1
-    finally:
-        writer.close()
-    os.replace(partial, path)
+        try:
+            for record in records:
+                with _disk_errors(path):
+                    writer.write(record)
+                count += 1
+        finally:
+            with _disk_errors(path):
+                writer.close()
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return count
+
+
+@contextlib.contextmanager
+def _disk_errors(path: pathlib.Path):
+    """What the writer raises for a full disk, with its reason in front of its own words."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: {str(error).split(';')[0]}") from None

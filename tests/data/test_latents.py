@@ -313,3 +313,41 @@ def test_faults_of_the_manifest_are_named(prepared, change, words):
     change(value)
     with pytest.raises(UserError, match=words):
         manifest.parse(value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(
+    prepared, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    names = itertools.count()
+
+    class Named:
+        """Names of partial files that can be foreseen: the second one lies on a full disk."""
+
+        @property
+        def hex(self):
+            return f"{next(names):012d}"
+
+    first = sorted(p.name for p in (prepared / "out").glob("train-001f*"))[0]
+    second = sorted(p.name for p in (prepared / "out").glob("train-005f-32x32*"))[0]
+    for shard in (first, second):
+        (out / f"{shard}.000000000001.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(records.uuid, "uuid4", Named)
+    with pytest.raises(UserError, match="No space left.*repeat the same command") as caught:
+        run(prepared / "in", out)
+    assert "\n" not in str(caught.value) and not (out / manifest.FILE).exists()
+    monkeypatch.undo()
+    whole = {p.name for p in (prepared / "out").iterdir()}
+    assert {p.name for p in out.glob("*.arrayrecord")} < whole
+    run(prepared / "in", out)
+    assert files(out) == files(prepared / "out")
+
+
+def test_too_little_device_memory_is_one_line(prepared, tmp_path):
+    class Hungry(tiny.PoolCodec):
+        def encode(self, frames):
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocating 9 GB")
+
+    with pytest.raises(UserError, match="lower encode_batch = 1"):
+        run(prepared / "in", tmp_path / "out", codec=Hungry())
