@@ -18,7 +18,7 @@ from apt_jax.kernels.attention import joint_attention
 from apt_jax.models.inputs import check_inputs
 from apt_jax.nn.embeddings import TimeEmbedding, patchify, token_grid, unpatchify
 from apt_jax.nn.linear import MLP, linear
-from apt_jax.nn.modulation import modulate, split_modulation
+from apt_jax.nn.modulation import add_gated, modulate, split_modulation
 from apt_jax.nn.norm import RMSNorm, layer_norm
 from apt_jax.nn.rope import Rotation, rotate, text_rotation, video_rotation
 from apt_jax.nn.stack import run_stack, stack
@@ -95,11 +95,11 @@ class Block(nnx.Module):
         qv, kv, vv = self.video.project(modulate(video, video_attn), rotations[0])
         qt, kt, vt = self.text.project(modulate(text, text_attn), rotations[1])
         to_text, to_video = joint_attention((qt, qv), (kt, kv), (vt, vv), key_mask)
-        text = text + text_attn.gate * self.text.out(to_text.reshape(text.shape))
-        video = video + video_attn.gate * self.video.out(to_video.reshape(video.shape))
+        text = add_gated(text, text_attn, self.text.out(to_text.reshape(text.shape)))
+        video = add_gated(video, video_attn, self.video.out(to_video.reshape(video.shape)))
 
-        video = video + video_mlp.gate * self.video.mlp(modulate(video, video_mlp))
-        text = text + text_mlp.gate * self.text.mlp(modulate(text, text_mlp))
+        video = add_gated(video, video_mlp, self.video.mlp(modulate(video, video_mlp)))
+        text = add_gated(text, text_mlp, self.text.mlp(modulate(text, text_mlp)))
         return video, text
 
 

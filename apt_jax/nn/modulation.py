@@ -25,5 +25,10 @@ def split_modulation(m: jax.Array) -> tuple[Modulation, Modulation]:
 
 
 def modulate(x: jax.Array, m: Modulation) -> jax.Array:
-    """layer_norm(x) * (1 + scale) + shift, for x [B, N, D]."""
-    return layer_norm(x) * (1 + m.scale) + m.shift
+    """layer_norm(x) * (1 + scale) + shift, for x [B, N, D]; float32 inside, x's dtype out."""
+    return (layer_norm(x.astype(jnp.float32)) * (1 + m.scale) + m.shift).astype(x.dtype)
+
+
+def add_gated(x: jax.Array, m: Modulation, branch: jax.Array) -> jax.Array:
+    """x + gate * branch, both [B, N, D]; float32 inside, x's dtype out."""
+    return (x.astype(jnp.float32) + m.gate.astype(jnp.float32) * branch).astype(x.dtype)

@@ -17,7 +17,7 @@ from apt_jax.models.inputs import check_inputs
 from apt_jax.models.wan.config import WanConfig
 from apt_jax.nn.embeddings import TimeEmbedding, patchify, unpatchify
 from apt_jax.nn.linear import MLP, linear
-from apt_jax.nn.modulation import modulate, split_modulation
+from apt_jax.nn.modulation import add_gated, modulate, split_modulation
 from apt_jax.nn.norm import LayerNorm, RMSNorm, layer_norm
 from apt_jax.nn.rope import Rotation, rotate, video_rotation
 from apt_jax.nn.stack import run_stack, stack
@@ -68,15 +68,13 @@ class Block(nnx.Module):
 
     def __call__(self, x, text, condition, rotation):
         """x [B, N, D], text [B, L, D], condition float32 [B, 6, D] -> [B, N, D] in x's dtype."""
-        dt = x.dtype
         offsets = (condition + self.modulation[...]).reshape(x.shape[0], -1)  # [B, 6 D]
-        attn, mlp = split_modulation(offsets)  # float32, so what they touch is float32
+        attn, mlp = split_modulation(offsets)
 
-        h = modulate(x.astype(FLOAT32), attn).astype(dt)
-        x = (x + attn.gate * self.attn(h, h, rotation)).astype(dt)
+        h = modulate(x, attn)
+        x = add_gated(x, attn, self.attn(h, h, rotation))
         x = x + self.cross(self.cross_norm(x), text)
-        h = modulate(x.astype(FLOAT32), mlp).astype(dt)
-        return (x + mlp.gate * self.mlp(h)).astype(dt)
+        return add_gated(x, mlp, self.mlp(modulate(x, mlp)))
 
 
 class Backbone(nnx.Module):
