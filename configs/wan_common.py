@@ -1,4 +1,4 @@
-"""What the stages of Wan 2.1 T2V 1.3B share; wan_1_3b_*.py import it.
+"""What the stages of Wan 2.1 T2V 1.3B share; wan_1_3b_*.py import it, and wan_14b.py.
 
 Choices, and where they come from:
 
@@ -35,9 +35,9 @@ NEGATIVE_PROMPT = (
 )
 
 
-def wan_config():
+def wan_config(network: str = "wan_1_3b"):
     config = base_config()
-    use_network(config, "wan_1_3b")
+    use_network(config, network)
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
 

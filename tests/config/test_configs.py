@@ -9,11 +9,13 @@ import pytest
 from apt_jax.config import base_config, load_config, validate
 from apt_jax.config.networks import NETWORKS, use_network
 from apt_jax.errors import UserError
+from apt_jax.models.discriminator import default_taps
 from apt_jax.models.presets import discriminator_taps, make_discriminator, make_generator
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {
     "qwen_image": (":consistency", ":apt"),
+    "wan_14b": (":consistency", ":image", ":video"),
     "emoji_64": (":pretrain", ":consistency", ":image", ":video"),
     **{f"demo_{stage}": ("", ":long") for stage in ("pretrain", "consistency", "image", "video")},
 }
@@ -156,6 +158,16 @@ def test_public_networks_have_their_public_sizes(name, parameters):
     assert set(NETWORKS[name]) <= set(base_config().model)
     with pytest.raises(UserError, match=f"did you mean {name!r}"):
         use_network(config, name + "x")
+
+
+@pytest.mark.parametrize("stage", ["consistency", "image", "video"])
+def test_the_14b_recipe(stage):
+    config = validate(load_config(f"{CONFIGS / 'wan_14b.py'}:{stage}"))
+    assert make_generator(config.model).parameter_count() == 14_288_491_584
+    assert config.model.heads % config.mesh.context == 0
+    assert config.init.diffusion == "ckpt/wan14b"
+    if stage != "consistency":
+        assert config.discriminator.taps == default_taps(40)
 
 
 def test_qwen_image_takes_the_papers_blocks():
