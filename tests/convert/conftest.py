@@ -1,18 +1,12 @@
 """The folders that several test files read, made once."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
+import synthetic
 
 
 @pytest.fixture(scope="session")
 def wan_source(tmp_path_factory):
     """A Wan pipeline folder (no torch), its transformer in several files with two dtypes."""
-    import synthetic
-
     folder = tmp_path_factory.mktemp("source") / "tiny-wan"
     tensors = synthetic.write_pipeline(folder, synthetic.WAN, limit=60_000,
                                        odd=("norm", "scale_shift", "time_"))
