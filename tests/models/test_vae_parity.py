@@ -32,12 +32,12 @@ def stored():
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     names = [k for k in tensors if k.startswith("weights.")]
     weights = {k.removeprefix("weights."): tensors.pop(k).astype(np.float32) for k in names}
-    return about, from_reference(weights), tensors
+    return about, from_reference(weights, about["blocks"]), tensors
 
 
 @pytest.fixture(scope="module")
 def vae(stored):
-    vae = make_vae(VAEConfig(base=stored[0]["base"]))
+    vae = make_vae(VAEConfig(base=stored[0]["base"], blocks=stored[0]["blocks"]))
     chex.assert_trees_all_equal_shapes_and_dtypes(stored[1], vae.network.abstract())
     return vae
 
@@ -98,23 +98,23 @@ def reference():
     return vae_reference
 
 
-@pytest.mark.parametrize("name, base, size", [
-    ("Wan", 8, (2, 9, 24, 40)),
-    ("QwenImage", 12, (1, 1, 72, 24)),
+@pytest.mark.parametrize("name, base, blocks, size", [
+    ("Wan", 8, 1, (2, 9, 24, 40)),
+    ("QwenImage", 12, 2, (1, 1, 72, 24)),
 ])
-def test_equals_the_live_reference(reference, name, base, size):
+def test_equals_the_live_reference(reference, name, base, blocks, size):
     """float32 within the tolerance; bfloat16 no further from float32 than PyTorch's own."""
     import torch
 
-    model = reference.random_vae(name, 3, base)
-    params = from_reference(reference.weights(model))
+    model = reference.random_vae(name, 3, base, blocks)
+    params = from_reference(reference.weights(model), blocks)
     x, z = reference.pixels(4, size), reference.latents(5, size)
     exact = reference.encode(model, x), reference.decode(model, z)
     model = model.to(torch.bfloat16)
     theirs = reference.encode(model, x), reference.decode(model, z)
     for dtype in ("float32", "bfloat16"):
         vae = make_vae(VAEConfig.from_diffusers(dict(model.config), dtype))
-        assert vae.config == VAEConfig(base=base, dtype=dtype)
+        assert vae.config == VAEConfig(base=base, blocks=blocks, dtype=dtype)
         ours = jax.jit(vae.encode)(params, x), jax.jit(partial(vae.decode, clamp=False))(params, z)
         for mine, other, best, way in zip(ours, theirs, exact, ("encode", "decode")):
             error, limit = relative_error(mine, best), TOLERANCE

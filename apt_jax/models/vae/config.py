@@ -32,6 +32,8 @@ class VAEConfig:
       channels: of a pixel; latent_channels: of a latent.
       mean, std: of each latent channel; `encode` returns (z - mean) / std.
       dtype: compute dtype, "float32" or "bfloat16".
+      convolution: how 3x3x3 convolutions are computed, "frames" or "volume" (see layers.py); the
+        results are the same.
     """
 
     base: int = 96
@@ -43,6 +45,7 @@ class VAEConfig:
     mean: tuple[float, ...] = LATENTS_MEAN
     std: tuple[float, ...] = LATENTS_STD
     dtype: str = "float32"
+    convolution: str = "frames"
 
     def __post_init__(self) -> None:
         if len(self.temporal) != len(self.multipliers) - 1:
@@ -56,6 +59,9 @@ class VAEConfig:
                     f"{self.latent_channels} latent channels; give one for each")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"VAE dtype {self.dtype!r} is unknown; use 'float32' or 'bfloat16'")
+        if self.convolution not in ("frames", "volume"):
+            raise UserError(f"VAE convolution {self.convolution!r} is unknown; use 'frames' or "
+                            "'volume'")
 
     @property
     def spatial(self) -> int:

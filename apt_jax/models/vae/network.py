@@ -22,10 +22,10 @@ from apt_jax.models.vae.walk import Walk
 class Middle(nnx.Module):
     """Residual block, attention, residual block, at the latent's resolution."""
 
-    def __init__(self, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.block0 = ResidualBlock(dim, dim, dtype=dtype, rngs=rngs)
+    def __init__(self, dim: int, *, form: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.block0 = ResidualBlock(dim, dim, form=form, dtype=dtype, rngs=rngs)
         self.attention = FrameAttention(dim, dtype=dtype, rngs=rngs)
-        self.block1 = ResidualBlock(dim, dim, dtype=dtype, rngs=rngs)
+        self.block1 = ResidualBlock(dim, dim, form=form, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
         return self.block1(self.attention(self.block0(x, walk), walk), walk)
@@ -34,11 +34,12 @@ class Middle(nnx.Module):
 class Stage(nnx.Module):
     """Residual blocks of one resolution, then the step to the next one where there is one."""
 
-    def __init__(self, d_in: int, d_out: int, blocks: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, d_in: int, d_out: int, blocks: int, *, form: str, dtype: jnp.dtype,
+                 rngs: nnx.Rngs):
         self.count = blocks
         for i in range(blocks):
-            block = ResidualBlock(d_in if i == 0 else d_out, d_out, dtype=dtype, rngs=rngs)
-            setattr(self, f"block{i}", block)
+            setattr(self, f"block{i}", ResidualBlock(
+                d_in if i == 0 else d_out, d_out, form=form, dtype=dtype, rngs=rngs))
 
     def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
         for i in range(self.count):
@@ -54,17 +55,18 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         make = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        form = {"form": config.convolution, **make}
         widths = [config.base * m for m in (1, *config.multipliers)]
         self.stages = len(config.multipliers)
-        self.conv_in = CausalConv((3, 3, 3), config.channels, widths[0], **make)
+        self.conv_in = CausalConv(config.channels, widths[0], **form)
         for i in range(self.stages):
-            stage = Stage(widths[i], widths[i + 1], config.blocks, **make)
+            stage = Stage(widths[i], widths[i + 1], config.blocks, **form)
             if i + 1 < self.stages:
                 stage.down = Downsample(widths[i + 1], config.temporal[i], **make)
             setattr(self, f"stage{i}", stage)
-        self.mid = Middle(widths[-1], **make)
+        self.mid = Middle(widths[-1], **form)
         self.norm_out = Norm(widths[-1])
-        self.conv_out = CausalConv((3, 3, 3), widths[-1], 2 * config.latent_channels, **make)
+        self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels, **form)
 
     def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
         x = self.conv_in(x, walk)
@@ -79,19 +81,20 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         make = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        form = {"form": config.convolution, **make}
         widths = [config.base * m for m in config.multipliers[::-1]]
         temporal = config.temporal[::-1]
         self.stages = len(widths)
-        self.conv_in = CausalConv((3, 3, 3), config.latent_channels, widths[0], **make)
-        self.mid = Middle(widths[0], **make)
+        self.conv_in = CausalConv(config.latent_channels, widths[0], **form)
+        self.mid = Middle(widths[0], **form)
         for i, width in enumerate(widths):
             d_in = widths[i - 1] // 2 if i else width  # the step before halved the channels
-            stage = Stage(d_in, width, config.blocks + 1, **make)
+            stage = Stage(d_in, width, config.blocks + 1, **form)
             if i + 1 < self.stages:
                 stage.up = Upsample(width, temporal[i], **make)
             setattr(self, f"stage{i}", stage)
         self.norm_out = Norm(widths[-1])
-        self.conv_out = CausalConv((3, 3, 3), widths[-1], config.channels, **make)
+        self.conv_out = CausalConv(widths[-1], config.channels, **form)
 
     def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
         x = self.mid(self.conv_in(x, walk), walk)
