@@ -12,7 +12,7 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
-from apt_jax.data.decode import MEDIA, Blob
+from apt_jax.data.decode import MEDIA
 
 SUFFIX = ".tar"
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -110,13 +110,3 @@ def _damage(file, first: int, last: int) -> str:
         if file.read(min(2**20, last - place)).strip(b"\0"):
             return f"{first}-{last}"
     return ""
-
-
-def read_member(path: pathlib.Path, member: str, offset: int, size: int) -> Blob:
-    """The bytes of a member that `list_tar` found."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise ValueError("the archive ends before it")
-    return Blob(member, data)

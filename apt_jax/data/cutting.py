@@ -2,7 +2,8 @@
 
 For latents the rule is: resample the clip to the wanted rate; take the longest wanted length that
 it fills; divide the clip into as many equal parts as full windows fit (at most `clips`), and take
-one window from the middle of each part. No frame is in two windows.
+one window from the middle of each part. No frame is in two windows. A clip that fills only the
+length 1 gives one image, its middle frame.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def plan_latents(item: Item, row: dict, settings: Settings) -> list[Plan] | str:
     if settings.sampling == "even":
         wanted_rate, starts = count / seconds, [0]
     else:
-        starts = windows(available, count, settings.clips)
+        starts = windows(available, count, settings.clips if count > 1 else 1)
     return [Plan(item, bucket, (), wanted_rate if count > 1 else 0.0, start / wanted_rate)
             for start in starts]
 

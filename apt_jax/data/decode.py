@@ -2,7 +2,7 @@
 
 Images and animations (png, jpg, webp, gif) go through Pillow, which also composes animated WebP
 and GIF frames rightly; videos (mp4, webm, mov, mkv) go through PyAV. A file is a path or, from an
-archive, a `Blob`. Frames are chosen by number here and by time in `resample`.
+archive, a `Member` or a `Blob`. Frames are chosen by number here and by time in `resample`.
 """
 
 from __future__ import annotations
@@ -46,24 +46,76 @@ class Blob:
     def suffix(self) -> str:
         return pathlib.PurePosixPath(self.name).suffix
 
+    def open(self) -> io.BufferedIOBase:
+        return io.BytesIO(self.data)
 
-def opened(file: pathlib.Path | Blob) -> str | io.BytesIO:
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A media file that is `size` bytes of another file, from `offset` on; read as needed."""
+
+    name: str
+    path: pathlib.Path
+    offset: int
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        return pathlib.PurePosixPath(self.name).suffix
+
+    def open(self) -> io.BufferedIOBase:
+        return io.BufferedReader(_Window(self.path, self.offset, self.size))
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, path: pathlib.Path, offset: int, size: int):
+        self._file, self._offset, self._size, self._at = open(path, "rb"), offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._offset + self._at)
+        count = max(0, min(len(buffer), self._size - self._at))
+        done = self._file.readinto(memoryview(buffer)[:count])
+        self._at += done
+        return done
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+File = pathlib.Path | Blob | Member
+
+
+def opened(file: File) -> str | io.BufferedIOBase:
     """What Pillow and PyAV can open."""
-    return io.BytesIO(file.data) if isinstance(file, Blob) else str(file)
+    return str(file) if isinstance(file, pathlib.Path) else file.open()
 
 
-def is_video(file: pathlib.Path | Blob) -> bool:
+def is_video(file: File) -> bool:
     """Whether PyAV reads it (by its name)."""
     return file.suffix.lower() in VIDEOS
 
 
-def probe(path: pathlib.Path | Blob) -> Media:
+def probe(path: File) -> Media:
     """Look at a file without decoding more than it must. Raises whatever the decoder raises."""
     return _probe_video(path) if is_video(path) else _probe_picture(path)
 
 
 def read(
-    path: pathlib.Path | Blob,
+    path: File,
     wanted: Sequence[int],
     height: int,
     width: int,
@@ -100,7 +152,7 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
-def _probe_picture(path: pathlib.Path | Blob) -> Media:
+def _probe_picture(path: File) -> Media:
     with Image.open(opened(path), formats=_FORMATS) as image:
         frames = getattr(image, "n_frames", 1)
         width, height = image.size
@@ -115,7 +167,7 @@ def _probe_picture(path: pathlib.Path | Blob) -> Media:
         return Media(frames, height, width, 1000.0 / milliseconds, frames * milliseconds / 1000)
 
 
-def read_picture(path: pathlib.Path | Blob, wanted: Sequence[int], background):
+def read_picture(path: File, wanted: Sequence[int], background):
     """Frames number `wanted` of an image or animation, RGB, as long as there are any."""
     with Image.open(opened(path), formats=_FORMATS) as image:
         if getattr(image, "n_frames", 1) == 1:
@@ -129,7 +181,7 @@ def read_picture(path: pathlib.Path | Blob, wanted: Sequence[int], background):
             yield flatten(image, background)
 
 
-def _probe_video(path: pathlib.Path | Blob) -> Media:
+def _probe_video(path: File) -> Media:
     import av
 
     with av.open(opened(path)) as container:

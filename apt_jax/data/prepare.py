@@ -169,6 +169,7 @@ def _write_shards(running: Engine, jobs: list[Job], work, progress):
     """Write the shards that are not there yet; returns ([(bucket, Shard)], skipped, stats)."""
     notes = {job.name: work / f"{job.name}.json" for job in jobs}
     left = [job for job in jobs if not notes[job.name].is_file()]
+    fresh = {job.name for job in left}
     total = sum(len(job.plans) for job in jobs)
     kept = total - sum(len(job.plans) for job in left)  # by an earlier run
     with tqdm.tqdm(total=total, initial=kept, desc="writing", unit="file",
@@ -179,7 +180,7 @@ def _write_shards(running: Engine, jobs: list[Job], work, progress):
     for job in jobs:
         value = json.loads(notes[job.name].read_text("utf-8"))
         skipped += [sources.Skipped(**s) for s in value["skipped"]]
-        stats.append(value["stats"] | {"now": job in left})
+        stats.append(value["stats"] | {"now": job.name in fresh})
         if value["shard"]["records"]:
             shards.append((job.bucket, manifest.Shard(**value["shard"])))
     return shards, skipped, stats

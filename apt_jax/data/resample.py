@@ -6,7 +6,6 @@ speed: a faster file loses frames and a slower one repeats some.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,7 +19,7 @@ _EARLY = 0.1
 
 
 def read_clip(
-    file: pathlib.Path | decode.Blob,
+    file: decode.File,
     start: float,
     rate: float,
     count: int,

@@ -14,7 +14,7 @@ import os
 import pathlib
 
 from apt_jax.data import archives, tables
-from apt_jax.data.decode import MEDIA, Blob
+from apt_jax.data.decode import MEDIA, File, Member
 from apt_jax.errors import UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -80,15 +80,15 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
     return _some(root, items + inside, skipped + left_out)
 
 
-def fetch(source: pathlib.Path, item: Item) -> pathlib.Path | Blob:
-    """Where the decoder finds an item of `source`: a path, or the bytes out of an archive."""
+def fetch(source: pathlib.Path, item: Item) -> File:
+    """Where the decoder finds an item of `source`: a path, or a place or bytes in an archive."""
     if not item.archive:
         return source / item.name
     path = base(source) / item.archive
     member = item.name[len(item.archive) + 1 :]
     if item.column:
         return tables.read_row(path, member, item.place, item.column)
-    return archives.read_member(path, member, item.place, item.size)
+    return Member(member, path, item.place, item.size)
 
 
 def size_of(source: pathlib.Path, item: Item) -> int:
