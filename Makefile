@@ -9,7 +9,7 @@ DEMO_ARGS ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 
-.PHONY: help demo demo-full demo-long test test-mesh fixtures venv venv-test clean distclean
+.PHONY: help demo demo-full demo-long test test-mesh test-kill test-plan fixtures venv venv-test clean distclean
 
 help:
 	@echo "make demo        the whole method on the bundled data: writes runs/demo, prints the table"
@@ -17,6 +17,8 @@ help:
 	@echo "make demo-long   the same at length: hours on two cores, minutes on a GPU"
 	@echo "make test        all tests"
 	@echo "make test-mesh   every mesh shape on eight virtual devices, four real processes: longer"
+	@echo "make test-kill   twenty random kills of a job of two processes, none lost"
+	@echo "make test-plan   compiles for H100 and TPUs without one; own environment of several GB"
 	@echo "make fixtures    regenerate the PyTorch fixtures of the tests (needs torch and diffusers)"
 	@echo "make clean       remove build products and caches; distclean: the environments too"
 	@echo ""
@@ -44,6 +46,13 @@ test: venv-test
 
 test-mesh: venv-test
 	$(VENV)/bin/python -m pytest -m mesh $(PYTEST_ARGS)
+
+test-kill: venv-test
+	APT_KILLS=20 $(VENV)/bin/python -m pytest tests/train/test_processes.py -m mesh -k killed $(PYTEST_ARGS)
+
+test-plan:
+	@launch/venv.sh "$(PYTHON)" "$(VENV)-plan" test plan,tokamax
+	$(VENV)-plan/bin/python -m pytest -m plan $(PYTEST_ARGS)
 
 fixtures: venv-test
 	@$(VENV)/bin/python tests/fixtures/make_fixtures.py

@@ -53,7 +53,8 @@ def test_public_names():
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"api"},
+    {"bench"},
+    {"api", "plan"},
     {"train", "eval"},
     {"convert"},
     {"objectives", "weights"},

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure samples against the data: Frechet distance, KID, sharpness",
     "report": "write a self-contained HTML page of a study",
     "plan": "compile a run for devices that are not there: memory, traffic, time",
+    "bench": "time the parts beside their peers, or compile them for hardware that is not there",
     "convert": "take PyTorch checkpoints in, give one-step diffusers folders out",
     "prepare": "turn a folder of captioned images and clips into a data set",
 }

@@ -1,0 +1,169 @@
+"""Compile attention for hardware that is not there, and check what came out.
+
+A program passes when the kernel that was named is in it as often as it must be and no array in it is
+as large as the table of all scores. Whether it is fast is not known before it has run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from apt_jax.bench.cases import MARKERS, AttentionCase
+from apt_jax.errors import UserError
+from apt_jax.kernels.attention import attention
+from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.plan.hlo import parse_hlo
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiled program shows.
+
+    kernels: marker -> how often it runs in one call. wanted: the same, as it must be.
+    largest: elements of the largest array. scores: elements that no array may have.
+    error: why there is no program, or what is wrong with it; "" where it passes.
+    """
+
+    case: str
+    backend: str
+    part: str
+    device: str
+    kernels: dict[str, int]
+    wanted: dict[str, int]
+    largest: int
+    scores: int
+    temporary_bytes: int
+    seconds: float
+    error: str
+
+    @property
+    def passes(self) -> bool:
+        return not self.error
+
+
+def count_kernels(text: str, markers: Sequence[str]) -> tuple[dict[str, int], int]:
+    """How often a call of the program runs custom calls that say each marker; its largest array.
+
+    text: the compiled module; loops count as often as they turn.
+    """
+    program = parse_hlo(text)
+    counts, largest = dict.fromkeys(markers, 0.0), 0
+    for name, times in program.walk():
+        for instruction in program.computations[name]:
+            for array in instruction.result:
+                size = 1
+                for side in array.shape:
+                    size *= side
+                largest = max(largest, size)
+            if instruction.opcode.startswith("custom-call"):
+                line = f"{instruction.name} {instruction.rest}"
+                for marker in markers:
+                    counts[marker] += times * (marker in line)
+    return {marker: round(count) for marker, count in counts.items()}, largest
+
+
+def compile_attention(case: AttentionCase, backend: str, part: str, device: Any) -> Compiled:
+    """part: "forward" or "gradient" (with respect to q, k and v)."""
+    def forward(q, k, v, mask=None):
+        return attention(q, k, v, mask)
+
+    def loss(q, k, v, mask=None):
+        return attention(q, k, v, mask).astype(jnp.float32).sum()
+
+    function = forward if part == "forward" else jax.grad(loss, (0, 1, 2))
+    index = ("forward", "gradient").index(part)
+    markers = MARKERS.get(backend, {})
+    wanted = {name: 0 if case.plain else counts[index] for name, counts in markers.items()}
+    # One head's scores; where keys are few, that is less than the queries themselves.
+    scores = max(case.queries * case.keys,
+                 2 * case.batch * case.heads * case.head_dim * max(case.queries, case.keys))
+    made = {"case": case.name, "backend": backend, "part": part, "device": device.device_kind,
+            "wanted": wanted, "scores": scores}
+    start = time.perf_counter()
+    try:
+        with elsewhere(device), choosing(backend=backend):
+            compiled = jax.jit(function).lower(
+                *case.abstract(SingleDeviceSharding(device))).compile()
+    except UserError as error:
+        reason = str(error)
+    except Exception as error:  # whatever the compiler of that hardware says
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    else:
+        kernels, largest = count_kernels(compiled.as_text(), list(markers))
+        reason = _complaint(kernels, wanted, largest, None if case.plain else scores)
+        return Compiled(kernels=kernels, largest=largest, error=reason,
+                        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+                        seconds=time.perf_counter() - start, **made)
+    return Compiled(kernels={}, largest=0, temporary_bytes=0, error=reason,
+                    seconds=time.perf_counter() - start, **made)
+
+
+def _complaint(kernels: dict[str, int], wanted: dict[str, int], largest: int,
+               scores: int | None) -> str:
+    wrong = [f"{name} runs {kernels[name]} times, not {count}"
+             for name, count in wanted.items() if kernels[name] != count]
+    if scores is not None and largest >= scores:
+        wrong.append(f"an array of {largest} elements is as large as the scores")
+    return "; ".join(wrong)
+
+
+@contextlib.contextmanager
+def elsewhere(device: Any) -> Iterator[None]:
+    """Kernels are chosen and built for `device`, which need not be there."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(choosing(hardware=Hardware.of(device)))
+        if device.platform == "gpu":
+            stack.enter_context(_tokamax_for(device))
+        yield
+
+
+@contextlib.contextmanager
+def _tokamax_for(device: Any) -> Iterator[None]:
+    """tokamax asks jax for the default device; for a while the answer is this one."""
+    import jax.extend.backend as extend
+
+    try:
+        from tokamax._src.config import cross_compile
+    except ImportError:  # not installed, which its refusal will say
+        yield
+        return
+    answer = extend.get_default_device
+    extend.get_default_device = lambda: device
+    try:
+        with cross_compile("true"):
+            yield
+    finally:
+        extend.get_default_device = answer
+
+
+def compile_all(cases: Sequence[AttentionCase], backends: Sequence[str], device: Any,
+                done: Callable[[Compiled], None] = lambda row: None) -> list[Compiled]:
+    """Every case by every backend, forward and gradient; `done` is told of each as it ends."""
+    rows = []
+    for case in cases:
+        for backend in backends:
+            for part in ("forward", "gradient"):
+                row = compile_attention(case, backend, part, device)
+                rows.append(row)
+                done(row)
+    return rows
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    """The rows as text."""
+    head = f"{'case':<20}{'backend':<9}{'part':<10}{'temp MiB':>9}{'sec':>6}  kernels"
+    lines = [head, "-" * 78]
+    for r in rows:
+        found = (", ".join(f"{n} x {name.strip(chr(34))}" for name, n in r.kernels.items() if n)
+                 or "none (plain JAX)")
+        lines.append(f"{r.case:<20}{r.backend:<9}{r.part:<10}{r.temporary_bytes / 2**20:>9.1f}"
+                     f"{r.seconds:>6.1f}  {'FAILS: ' + r.error if r.error else found}")
+    return "\n".join(lines)
