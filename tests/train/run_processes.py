@@ -1,0 +1,24 @@
+"""A config file for the tests with several processes: `FILE.py:STAGE,DIFFUSION`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from tiny import emoji_config  # noqa: E402
+
+STEPS = 8
+
+
+def get_config(stage_and_weights: str):
+    """A run of steps so small that rounding does not grow.
+
+    In RMSProp's first updates every weight moves by the learning rate, the more so where its
+    gradient is nothing but rounding.
+    """
+    stage, weights = stage_and_weights.split(",", 1)
+    start = {"init__generator": weights}
+    if stage == "adversarial":
+        start |= {"init__diffusion": weights, "objective__adversarial__r1_sigma": 0.5}
+    return emoji_config(stage, train__steps=STEPS, train__log_every=1, train__checkpoint_every=3,
+                        optimizer__learning_rate=1e-5, **start)

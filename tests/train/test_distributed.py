@@ -1,0 +1,133 @@
+"""Who belongs to a job, which data a process reads, the watchdog and the local launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apt_jax.errors import UserError
+from apt_jax.train.distributed import Job, batch_part, describe, find_job
+from apt_jax.parallel.mesh import make_mesh
+
+LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
+SLURM = {"SLURM_JOB_ID": "70000", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+         "SLURM_STEP_NODELIST": "gpu[004-007,9],x1"}
+JOBSET = {"JOBSET_NAME": "apt", "REPLICATED_JOB_NAME": "slice", "JOB_COMPLETION_INDEX": "2",
+          "JOB_INDEX": "1", "APT_JAX_PODS": "4", "APT_JAX_PROCESSES": "8"}
+OURS = {"APT_JAX_COORDINATOR": "n1:99", "APT_JAX_PROCESSES": "2", "APT_JAX_PROCESS": "1"}
+
+
+@pytest.mark.parametrize(("env", "flags", "job"), [
+    ({}, {}, None),
+    ({}, {"coordinator": "h:1", "processes": 3, "process": 2}, Job("h:1", 3, 2, None, "flags")),
+    (SLURM, {"coordinator": "[::1]:7", "processes": 2, "process": 0},
+     Job("[::1]:7", 2, 0, None, "flags")),
+    (OURS, {}, Job("n1:99", 2, 1, None, "environment")),
+    ({**OURS, "APT_JAX_PROCESSES": "1", "APT_JAX_PROCESS": "0"}, {}, None),
+    (SLURM, {}, Job("gpu004:61808", 4, 3, None, "Slurm")),
+    ({**SLURM, "SLURM_STEP_NODELIST": "a,b"}, {}, Job("a:61808", 4, 3, None, "Slurm")),
+    ({**SLURM, "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, {},
+     Job("gpu004:61808", 4, 3, (1,), "Slurm")),
+    ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, None),
+    (JOBSET, {}, Job("apt-slice-0-0.apt:8476", 8, 6, None, "JobSet")),
+    ({"APT_JAX_DISTRIBUTED": "1"}, {}, Job(None, source="jax")),
+])
+def test_a_job_is_found(env, flags, job):
+    assert find_job(env, **flags) == job
+
+
+@pytest.mark.parametrize(("env", "flags", "says"), [
+    ({}, {"processes": 2}, "--coordinator and --process not given"),
+    ({}, {"coordinator": "h:1", "processes": 2, "process": 2}, "must lie in 0 to 1"),
+    ({}, {"coordinator": "host", "processes": 2, "process": 0}, "must be HOST:PORT"),
+    ({"APT_JAX_COORDINATOR": "h:1"}, {}, "APT_JAX_PROCESSES and APT_JAX_PROCESS not given"),
+    ({**OURS, "APT_JAX_PROCESSES": "two"}, {}, "is no number"),
+])
+def test_half_a_job_is_named(env, flags, says):
+    with pytest.raises(UserError, match=says):
+        find_job(env, **flags)
+
+
+class FakeDevice:
+    def __init__(self, process):
+        self.process_index = process
+
+
+class FakeMesh:
+    """Axes (replica, fsdp, context, tensor); owners: the process of every device."""
+
+    def __init__(self, sizes, owners):
+        self.shape = dict(zip(("replica", "fsdp", "context", "tensor"), sizes))
+        self.devices = np.vectorize(FakeDevice)(np.asarray(owners)).reshape(sizes)
+
+
+@pytest.mark.parametrize(("sizes", "owners", "parts"), [
+    ((1, 4, 1, 1), [0, 1, 2, 3], [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ((2, 2, 1, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+    ((1, 2, 2, 1), [0, 1, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # context across processes
+    ((1, 1, 4, 1), [0, 0, 1, 1], [(0, 1), (0, 1)]),
+    ((1, 2, 1, 2), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+    ((1, 4, 1, 1), [0, 1, 0, 1], [(0, 1), (0, 1)]),  # not contiguous: everyone reads all
+    ((1, 3, 1, 1), [0, 0, 1], [(0, 1), (0, 1)]),  # not equal
+])
+def test_processes_read_the_samples_of_their_devices(sizes, owners, parts):
+    mesh = FakeMesh(sizes, owners)
+    assert [batch_part(mesh, p) for p in range(len(parts))] == parts
+
+
+def test_a_process_says_where_it_is():
+    said = describe(make_mesh({"fsdp": 4, "context": 2}))
+    assert "process 0 of 1" in said and f"pid {os.getpid()}" in said
+    assert said.endswith("at fsdp 0-3 of 4, context 0-1 of 2")
+
+
+def test_a_hanging_step_ends_the_process_with_its_stacks():
+    code = ("import time\nfrom apt_jax.train import watchdog\nwatchdog.COMPILE_SECONDS = 0\n"
+            "def waiting_for_the_others():\n    time.sleep(60)\n"
+            "with watchdog.Watchdog(0.2) as dog:\n    dog.alive()\n    waiting_for_the_others()\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "waiting_for_the_others" in done.stderr
+
+
+def launcher(*arguments, code, **options):
+    command = [sys.executable, str(LOCAL), *arguments, "--", sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **options)
+
+
+def test_the_launcher_starts_all_again_when_one_fails(tmp_path):
+    """Process 1 fails in the first attempt; process 0 waits for it in vain."""
+    code = f"""
+import os, pathlib, sys, time
+me, folder = os.environ["APT_JAX_PROCESS"], pathlib.Path({str(tmp_path)!r})
+print("device count", os.environ["XLA_FLAGS"][-1], "of", os.environ["APT_JAX_PROCESSES"])
+first = not (folder / me).exists()
+(folder / me).touch()
+if first:
+    sys.exit(3) if me == "1" else time.sleep(300)
+"""
+    job = launcher("--processes", "2", "--cpu", "--devices", "4", "--restarts", "1", code=code)
+    out, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    assert "[1] device count 4 of 2\n" in out
+    assert "ended with status 3; starting all again" in said
+
+
+def test_the_launcher_gives_up_and_passes_signals_on(tmp_path):
+    job = launcher("--processes", "2", code="import sys; sys.exit(5)")
+    assert "giving up" in job.communicate(timeout=300)[1]
+    assert job.returncode == 5
+    code = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(0))\n"
+            "print('up', flush=True)\ntime.sleep(300)\n")
+    job = launcher("--processes", "2", "--restarts", "3", code=code)
+    assert "up" in job.stdout.readline() and "up" in job.stdout.readline()
+    begun = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=300)
+    assert job.returncode == 0 and time.monotonic() - begun < 60

@@ -1,0 +1,183 @@
+"""Real processes on this machine: they agree with one, lose nothing when killed, and stop together.
+
+APT_KILLS=20 (make test-kill) kills twenty times instead of once.
+"""
+
+import functools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from run_processes import STEPS, get_config
+from test_loop import assert_same, final_state, logged, losses
+from test_steps import relative_difference
+from tiny import random_weights
+
+from apt_jax.train.loop import train
+
+HERE = Path(__file__).parent
+KILLS = int(os.environ.get("APT_KILLS", 1))
+SECONDS = 1200  # two cores, shared
+EXTRA = [] if KILLS == 1 else [f"--config.train.steps={STEPS + 8 * KILLS}"]
+
+
+# The stage with one network compiles in a fraction of the time; `make test-mesh` has both.
+STAGES = ["pretrain", pytest.param("adversarial", marks=pytest.mark.mesh)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return random_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def one_process(weights, tmp_path_factory):
+    """stage -> (folder, final state) of the run in this process, on a mesh of its own."""
+    @functools.cache
+    def run(stage):
+        folder, config = tmp_path_factory.mktemp("one"), get_config(f"{stage},{weights}")
+        assert train(config, folder, quiet=True)["step"] == STEPS
+        return folder, final_state(folder, config)
+
+    return run
+
+
+class Launch:
+    """launch/local.py with `apt-jax train` in it, its lines read as they come."""
+
+    def __init__(self, workdir, config, processes, devices, *overrides, restarts=0):
+        command = [sys.executable, str(HERE.parents[1] / "launch/local.py"), "--cpu",
+                   f"--processes={processes}", f"--devices={devices}", f"--restarts={restarts}",
+                   "--", sys.executable, "-m", "apt_jax", "train", "--quiet", "--config",
+                   f"{HERE}/run_processes.py:{config}", "--workdir", str(workdir), *overrides]
+        self.workdir, self.lines = workdir, []
+        self.process = subprocess.Popen(command, cwd=HERE.parents[1], stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True)
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self.reader.start()
+
+    @property
+    def text(self):
+        return "".join(self.lines)
+
+    def pids(self):
+        """The process ids of the newest attempt, by process."""
+        found = re.findall(r"process (\d+) of \d+: pid (\d+) on", self.text)
+        return {int(number): int(pid) for number, pid in found}
+
+    def wait_for_step(self, step):
+        """Returns once metrics.jsonl tells of `step`."""
+        end, path = time.monotonic() + SECONDS, self.workdir / "metrics.jsonl"
+        while not (path.exists() and path.read_text().count("\n") >= step):
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < end, self.text
+            time.sleep(0.01)
+
+    def end(self):
+        """The exit status."""
+        status = self.process.wait(timeout=SECONDS)
+        self.reader.join()
+        return status
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGINT)  # the second signal ends the children at once
+            self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def launch(weights):
+    """Starts jobs; none outlives the test."""
+    begun = []
+
+    def start(workdir, stage, *args, **kwargs):
+        begun.append(Launch(workdir, f"{stage},{weights}", *args, **kwargs))
+        return begun[-1]
+
+    yield start
+    for job in begun:
+        job.stop()
+
+
+def assert_agrees(workdir, config, want):
+    """Weights and average within 1e-5 of another run's, the losses within rounding."""
+    state = final_state(workdir, config)
+    for name in {"generator", "discriminator", "generator_ema"} & set(state):
+        assert relative_difference(state[name], want[1][name]) < 1e-5, name
+    found, wanted = losses(workdir), losses(want[0])
+    assert found.keys() == wanted.keys()
+    assert_losses(found, wanted)
+
+
+def assert_losses(found, wanted):
+    for step, row in wanted.items():
+        for name in {"loss", "discriminator/loss", "generator/loss"} & set(row):
+            assert found[step][name] == pytest.approx(row[name], rel=1e-4), (step, name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [
+    (2, 1, {"context": 2}),  # both processes read the same samples
+    pytest.param(4, 2, {"replica": 2, "context": 2}, marks=pytest.mark.mesh),
+])
+def test_processes_agree_with_one(processes, devices, mesh, stage, launch, weights, one_process,
+                                  tmp_path):
+    """And their checkpoint restores in one process, on another mesh."""
+    job = launch(tmp_path, stage, processes, devices,
+                 *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()))
+    assert job.end() == 0, job.text
+    assert sorted(job.pids()) == list(range(processes))
+    assert_agrees(tmp_path, get_config(f"{stage},{weights}"), one_process(stage))
+
+
+@pytest.mark.mesh
+def test_killed_processes_are_restarted_and_end_at_the_same_bits(launch, weights, tmp_path):
+    """One of two is killed at a random moment, KILLS times over."""
+    mesh = ["--config.mesh.fsdp=1", "--config.mesh.context=2", *EXTRA]
+    calm = launch(tmp_path / "calm", "adversarial", 2, 1, *mesh)
+    assert calm.end() == 0, calm.text
+    job = launch(tmp_path / "killed", "adversarial", 2, 1, *mesh, restarts=KILLS)
+    (tmp_path / "killed").mkdir(exist_ok=True)
+    total = logged(tmp_path / "calm")[-1]["step"]
+    for kill in range(KILLS):
+        step = max(1, round(total * (kill + random.random()) / (KILLS + 1)))
+        job.wait_for_step(step)
+        time.sleep(random.uniform(0, 0.5))
+        pids = job.pids()
+        victim = random.choice(sorted(pids))
+        print(f"kill {kill}: process {victim} after step {step}")  # shown if the test fails
+        os.kill(pids[victim], signal.SIGKILL)
+        end = time.monotonic() + SECONDS
+        while job.pids() == pids:  # until all are up again
+            assert job.process.poll() is None and time.monotonic() < end, job.text
+            time.sleep(0.05)
+    assert job.end() == 0, job.text
+    config = get_config(f"adversarial,{weights}")
+    assert_same(final_state(tmp_path / "killed", config), final_state(tmp_path / "calm", config))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_on_one_saves_the_same_step_on_all_and_one_process_goes_on(
+        stage, launch, weights, one_process, tmp_path):
+    job = launch(tmp_path, stage, 2, 1, "--config.train.steps=100000", "--config.mesh.context=2",
+                 "--config.train.checkpoint_every=100000")
+    job.wait_for_step(2)
+    os.kill(job.pids()[1], signal.SIGTERM)  # not the first, which writes
+    assert job.end() == 0, job.text
+    (said,) = re.findall(r"saved step (\d+) of 100000 and left", job.text)
+    assert logged(tmp_path)[-1]["step"] == int(said)
+    config = get_config(f"{stage},{weights}")
+    if int(said) < STEPS:  # in one process the same samples follow
+        assert train(config, tmp_path, quiet=True)["step"] == STEPS
+        assert_agrees(tmp_path, config, one_process(stage))
+    else:  # a fast machine: look at the steps that both have
+        assert_losses(losses(tmp_path), losses(one_process(stage)[0]))
