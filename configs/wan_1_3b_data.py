@@ -8,8 +8,8 @@ Cost: 4.2 MB a clip of 832x480 and 0.5 MB an image, and 8 KB for each token of a
 computed; never timed on a GPU (report.json says how fast it went). Gives data/clips with latent
 buckets of 21 frames at 480p and 1 frame at 1024px, in the splits train and holdout.
 
-Wan was trained on 81 frames at 16 a second, and a one-step model is no better than the length it is
-trained on. The paper's own clips are 2 seconds at 24 a second: --config.fps=24 --config.frames=1,49.
+Wan was trained on 81 frames at 16 a second, and a one-step model is no better than the length it
+is trained on. The paper's own clips are 2 seconds at 24: --config.fps=24 --config.frames=1,49.
 Windows are cut from the middle of equal parts of a film, at most four of one, so that long films do
 not outweigh short ones; a film slower than 15 frames a second would repeat frames and is left out,
 as is what would have to be enlarged by more than a half.

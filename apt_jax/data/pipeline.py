@@ -335,8 +335,8 @@ def load_all(dataset: Dataset) -> tuple[np.ndarray, list[str], np.ndarray, np.nd
     Returns frames uint8 [N, F, H, W, 3], captions, text float32 [N, L, D], text_mask bool [N, L].
     """
     if dataset.kind == "latents":
-        raise UserError(f"{dataset.path} holds latents, and evaluation compares pixels; name a data "
-                        "set of pixels")
+        raise UserError(f"{dataset.path} holds latents, and evaluation compares pixels; name a "
+                        "data set of pixels")
     if len(dataset.shapes) != 1:
         raise UserError(
             f"the data set has {len(dataset.shapes)} shapes here; open it with one clip length "

@@ -108,7 +108,7 @@ def _find_in_archives(root: pathlib.Path, names) -> tuple[list[Item], list[Skipp
     for name in names:
         if (root / name).suffix.lower() == tables.SUFFIX:
             rows, left_out = tables.list_table(root / name)
-            rows = [(row, text, group, place, 0, column) for row, text, group, place, column in rows]
+            rows = [(*row[:4], 0, row[4]) for row in rows]  # members have sizes, rows columns
         else:
             rows, left_out = archives.list_tar(root / name)
             rows = [(*row, "") for row in rows]

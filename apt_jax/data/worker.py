@@ -200,8 +200,8 @@ class Worker:
         stats["encoding"] += time.perf_counter() - began
         for plan, values in zip(plans, latents):
             if not np.isfinite(values.astype(np.float32)).all():
-                skipped.append({"name": plan.item.name,
-                                "reason": f"the VAE's latents at {plan.start:.2f} s are not finite"})
+                reason = f"the VAE's latents at {plan.start:.2f} s are not finite"
+                skipped.append({"name": plan.item.name, "reason": reason})
                 continue
             yield latent_records.pack(latent_records.LatentRecord(
                 round(plan.fps, 6), round(plan.start, 6), plan.item.caption, plan.item.name,

@@ -1,4 +1,4 @@
-"""Data sets of latents with a stand-in VAE: from media to batches, interrupted, and wrongly asked."""
+"""Data sets of latents with a stand-in VAE: from media to batches, interrupted, misused."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Text states equal those of diffusers' own pipelines (live, needs torch, diffusers, transformers)."""
+"""Text states equal those of diffusers' own pipelines (live, needs torch and diffusers)."""
 
 import sys
 from pathlib import Path

@@ -178,3 +178,25 @@ def test_a_wrong_config_file_is_one_line(checkpoint, tmp_path, body, words, caps
                  str(checkpoint), "--text-encoder", str(checkpoint), "--config", str(path)]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
+
+
+def test_flags_come_before_overrides_and_those_before_the_file(tmp_path):
+    from apt_jax.cli.main import parse_command
+    from apt_jax.cli.prepare import settings_of
+
+    (tmp_path / "data.py").write_text(CONFIG)
+    base = ["--source", "x", "--to", "y/z", "--text-encoder", "t"]
+    latents = [*base, "--vae", "v", "--config", str(tmp_path / "data.py")]
+
+    def settings(*more):
+        return settings_of(parse_command("prepare", [*more])[0])
+
+    found, dtype = settings(*latents, "--config.max_tokens=16", "--config.frames=1,9",
+                            "--frames", "13", "--fps", "12", "--config.image_sizes=1024px")
+    assert (found.name, found.frames, found.fps, found.max_tokens) == ("z", (13,), 12.0, 16)
+    assert found.sizes == ((32, 32),) and len(found.image_sizes) == 9 and dtype == "float32"
+    assert found.negative_prompt == "a film" and found.clips == 2
+    found, dtype = settings(*base, "--vae", "v")
+    assert found.frames == (1, 49) and found.negative_prompt is None and dtype == "bfloat16"
+    found, _ = settings(*base)  # pixels, with the flags' own defaults
+    assert found.frames == (1,) and found.sizes == ((64, 64),) and found.max_tokens == 64

@@ -1,4 +1,4 @@
-"""A tiny checkpoint with random weights as `apt-jax convert import` lays it out: VAE, UMT5, words."""
+"""A tiny checkpoint with random weights as `apt-jax convert import` lays it out."""
 
 import dataclasses
 import json
