@@ -8,11 +8,11 @@ apt-jax prepare wrote. Cost, computed and not run: 2.2 PFLOP an image and update
 200 s an update on 256 H100 at 400 TFLOP/s, 20 hours; the consistency stage 0.8 PFLOP, 10 s and 14
 hours. Gives: images in one step, to be exported with apt-jax convert export.
 
-Choices: the paper's recipe for images (see seaweed_8b_image.py), with a batch of 9216, which divides
-fleets where 9062 does not. Heads after blocks 27, 43 and 60 of 60, the paper's fractions. Guidance 4
-with the negative prompt " ", and shift 2, are Qwen-Image's own: its scheduler's dynamic shift is
-exp(0.69) = 2.0 at the 4,096 tokens of 1024 px. Masters, average, moments and gradients of G and D
-are 570 GB: one copy over 64 GPUs. Text is masked, not filled up, as its pipeline does.
+Choices: the paper's recipe for images (see seaweed_8b_image.py), with a batch of 9216, which
+divides fleets where 9062 does not. Heads after blocks 27, 43 and 60 of 60, the paper's fractions.
+Guidance 4 with the negative prompt " ", and shift 2, are Qwen-Image's own: its scheduler's dynamic
+shift is exp(0.69) = 2.0 at the 4,096 tokens of 1024 px. Masters, average, moments and gradients of
+G and D are 570 GB: one copy over 64 GPUs. Text is masked, not filled up, as its pipeline does.
 """
 
 from apt_jax.config import base_config

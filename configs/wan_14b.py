@@ -10,8 +10,8 @@ configs/wan_1_3b_data.py and --config.sizes=720p). Cost, computed and not run: 1
 consistency stage 48 PFLOP a clip, 1 minute and 80 hours for its 5,000 updates. Gives: 81 frames of
 1280x720 with one evaluation of the network.
 
-What differs: guidance 5 and shift 5, which Wan recommends for this model at 720p; heads after blocks
-18, 29 and 40 of 40. A clip's hidden states take 31 GB a pass, so eight GPUs share its tokens
+What differs: guidance 5 and shift 5, which Wan recommends for this model at 720p; heads after
+blocks 18, 29 and 40 of 40. A clip's hidden states take 31 GB a pass, so eight GPUs share its tokens
 (mesh.context, 40 heads over 8); masters, average, moments and gradients of G and D, 400 GB, are cut
 over those eight times eight.
 """

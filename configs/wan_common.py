@@ -7,16 +7,16 @@ network    the public one, untouched; bfloat16 compute over float32 masters (pap
            in Wan's own code.
 latents    data.height = width = 0 takes every bucket that the data set holds, so that all aspects
            train; a bucket is one compilation. 832x480 is 60 x 104 latents, 1,560 tokens a frame.
-clips      21 latent frames are 81 frames, the length that Wan was trained on: 32,760 tokens. A one-
-           step model is no better than its training length, so distil at the length you will sample.
+clips      21 latent frames are 81 frames, the length that Wan was trained on: 32,760 tokens. A
+           one-step model is no better than its training length: distil at the length to sample.
 text       up to 512 UMT5 states, filled up with zeros inside the network and not masked, as Wan's
            pipeline does; no caption is dropped, since neither student nor APT needs guidance.
 taps       heads after blocks 13, 22 and 30 of 30: the paper's 16, 26 and 36 of 36.
 sharding   masters, average, moments and gradients of G and D are 35 GB in float32: over 8 GPUs
-           (fsdp) they are small beside the activations, and one copy per 8 GPUs (replica = the rest)
-           keeps the gathers inside a node. With every block recomputed (remat full) a clip keeps 3
-           GB of hidden states a network pass, so no sample is cut: mesh.context = 1. Computed, not
-           run. On fewer GPUs raise train.accumulate.
+           (fsdp) they are small beside the activations, and one copy per 8 GPUs (replica = the
+           rest) keeps the gathers inside a node. With every block recomputed (remat full) a clip
+           keeps 3 GB of hidden states a network pass, so no sample is cut: mesh.context = 1.
+           Computed, not run. On fewer GPUs raise train.accumulate.
 guidance   6, and shift 8 for sampling: the model card's for the 1.3B model (5 and 5 for the 14B).
 negative   the teacher's one fixed negative prompt is NEGATIVE_PROMPT, Wan's own; prepare encodes it
            once into the data set.
@@ -41,7 +41,7 @@ def wan_config(network: str = "wan_1_3b"):
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
 
-    config.data.path = "data/clips"  # as apt-jax prepare --config configs/wan_1_3b_data.py writes it
+    config.data.path = "data/clips"  # written by apt-jax prepare with wan_1_3b_data.py
     config.data.height = config.data.width = 0
     config.data.max_text_tokens = 512
     config.data.caption_dropout = 0.0

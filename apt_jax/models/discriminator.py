@@ -66,7 +66,8 @@ class Discriminator(nnx.Module):
     def __call__(self, x, t, text, text_mask) -> jax.Array:
         """x: a clean sample, real or generated, float [B, F, H, W, C] (Eq. 6: never noised).
 
-        t: float [B] in [0, 1], condition only; text, text_mask as for the generator. Returns float32 [B].
+        t: float [B] in [0, 1], condition only; text, text_mask as for the generator.
+        Returns float32 [B].
         """
         _, tapped, _ = self.backbone(x, t, text, text_mask, taps=self.taps)
         graphdef, state = nnx.split(self.heads)

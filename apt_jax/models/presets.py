@@ -1,4 +1,4 @@
-"""From a config to networks: which family model.family names, and how its parts are put together."""
+"""From a config to networks: the families that model.family names, and how each is put together."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def make_generator(model: Any) -> Network:
 
 
 def discriminator_taps(model: Any, discriminator: Any) -> tuple[int, ...]:
-    """The blocks D's heads look at: config.discriminator.taps, or the paper's fractions of the depth."""
+    """The blocks D's heads look at: discriminator.taps, or the paper's fractions of the depth."""
     return tuple(discriminator["taps"]) or default_taps(model["depth"])
 
 
 def make_discriminator(model: Any, discriminator: Any) -> Network:
-    """The discriminator of config.model and config.discriminator: net(params, x, t, text, mask) -> [B]."""
+    """The discriminator of both sections: net(params, x, t, text, text_mask) -> logits [B]."""
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads

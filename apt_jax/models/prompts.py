@@ -1,4 +1,4 @@
-"""Prompts to token ids as Wan's pipeline makes them: cleaned, then the checkpoint's own tokenizer."""
+"""Prompts to token ids as in Wan's pipeline: cleaned, then the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def test_wans_recipe(stage):
     assert config.optimizer.learning_rate == said["rate"]
     assert config.train.batch_size % config.train.accumulate == 0
     if stage == "consistency":
-        assert config.optimizer.name == "adamw" and 5 <= config.objective.consistency.guidance <= 7.5
+        assert config.optimizer.name == "adamw"
+        assert 5 <= config.objective.consistency.guidance <= 7.5
         return
     adversarial = config.objective.adversarial
     assert config.train.steps == said["steps"] and config.train.ema_decay == 0.995

@@ -151,8 +151,9 @@ def test_a_tap_is_what_a_shallower_network_ends_with():
     last, taps, time = jax.jit(tapped(TINY, (1, 3)))(backbone, *BATCH)
     assert [h.shape for h in taps] == [(2, 12, 16)] * 2 and time.shape == (2, 16)
     for depth, hidden in zip((1, 3), taps):
-        cut = backbone | {"blocks": jax.tree.map(lambda p: p[:depth], backbone["blocks"])}  # noqa: B023
-        end, _, _ = jax.jit(tapped(dataclasses.replace(TINY, depth=depth), ()))(cut, *BATCH)
+        blocks = jax.tree.map(lambda p: p[:depth], backbone["blocks"])  # noqa: B023
+        end, _, _ = jax.jit(tapped(dataclasses.replace(TINY, depth=depth), ()))(
+            backbone | {"blocks": blocks}, *BATCH)
         np.testing.assert_allclose(hidden, end, rtol=1e-5, atol=1e-5)
     assert relative_error(last, taps[1]) > 1e-2
 

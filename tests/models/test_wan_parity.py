@@ -88,8 +88,8 @@ def test_small_differences_would_show(change):
 def test_a_missing_or_unknown_reference_name_is_an_error():
     with safe_open(FILES[0], "np") as file:
         case = json.loads(file.metadata()["about"])["case"]
-        weights = {k.removeprefix("weights."): file.get_tensor(k) for k in file.keys()  # noqa: SIM118
-                   if k.startswith("weights.")}
+        names = [k for k in file.keys() if k.startswith("weights.")]  # noqa: SIM118
+        weights = {k.removeprefix("weights."): file.get_tensor(k) for k in names}
     arguments = case["depth"], tuple(case["patch"])
     with pytest.raises(KeyError):
         from_reference({k: v for k, v in weights.items() if k != "blocks.0.norm2.bias"}, *arguments)

@@ -54,15 +54,15 @@ def from_reference(weights: Mapping[str, np.ndarray], depth: int, patch=(1, 2, 2
     put("backbone/blocks/cross_norm", scale=layers("norm2.weight"), bias=layers("norm2.bias"))
     put("backbone/blocks", modulation=layers("scale_shift_table")[:, 0])
     put("proj_out", **{
-        ours: np.moveaxis(left.pop(f"proj_out.{theirs}").T.reshape(-1, *patch, channels), -1, 1)
-        .reshape(shape) for ours, theirs, channels, shape in _proj_out(weights, patch)})
+        ours: _channels_first(left.pop(f"proj_out.{theirs}").T, patch)
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))})
     params["norm_out"] = left.pop("scale_shift_table")[0]
     if left:
         raise ValueError(f"reference weights without a place: {sorted(left)}")
     return params
 
 
-def _proj_out(weights: Mapping[str, np.ndarray], patch):
-    columns, width = weights["proj_out.weight"].shape
-    channels = columns // int(np.prod(patch))
-    return (("kernel", "weight", channels, (width, columns)), ("bias", "bias", channels, (columns,)))
+def _channels_first(columns: np.ndarray, patch) -> np.ndarray:
+    """[..., pt ph pw C] -> [..., C pt ph pw]."""
+    cut = columns.reshape(*columns.shape[:-1], int(np.prod(patch)), -1)
+    return cut.swapaxes(-1, -2).reshape(columns.shape)

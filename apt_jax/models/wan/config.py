@@ -50,5 +50,5 @@ class WanConfig:
         return wan_rope_axes(self.head_dim)
 
     def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Token grid (F', H', W') of a sample [B, F, H, W, C]; ValueError when patches do not fit."""
+        """Token grid (F', H', W') of a sample [B, F, H, W, C]; ValueError if patches do not fit."""
         return token_grid(shape, self.patch)

@@ -122,7 +122,7 @@ class Wan(nnx.Module):
             c.width, c.out_channels * pt * ph * pw, dtype=c.compute_dtype, rngs=rngs, zero=True)
 
     def __call__(self, x, t, text, text_mask):
-        """x float [B, F, H, W, C]; t float [B] in [0, 1] (1 = noise); text float [B, L, text_width];
+        """x float [B, F, H, W, C]; t float [B] in [0, 1] (1 = noise); text float [B, L, D_text];
 
         text_mask bool [B, L], False for padding. Returns the velocity, float32.
         ValueError when F, H, W are not multiples of the patch or the text is longer than
@@ -136,7 +136,7 @@ class Wan(nnx.Module):
 
 
 def zero_padded(text: jax.Array, mask: jax.Array, length: int) -> jax.Array:
-    """Text states [B, L, D] with zeros where mask [B, L] is False, filled up with zeros to `length`.
+    """Text states [B, L, D] with zeros where mask [B, L] is False, then zeros up to `length`.
 
     Wan was trained with text of 512 states, zeros behind the prompt's, and attends to all of them:
     the zeros are part of the input and are not masked. length 0 keeps L.
