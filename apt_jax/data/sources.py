@@ -19,6 +19,7 @@ from apt_jax.errors import UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 ARCHIVES = (archives.SUFFIX, tables.SUFFIX)
+_COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,8 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
             skipped.append(Skipped(name, "no caption: not in the table and no .txt beside it"))
         else:
             items.append(Item(name, " ".join(caption.split()), group))
+    skipped += [Skipped(name, "a compressed tar; decompress it")
+                for name in _walk(root, ignore, _COMPRESSED)]
     inside, left_out = _find_in_archives(root, sorted(_walk(root, ignore, ARCHIVES)))
     return _some(root, items + inside, skipped + left_out)
 
@@ -133,7 +136,7 @@ def _walk(root: pathlib.Path, ignore: pathlib.Path, suffixes: tuple[str, ...]):
             if not f.startswith(".") and (here / f).resolve() != ignore.resolve()
         )
         for file in files:
-            if pathlib.PurePath(file).suffix.lower() in suffixes and not file.startswith("."):
+            if file.lower().endswith(suffixes) and not file.startswith("."):
                 yield (here / file).relative_to(root).as_posix()
 
 

@@ -130,6 +130,14 @@ def test_a_tar_cut_short_keeps_what_is_whole(tmp_path):
     assert len(found) == 3 and "cut short" in skipped["a.tar/0003.mp4"]
 
 
+def test_compressed_tars_are_listed(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(tmp_path))
+    (tmp_path / "b.tar.gz").write_bytes(b"")
+    (tmp_path / "c.gz").write_bytes(b"")
+    found, skipped, _ = find(tmp_path)
+    assert len(found) == 4 and skipped == {"b.tar.gz": "a compressed tar; decompress it"}
+
+
 def test_something_else_with_the_name_of_a_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 1000)
     tiny.image_folder(tmp_path, 1)
