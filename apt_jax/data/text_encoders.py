@@ -7,6 +7,7 @@ states are kept. They look like `captions.TextEncoder`: a name, a width, and enc
 from __future__ import annotations
 
 import functools
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 
 from apt_jax.data.vae_codec import _card, folder_digest
 from apt_jax.errors import UserError
+
+log = logging.getLogger("apt_jax")
 
 _BATCH = 8  # prompts of one call: one compilation for each padded length
 
@@ -90,6 +93,10 @@ class UMT5Encoder:
         """
         text = np.zeros((len(captions), max_tokens, self.width), np.float32)
         mask = np.zeros((len(captions), max_tokens), bool)
+        longer = map(len, self._tokenizer.rows(list(captions), max_tokens + 1))
+        if cut := [c for c, n in zip(captions, longer) if n > max_tokens]:
+            log.warning("%d of %d captions are longer than %d tokens and were cut, the first: "
+                        "%.60r", len(cut), len(captions), max_tokens, cut[0])
         for start in range(0, len(captions), _BATCH):
             part = list(captions[start : start + _BATCH])
             ids, valid = self._tokenizer(part + [""] * (_BATCH - len(part)), max_tokens)

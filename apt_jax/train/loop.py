@@ -231,6 +231,9 @@ def check_data(config: Any, dataset: Any) -> None:
         raise UserError(f"{config.data.path} holds {dataset.kind} of {dataset.channels} channels; "
                         f"set model.in_channels and model.out_channels = {dataset.channels} (they "
                         f"are {model.in_channels})")
+    if dataset.kind == "latents" and config.train.sample_every:
+        raise UserError("pictures while training are of pixels, and the data are latents; set "
+                        "train.sample_every = 0 and draw with apt-jax sample")
     for shape in dataset.shapes:
         sizes = (shape.frames, shape.height, shape.width)
         if any(size % patch for size, patch in zip(sizes, model.patch, strict=True)):

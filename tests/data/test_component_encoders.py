@@ -41,7 +41,7 @@ def test_latents_are_the_vaes_on_every_device(checkpoint, codec):
     np.testing.assert_array_equal(short, found[:3])
 
 
-def test_states_are_the_encoders_trimmed(checkpoint):
+def test_states_are_the_encoders_trimmed(checkpoint, caplog):
     encoder = load_text_encoder(checkpoint, "float32")
     assert isinstance(encoder, UMT5Encoder) and encoder.width == 24
     text, mask = encoder.encode(["a cat", "", "a  film &amp; cat"], 5)
@@ -53,6 +53,7 @@ def test_states_are_the_encoders_trimmed(checkpoint):
     want = network(params, ids, np.ones_like(ids, bool))
     np.testing.assert_allclose(text[0, :3], want[0], atol=1e-5)
     long, mask = encoder.encode(["a film a film a film a film"], 4)
+    assert "1 of 1 captions are longer than 4" in caplog.text and len(caplog.records) == 1
     assert mask.all() and np.abs(long[0, 3] - long[0, 1]).max() > 0.01
 
 

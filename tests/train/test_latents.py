@@ -44,5 +44,7 @@ def test_a_run_on_latents(data, tmp_path):
 
 
 def test_a_model_of_pixels_is_told_what_to_set(data, tmp_path):
+    with pytest.raises(UserError, match="train.sample_every = 0"):
+        train(config(data, train__sample_every=2), tmp_path / "run")
     with pytest.raises(UserError, match="model.in_channels and model.out_channels = 16"):
         train(config(data, model__in_channels=3, model__out_channels=3), tmp_path / "run")
