@@ -4,6 +4,7 @@ A subcommand is a module `apt_jax.cli.NAME` with
 
     add_arguments(parser)   adds its flags; a module docstring and EXAMPLES become its --help
     run(args) -> int|None   does the work; args.overrides is the list of --config.key=value
+    OVERRIDES               (optional) groups of config fields it takes without --config, ("mesh.",)
     describe_config()       help on its config, where that is not a training config
 
 and is imported only when it is asked for, so that `apt-jax --help` answers at once.
@@ -94,9 +95,13 @@ def parse_command(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespa
 
     parser, module = command_parser(name)
     overrides, rest = split_overrides(arguments)
-    if overrides and not _takes_config(parser):
-        raise UserError(f"apt-jax {name} takes no config overrides, but got {overrides[0]}; see "
-                        f"'apt-jax {name} --help'")
+    groups = getattr(module, "OVERRIDES", ())
+    if not _takes_config(parser):
+        for override in overrides:
+            if not override.removeprefix("--config.").startswith(tuple(groups)):
+                only = f" but those of {', '.join(g.rstrip('.') for g in groups)}" if groups else ""
+                raise UserError(f"apt-jax {name} takes no config overrides{only}, but got "
+                                f"{override}; see 'apt-jax {name} --help'")
     args, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
