@@ -70,6 +70,7 @@ setup(
             "assets/*",
             "assets/base/*",
             "eval/*.html",
+            "parallel/flags/*.txt",
         ],
     },
     python_requires=">=3.11",

@@ -25,9 +25,9 @@ def get_config():
     config.objective.flow.shift = 12.0
     config.optimizer.learning_rate = 3e-6
     config.train.batch_size = 2048
-    config.train.accumulate = 2
+    config.train.accumulate = 0  # one clip at a time for each group of four devices
     config.train.steps = 300
-    config.mesh.replica = 8  # 8 x 128 of 1,024
-    config.mesh.fsdp = -1
+    config.mesh.context = 4  # four devices share a clip's tokens: activations are a quarter
+    config.mesh.replica = config.mesh.fsdp = -1  # copies of at most 128 devices
     config.sample.shift = 12.0
     return config

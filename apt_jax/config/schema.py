@@ -85,6 +85,12 @@ FIELDS: tuple[Field, ...] = (
        choices=("train", "frozen", "rate")),
     _f("discriminator.backbone_rate", 0.1, "multiplies the backbone's learning rate", low=0),
     _f("discriminator.heads", 0, "attention heads of the head blocks; 0 takes model.heads", low=0),
+    # -- low-rank adapters
+    _f("lora.rank", 0, "train adapters of this rank on the blocks' attention and MLP matrices, the "
+       "base frozen; 0 trains all weights", low=0),
+    _f("lora.alpha", 0.0, "adapters are scaled by alpha over rank; 0 takes rank", low=0),
+    _f("lora.discriminator", False, "adapters on the discriminator's backbone too; its heads train "
+       "whole"),
     # -- where networks start
     _f("init.generator", "", "'' from scratch, 'bundled:base', a run folder or a weights folder"),
     _f("init.generator_weights", "ema", "which weights of a run to start from",
@@ -125,7 +131,8 @@ FIELDS: tuple[Field, ...] = (
     _f("train.batch_size", 64, "samples of one update over all devices", low=1),
     _f("train.clip_batch_size", 0, "the same for clips (more than one frame); 0 takes batch_size",
        low=0),
-    _f("train.accumulate", 1, "micro-batches of one update", low=1),
+    _f("train.accumulate", 1, "micro-batches of one update; 0: one sample at a time for each group "
+       "of devices that shares one", low=0),
     _f("train.ema_decay", 0.995, "decay of the averaged generator", low=0, high=1),
     _f("train.ema_from_step", 0, "the average follows the weights exactly up to this step", low=0),
     _f("train.log_every", 10, "steps between log lines", low=1),
@@ -138,7 +145,9 @@ FIELDS: tuple[Field, ...] = (
        "captions of the sample pictures"),
     # -- devices
     _f("mesh.replica", 1, "copies of the parameters; -1 is the rest of the devices", low=-1),
-    _f("mesh.fsdp", -1, "devices that share one copy; -1 is the rest of the devices", low=-1),
+    _f("mesh.fsdp", -1, "devices that share one copy; -1 is the rest of the devices, with replica "
+       "-1 too as many as mesh.copy allows", low=-1),
+    _f("mesh.copy", 128, "most devices of one copy where replica and fsdp are both -1", low=1),
     _f("mesh.context", 1, "devices that share one sample's tokens; -1 is the rest", low=-1),
     _f("mesh.tensor", 1, "devices that share each layer's heads and channels; -1 is the rest",
        low=-1),

@@ -20,7 +20,8 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     _check_keys(config)
     for field in FIELDS:
         check_value(field, get_key(config, field.key))
-    for rule in (_data, _model, _family, _discriminator, _stage, _objective, _train, _mesh):
+    for rule in (_data, _model, _family, _discriminator, _lora, _stage, _objective, _train,
+                 _mesh):
         rule(config)
     return config
 
@@ -145,6 +146,18 @@ def _discriminator(c: ml_collections.ConfigDict) -> None:
              f"discriminator.heads = {d.heads} must divide model.width = {c.model.width}")
 
 
+def _lora(c: ml_collections.ConfigDict) -> None:
+    if not c.lora.rank:
+        _require(not c.lora.discriminator, "lora.discriminator is set but lora.rank = 0; set a rank")
+        return
+    _require(c.stage == "consistency" or bool(c.init.generator),
+             "lora.rank is set, but init.generator names no base for the adapters; give one")
+    if c.lora.discriminator and c.stage == "adversarial":
+        _require(c.discriminator.backbone != "frozen",
+                 "discriminator.backbone = 'frozen' leaves lora.discriminator nothing to train; "
+                 "unset one of them")
+
+
 def _stage(c: ml_collections.ConfigDict) -> None:
     for key in ("generator", "diffusion"):
         value = c.init[key]
@@ -175,10 +188,11 @@ def _objective(c: ml_collections.ConfigDict) -> None:
 
 
 def _train(c: ml_collections.ConfigDict) -> None:
-    _require(c.train.batch_size % c.train.accumulate == 0,
+    parts = c.train.accumulate or 1
+    _require(c.train.batch_size % parts == 0,
              f"train.batch_size = {c.train.batch_size} is not a multiple of train.accumulate = "
              f"{c.train.accumulate}")
-    _require(c.train.clip_batch_size % c.train.accumulate == 0,
+    _require(c.train.clip_batch_size % parts == 0,
              f"train.clip_batch_size = {c.train.clip_batch_size} is not a multiple of "
              f"train.accumulate = {c.train.accumulate}")
     _require(c.train.ema_decay < 1, "train.ema_decay = 1 would never leave the first weights; use "
@@ -197,5 +211,5 @@ def _mesh(c: ml_collections.ConfigDict) -> None:
     for key in (*axes, "ulysses"):
         _require(c.mesh[key] != 0, f"mesh.{key} = 0; use a count of devices, or -1 for the rest")
     free = [key for key in axes if c.mesh[key] == -1]
-    _require(len(free) <= 1, f"{' and '.join(f'mesh.{key}' for key in free)} are "
+    _require(len(free) <= 1 or free == ["replica", "fsdp"], f"{' and '.join(f'mesh.{key}' for key in free)} are "
                              f"{'both' if len(free) == 2 else 'all'} -1; only one can be the rest")

@@ -26,6 +26,9 @@ class Scope(Protocol):
     def tokens(self, carry: Any) -> Any:
         """The streams [B, N, D] of a tree, each on the devices that keep its tokens."""
 
+    def layer(self, params: Any) -> Any:
+        """One layer's parameters, cut over devices as they lie, gathered for its computation."""
+
 
 _CURRENT: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("scope", default=None)
 

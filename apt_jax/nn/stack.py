@@ -71,11 +71,13 @@ def run_stack(
     graphdef, state = nnx.split(blocks)
 
     mesh = scope.current()
-    place = (lambda carry: carry) if mesh is None else mesh.tokens
+    place = gather = lambda tree: tree
+    if mesh is not None:
+        place, gather = mesh.tokens, mesh.layer
 
     def body(carry: Carry, block_state: Any) -> tuple[Carry, None]:
         carry = jax.tree.map(lambda x: checkpoint_name(x, "block_in"), place(carry))
-        return place(step(nnx.merge(graphdef, block_state), carry)), None
+        return place(step(nnx.merge(graphdef, gather(block_state)), carry)), None
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:

@@ -32,6 +32,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from apt_jax.kernels import dispatch
 from apt_jax.kernels.attention import local_attention
 from apt_jax.parallel.mesh import BATCH_AXES, ulysses_size
+from apt_jax.parallel.sharding import layer_spec, path_string
 from apt_jax.parallel.ring import PLAIN, Block, ring_attention
 
 TOKENS = ("ring", "ulysses")  # the context axis, as the programs below see it
@@ -64,14 +65,31 @@ class ContextParallel:
 
     def tokens(self, carry: Any) -> Any:
         """Every [B, N, D] of the tree with its tokens over context and its samples over the batch
-        axes; streams shorter than the axis, and other arrays, stay as the compiler likes."""
+        axes; other arrays stay as the compiler likes. A stream shorter than the axis lies whole."""
         def one(x):
-            if x.ndim != 3 or self.ways == 1 or x.shape[1] < self.ways:
+            if x.ndim != 3:
                 return x
-            spec = PartitionSpec(_batch_axes(self.mesh, x.shape[0]), "context")
+            tokens = "context" if x.shape[1] >= self.ways > 1 else None
+            spec = PartitionSpec(_batch_axes(self.mesh, x.shape[0]), tokens)
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(one, carry)
+
+    def layer(self, params: Any) -> Any:
+        """A layer's parameters whole on every device but for what the tensor axis cuts; their
+        gradients leave by a reduce-scatter to where the parameters lie.
+
+        Left to itself the compiler may move activations to the shards of a matrix instead, which
+        is more traffic as soon as a batch has more numbers than the matrix.
+        """
+        def one(path, x):
+            cut = layer_spec(path_string(path), x.shape, self.mesh)
+            whole = PartitionSpec(*(a if a == "tensor" else None for a in cut))
+            if cut == whole:
+                return x
+            return _gather(x, NamedSharding(self.mesh, whole), NamedSharding(self.mesh, cut))
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -167,6 +185,16 @@ class _Split:
     ring: int
     batch: tuple[str, ...] | None
     heads: str | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: NamedSharding, cut: NamedSharding) -> jax.Array:
+    """x laid out as `whole`; its cotangent as `cut`."""
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gather.defvjp(lambda x, whole, cut: (_gather(x, whole, cut), None),
+               lambda whole, cut, _, g: (jax.lax.with_sharding_constraint(g, cut),))
 
 
 def on_mesh(mesh: Mesh, ulysses: int = -1, **kernel: Any) -> ContextParallel | None:

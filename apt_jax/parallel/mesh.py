@@ -21,6 +21,7 @@ from apt_jax.errors import UserError
 
 AXES = ("replica", "fsdp", "context", "tensor")
 BATCH_AXES = ("replica", "fsdp")
+COPY = 128  # devices of one copy of the parameters, at most, where the mesh is left to us
 SHARD_AXES = ("fsdp", "context")  # what the parameters are cut over, together
 
 
@@ -40,6 +41,14 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
             raise UserError(
                 f"mesh.{axis} = {size} is no size; set a positive number, or -1 for all the rest")
     free = [axis for axis, size in given.items() if size == -1]
+    if free == ["replica", "fsdp"]:
+        # As many devices to a copy as allowed: beyond that, shards get thinner than the weights'
+        # rows and the gathers longer than what they save.
+        room = int(sizes["copy"] if "copy" in sizes else COPY) // (given["context"] * given["tensor"])
+        rest = device_count // (given["context"] * given["tensor"])
+        given["fsdp"] = max((d for d in range(1, max(1, room) + 1) if rest and rest % d == 0),
+                            default=1)
+        free = ["replica"]
     if len(free) > 1:
         raise UserError(
             f"mesh.{free[0]} and mesh.{free[1]} are both -1; set -1 on one axis only")
@@ -156,8 +165,9 @@ def check_batch(
     mesh: Mesh, batch_size: int, accumulate: int = 1, name: str = "train.batch_size"
 ) -> None:
     """Refuses a global batch that the mesh and the accumulation cannot split evenly."""
-    if accumulate < 1:
-        raise UserError(f"train.accumulate = {accumulate} must be at least 1; set it to 1")
+    if accumulate < 0:
+        raise UserError(f"train.accumulate = {accumulate} must be at least 0; set it to 1")
+    accumulate = accumulate or 1
     unit = batch_ways(mesh) * accumulate
     if batch_size < 1 or batch_size % unit:
         nearest = max(unit, round(batch_size / unit) * unit)

@@ -80,6 +80,18 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh,
     return PartitionSpec(*axes)
 
 
+def layer_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of one layer's slice of a stacked parameter: `spec_for` without the depth axis.
+
+    Args:
+      path: within the block, "video/qkv/kernel".
+      shape: of the slice, [d_in, d_out].
+    """
+    # The size threshold counts all layers; a slice alone cannot know, and small ones travel cheaply.
+    spec = spec_for(f"blocks/{path}", (1, *shape), mesh, min_elements=0)
+    return PartitionSpec(*spec[1:])
+
+
 def _infer(axes: list[Any], shape: tuple[int, ...], skip: int, mesh: Mesh,
            min_elements: int) -> None:
     """Cuts the largest free dimension that `SHARD_AXES` divide, the later one of equals.

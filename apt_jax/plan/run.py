@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.mesh import make_mesh
+from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.parallel.mesh import batch_ways, make_mesh
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
 from apt_jax.plan.measure import Measurement, measure
@@ -107,12 +108,19 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     config = for_chip(config, topology)
     devices = describe(topology)
     mesh = make_mesh(config.mesh, devices)
-    batch = mesh.shape["replica"] * mesh.shape["fsdp"]
-    config.train.batch_size, config.train.accumulate = batch, 1
+    batch = batch_ways(mesh)
+    if config.train.accumulate != 1 and config.train.batch_size > batch:
+        # Two microbatches hold all that more of them hold: the sum of gradients, and one at work.
+        batch *= 2
+        config.train.accumulate = 2
+    else:
+        batch = max(batch, config.train.batch_size // batch * batch)
+    config.train.batch_size = batch
     measured = []
     for program in build_programs(config, devices, batch, inference):
         tell(f"{topology.text}: compiling {program.name}")
-        found, text = measure(program, topology, mesh, options)
+        with choosing(hardware=Hardware.of(devices[0])):  # kernels for there, not for here
+            found, text = measure(program, topology, mesh, options)
         measured.append(found)
         if keep is not None:
             keep(program.name, text)

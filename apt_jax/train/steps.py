@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from apt_jax.nn.lora import join
 from apt_jax.objectives import adversarial, consistency, flow_matching
-from apt_jax.parallel.mesh import BATCH_AXES, replicated
+from apt_jax.parallel.mesh import BATCH_AXES, batch_ways, replicated
+from apt_jax.train.adapters import BASE
 from apt_jax.train.ema import update_ema
 from apt_jax.train.optimizers import stop_frozen
 
@@ -25,6 +27,7 @@ Metrics = dict[str, jax.Array]
 # (params, batch, keys [b]) -> (loss [b], aux of [b])
 SampleLoss = Callable[[Any, dict, jax.Array], tuple[jax.Array, dict]]
 StepFunction = Callable[[State, dict, dict], tuple[State, Metrics]]
+Freeze = Callable[[dict], dict]
 
 # Separates the draws of the two steps of one adversarial update (fresh noise for each).
 GENERATOR_TAG, DISCRIMINATOR_TAG = 0, 1
@@ -94,6 +97,11 @@ def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
     return grads, {**means, "gradient_norm": optax.global_norm(grads)}
 
 
+def _microbatches(config: Any, batch: dict, mesh: Mesh) -> int:
+    """train.accumulate; 0 is one sample at a time for each part of the batch."""
+    return config.train.accumulate or batch["x"].shape[0] // batch_ways(mesh)
+
+
 def _apply(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any,
            metrics: Metrics) -> tuple[Any, Any, Metrics]:
     """One optimiser update; adds "finite", 1.0 while loss, gradient and update are all numbers."""
@@ -105,20 +113,22 @@ def _apply(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, 
 
 
 def generator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation,
-                     config: Any, mesh: Mesh, shardings: Any) -> StepFunction:
+                     config: Any, mesh: Mesh, shardings: Any, freeze: Freeze) -> StepFunction:
     """The step that trains the generator and its average; it ends the update (step + 1).
 
     Args:
       loss_fn: (params, frozen, batch, keys) -> (loss [b], aux).
       shardings: tree of shardings of the state.
+      freeze: what is done once to networks that this step only evaluates.
     """
     def step(state, frozen, batch):
         keys = sample_keys(state["key"], state["step"], GENERATOR_TAG, batch["x"].shape[0])
         if "discriminator" in state:
             frozen = {**frozen, "discriminator": state["discriminator"]}
+        frozen = freeze(frozen)
         grads, metrics = gradient(
             lambda params, part, part_keys: loss_fn(params, frozen, part, part_keys),
-            state["generator"], batch, keys, microbatches=config.train.accumulate, mesh=mesh,
+            state["generator"], batch, keys, microbatches=_microbatches(config, batch, mesh), mesh=mesh,
             shardings=shardings["generator"])
         params, opt_state, metrics = _apply(optimizer, grads, state["generator_opt"],
                                             state["generator"], metrics)
@@ -132,20 +142,21 @@ def generator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTrans
 
 
 def discriminator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation,
-                         config: Any, mesh: Mesh, shardings: Any) -> StepFunction:
+                         config: Any, mesh: Mesh, shardings: Any, freeze: Freeze
+                         ) -> StepFunction:
     """The step that trains the discriminator against the present generator."""
     frozen_backbone = config.discriminator.backbone == "frozen"
 
     def step(state, frozen, batch):
         keys = sample_keys(state["key"], state["step"], DISCRIMINATOR_TAG, batch["x"].shape[0])
-        frozen = {**frozen, "generator": state["generator"]}
+        frozen = freeze({**frozen, "generator": state["generator"]})
 
         def loss(params, part, part_keys):
             params = stop_frozen(params) if frozen_backbone else params
             return loss_fn(params, frozen, part, part_keys)
 
         grads, metrics = gradient(loss, state["discriminator"], batch, keys,
-                                  microbatches=config.train.accumulate, mesh=mesh,
+                                  microbatches=_microbatches(config, batch, mesh), mesh=mesh,
                                   shardings=shardings["discriminator"])
         params, opt_state, metrics = _apply(optimizer, grads, state["discriminator_opt"],
                                             state["discriminator"], metrics)
@@ -171,11 +182,23 @@ def build_steps(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: 
       {"generator": step}, in the adversarial stage {"discriminator": step, "generator": step};
       each is a jitted (state, frozen, batch) -> (state, metrics) that donates the state.
     """
-    def bind(loss, section):
-        return lambda params, frozen, batch, keys: loss(params, frozen, batch, keys, nets, section)
+    evaluated = {"teacher": nets.velocity, "generator": nets.velocity,
+                 "discriminator": nets.discriminate}
+
+    def whole(name, params, frozen):
+        """A network's parameters in its compute dtype; where adapters train, with their base."""
+        return evaluated[name].compute_copy(join(frozen.get(BASE.format(name)), params))
+
+    def freeze(frozen):
+        return {name: whole(name, value, frozen) if name in evaluated else value
+                for name, value in frozen.items()}
+
+    def bind(loss, section, name="generator"):
+        return lambda params, frozen, batch, keys: loss(
+            whole(name, params, frozen), frozen, batch, keys, nets, section)
 
     def generator(loss):
-        return generator_update(loss, optimizers["generator"], config, mesh, shardings)
+        return generator_update(loss, optimizers["generator"], config, mesh, shardings, freeze)
 
     objective = config.objective
     if config.stage == "pretrain":
@@ -184,8 +207,8 @@ def build_steps(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: 
         return {"generator": generator(bind(consistency.loss, objective.consistency))}
     return {
         "discriminator": discriminator_update(
-            bind(adversarial.discriminator_loss, objective.adversarial),
-            optimizers["discriminator"], config, mesh, shardings),
+            bind(adversarial.discriminator_loss, objective.adversarial, "discriminator"),
+            optimizers["discriminator"], config, mesh, shardings, freeze),
         "generator": generator(bind(adversarial.generator_loss, objective.adversarial)),
     }
 

@@ -59,7 +59,7 @@ def test_defaults_pass_for_every_stage():
     (["objective.adversarial.time_shift=0"], ["time_shift"]),
     (["sample.two_step_time=0"], ["two_step_time"]),
     (["mesh.fsdp=0"], ["mesh.fsdp = 0"]),
-    (["mesh.replica=-1"], ["only one"]),
+    (["mesh.context=-1"], ["only one"]),
     (["stage=consistency"], ["init.diffusion"]),
     (["stage=adversarial", "init.diffusion=bundled:base"], ["init.generator"]),
     (["stage=adversarial", "init.generator=runs/x"], ["init.diffusion"]),

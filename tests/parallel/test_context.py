@@ -150,3 +150,34 @@ def test_ulysses_moves_no_more_than_it_must():
     """Four arrays of a device's tokens each way, once; nothing is gathered."""
     local = (64 + 960) // 8 * 8 * 4 * 4  # bytes of q on one device
     assert moved(mesh_of(context=8), -1) == {"all-to-all": 4 * local}
+
+
+def test_a_sharded_layer_is_gathered_whole_and_its_gradient_scattered():
+    """Weights move, activations do not: no all-to-all, however small the batch is."""
+    from apt_jax.nn.stack import run_stack, stack
+    from apt_jax.kernels.scope import entered
+    from apt_jax.parallel.context import on_mesh
+    from apt_jax.parallel.sharding import infer_shardings
+    from flax import nnx
+
+    mesh = make_mesh({"fsdp": 8, "replica": 1})
+    graph, state = nnx.split(stack(
+        lambda r: nnx.Linear(64, 64, rngs=r), 3, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(state)
+    shardings = infer_shardings({"blocks": params}, mesh, 1)["blocks"]
+
+    def loss(params, x):
+        with entered(on_mesh(mesh)):
+            out, _ = run_stack(nnx.merge(graph, params), lambda block, x: jnp.tanh(block(x)), x,
+                               depth=3)
+        return (out**2).sum()
+
+    x = jax.random.normal(jax.random.key(0), (8, 4, 64))
+    placed = jax.device_put(params, shardings)
+    step = jax.jit(jax.grad(loss), out_shardings=shardings)
+    text = step.lower(placed, x).compile().as_text()
+    assert "all-gather" in text and "all-to-all" not in text
+    got, want = step(placed, x), jax.grad(
+        lambda p, x: (run_stack(nnx.merge(graph, p), lambda b, x: jnp.tanh(b(x)), x,
+                                depth=3)[0]**2).sum())(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)

@@ -35,7 +35,7 @@ def test_the_rest_fills_the_machine_or_the_error_names_a_size_that_does(devices,
 @pytest.mark.parametrize(("sizes", "says"), [
     ({"replica": 2, "fsdp": 2}, "mesh.replica = 4"),
     ({"replica": 3, "fsdp": -1}, "mesh.replica = 2"),
-    ({"replica": -1, "fsdp": -1}, "both -1"),
+    ({"context": -1, "fsdp": -1}, "both -1"),
     ({"replica": 0, "fsdp": -1}, "mesh.replica = 0"),
     ({"replica": 3, "fsdp": 7}, "mesh.replica = 1"),
 ])

@@ -1,0 +1,109 @@
+"""What the plan says of memory is what live arrays take; eight CPU devices stand for the topology."""
+
+import jax
+import numpy as np
+import pytest
+
+from apt_jax.config import load_config, validate
+from apt_jax.errors import UserError
+from apt_jax.parallel import flags
+from apt_jax.parallel.mesh import make_mesh, resolve_sizes
+from apt_jax.plan.chips import parse_topology
+from apt_jax.plan.measure import measure, shard_bytes
+from apt_jax.plan.programs import inference_program, training_programs
+from apt_jax.plan.run import Plan, mesh_shapes
+from apt_jax.plan.show import format_plan
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = load_config("configs/demo_image.py", [
+        "--config.model.depth=2", "--config.model.width=32", "--config.model.heads=4",
+        "--config.model.head_dim=8", "--config.model.rope_axes=4,2,2", "--config.mesh.fsdp=4",
+        "--config.mesh.replica=2", "--config.train.accumulate=1", "--config.discriminator.heads=4"])
+    return validate(config)
+
+
+@pytest.fixture(scope="module")
+def measured(config):
+    mesh = make_mesh(config.mesh)
+    topology = parse_topology("h100:1x8")
+    programs = [*training_programs(config, jax.devices(), 8),
+                inference_program(config, jax.devices(), 8)]
+    return mesh, topology, programs, [measure(p, topology, mesh)[0] for p in programs]
+
+
+def live_bytes(tree):
+    device = jax.devices()[0]
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree)
+               for shard in leaf.addressable_shards if shard.device == device)
+
+
+def test_arguments_and_outputs_are_the_live_bytes_exactly(measured):
+    _, _, programs, results = measured
+    for program, result in zip(programs, results, strict=True):
+        live = jax.tree.map(
+            lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), program.args)
+        assert live_bytes(live) == shard_bytes(program.args)
+        # G's loss never looks at the real samples, so they are no argument of its step
+        unread = live_bytes(live[2]["x"]) if program.name == "G step" else 0
+        assert result.arguments == live_bytes(live) - unread
+        out = program.function(*live)
+        assert result.outputs - live_bytes(out) in (0, 8 * len(jax.tree.leaves(out)))
+
+
+def test_the_state_is_updated_in_place(measured):
+    _, _, programs, results = measured
+    for program, result in zip(programs[:2], results[:2], strict=True):
+        assert result.aliased == shard_bytes(program.args[0])
+        assert result.parts["generator"] == result.parts["EMA"]
+        assert result.parts["optimiser"] >= result.parts["generator"]
+        # the peak counts the state once
+        assert result.peak < result.arguments + result.outputs + result.temporaries
+
+
+def test_work_and_verdict(measured, config):
+    mesh, topology, _, results = measured
+    d_step, g_step, draw = results
+    forward = draw.flops.total
+    assert 10 * forward < d_step.flops.total < 11 * forward  # G once, three samples through D
+    assert 4.9 * forward < g_step.flops.total < 6 * forward
+    assert d_step.executed.total > d_step.flops.total  # remat full
+    found = Plan(topology, dict(mesh.shape), 8, 64, {"generator": 1}, tuple(results))
+    assert found.fits and "fits:" in format_plan(found)
+    value = found.to_json()
+    assert value["flops_forward_tflop"] == pytest.approx(forward / 8 / 1e12)
+    assert value["programs"]["G step"]["peak_gib"] * 2**30 == pytest.approx(g_step.peak)
+    assert any(t.axes == "fsdp" for t in d_step.traffic)
+
+
+def test_meshes_left_to_us_fill_one_copy_first():
+    rest = {"replica": -1, "fsdp": -1, "context": 4}
+    assert resolve_sizes(rest, 8) == {"replica": 1, "fsdp": 2, "context": 4, "tensor": 1}
+    assert resolve_sizes(rest, 1024) == {"replica": 8, "fsdp": 32, "context": 4, "tensor": 1}
+    assert resolve_sizes({**rest, "copy": 64}, 1024)["fsdp"] == 16
+    with pytest.raises(UserError):
+        resolve_sizes(rest, 6)
+
+
+def test_the_sweep_names_only_meshes_of_all_devices(config):
+    shapes = list(mesh_shapes(config, 16))
+    assert all(np.prod(list(s.values())) == 16 for s in shapes)
+    assert {"replica": 1, "fsdp": 4, "context": 4, "tensor": 1} in shapes
+    assert not any(s["tensor"] == 8 for s in shapes)  # four heads
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_every_flag_has_a_value_and_a_reason(platform):
+    found = flags.platform_flags(platform)
+    assert len(found) >= 4 and all(name.startswith("xla_") for name in found)
+    assert flags.environment_value(platform).startswith("--xla_")
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("--xla_gpu_x=1", "the reason"), ("xla_gpu_x=1  # why", "the reason"),
+    ("--xla_a=1  # why\n--xla_a=2  # why", "twice")])
+def test_a_flag_without_reason_is_refused(tmp_path, line, says):
+    (tmp_path / "f.txt").write_text(line)
+    with pytest.raises(UserError, match=says):
+        flags.compiler_options(str(tmp_path / "f.txt"), "cuda")
