@@ -23,6 +23,7 @@ from apt_jax.errors import UserError
 log = logging.getLogger("apt_jax")
 
 _ATTEMPTS = 3  # workers that one piece of work may cost
+_PATIENCE = 60.0  # seconds without news before a word about it
 _LOOKS = 64  # files that a worker looks at in one go
 _STORE_BYTES = 2**28  # of a cluster started here: only names and notes go through it
 
@@ -32,6 +33,9 @@ class _Actor:
 
     def __init__(self, worker: tuple, threads: int):
         self._worker = Worker(*worker, threads=threads)
+
+    def ready(self) -> None:
+        """Answers when the worker runs."""
 
     def probe(self, items: Sequence[Item]) -> list[dict]:
         return list(self._worker.probe(items))
@@ -78,7 +82,11 @@ class RayEngine:
                             f"{min(cpus, gpus or cpus)}")
         self._remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0,
                                   scheduling_strategy="SPREAD")(_Actor)
-        self._actors: list[Any] = [self._new() for _ in range(count)]
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}  # reference to "it runs" -> actor
+        self._failed = 0  # starts in a row
+        for _ in range(count):
+            self._start()
 
     def probe(self, items: Sequence[Item]) -> Iterator[dict]:
         """Rows in the order in which they come."""
@@ -98,43 +106,76 @@ class RayEngine:
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""
-        for actor in getattr(self, "_actors", ()):
+        for actor in [*self._idle, *self._starting.values()] if hasattr(self, "_idle") else ():
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
 
-    def _new(self) -> Any:
-        return self._remote.remote(self._args, self._threads)
+    def _start(self) -> None:
+        """One more worker; it gets work when it runs, which may need a node to come."""
+        actor = self._remote.remote(self._args, self._threads)
+        self._starting[actor.ready.remote()] = actor
 
     def _hand_out(self, method: str, work: list, label: Callable[[Any], str]) -> Iterator[tuple]:
         """Yields (piece, result) as they come; a piece whose worker dies is handed out again."""
         left = collections.deque(enumerate(work))
         attempts: collections.Counter = collections.Counter()
-        idle, running = list(range(len(self._actors))), {}
-        while left or running:
-            while left and idle:
-                slot, (number, piece) = idle.pop(), left.popleft()
-                reference = getattr(self._actors[slot], method).remote(piece)
-                running[reference] = (slot, number, piece)
-            (reference,), _ = self._ray.wait(list(running), num_returns=1)
-            slot, number, piece = running.pop(reference)
-            idle.append(slot)
-            try:
-                result = self._ray.get(reference)
-            except self._ray.exceptions.RayTaskError as error:
-                raise getattr(error, "cause", None) or error from None
-            except self._ray.exceptions.RayError as error:  # the worker or its node is gone
-                attempts[number] += 1
-                line = " ".join(str(error).split())[:200]
-                if attempts[number] == _ATTEMPTS:
-                    raise UserError(f"{_ATTEMPTS} Ray workers ended at {label(piece)}, the last "
-                                    f"with: {line}; mend it and repeat the command") from None
-                log.warning("a Ray worker ended, its work is given to another: %s", line)
-                self._ray.kill(self._actors[slot])
-                self._actors[slot] = self._new()
-                left.appendleft((number, piece))
-                continue
-            yield piece, result
+        running: dict[Any, tuple] = {}
+        try:
+            while left or running:
+                while left and self._idle:
+                    actor, (number, piece) = self._idle.pop(), left.popleft()
+                    running[getattr(actor, method).remote(piece)] = (actor, number, piece)
+                found, _ = self._ray.wait([*running, *self._starting], timeout=_PATIENCE)
+                if not found:
+                    log.warning("waiting for Ray: %d workers at work, %d that it has not started",
+                                len(running), len(self._starting))
+                    continue
+                if found[0] in self._starting:
+                    self._started_or_failed(found[0])
+                    continue
+                actor, number, piece = running.pop(found[0])
+                try:
+                    result = self._ray.get(found[0])
+                except self._ray.exceptions.RayTaskError as error:
+                    self._idle.append(actor)
+                    raise getattr(error, "cause", None) or error from None
+                except self._ray.exceptions.RayError as error:  # the worker or its node is gone
+                    self._ray.kill(actor)
+                    self._start()
+                    left.appendleft((number, piece))
+                    attempts[number] += 1
+                    if attempts[number] == _ATTEMPTS:
+                        raise UserError(
+                            f"{_ATTEMPTS} Ray workers ended at {label(piece)}, the last with: "
+                            f"{_line(error)}; mend it and repeat the command") from None
+                    log.warning("a Ray worker ended, its work is given to another: %s",
+                                _line(error))
+                    continue
+                self._idle.append(actor)
+                yield piece, result
+        finally:
+            self._idle += [actor for actor, _, _ in running.values()]
+
+    def _started_or_failed(self, reference: Any) -> None:
+        """Settle a start: the worker is idle, or another one is started. UserError after three."""
+        actor = self._starting.pop(reference)
+        try:
+            self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(actor)
+            self._failed += 1
+            if self._failed == _ATTEMPTS:
+                raise UserError(f"no Ray worker can be started: {_line(error)}; the checkpoint and "
+                                "this package must be on every node") from None
+            self._start()
+            return
+        self._failed = 0
+        self._idle.append(actor)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[-300:]
 
 
 def _connect(ray: Any, address: str, workers: int) -> None:

@@ -118,3 +118,21 @@ def test_too_many_workers(cluster, local, tmp_path):
     with pytest.raises(UserError, match="ask for 2"):
         prepare.prepare(local / "in", tmp_path / "out", SMALL, encoder=tiny.HashEncoder(),
                         codec=tiny.PoolCodec(), progress=False, engine="ray", workers=3)
+
+
+def refuse(*_):
+    raise UserError("there is no folder ckpt")
+
+
+class Absent(tiny.PoolCodec):
+    """Weights that only this machine has."""
+
+    def __reduce__(self):
+        return refuse, ()
+
+
+def test_workers_that_cannot_start_are_one_line(cluster, local, tmp_path):
+    with pytest.raises(UserError, match="no Ray worker can be started") as caught:
+        prepare.prepare(local / "in", tmp_path / "out", SMALL, encoder=tiny.HashEncoder(),
+                        codec=Absent(), progress=False, engine="ray", workers=1)
+    assert "no folder ckpt" in str(caught.value) and "\n" not in str(caught.value)

@@ -29,7 +29,7 @@ def random_params(network, seed):
 def save_checkpoint(folder):
     """ckpt/{vae, text_encoder, tokenizer}/ and its config.json; returns the folder."""
     folder.mkdir(parents=True)
-    save_vae(folder / "vae", VAE, random_params(make_vae(VAE).network, 1))
+    save_vae(folder / "vae", VAE, random_params(make_vae(VAE), 1))
     save_umt5(folder / "text_encoder")
     save_words(folder / "tokenizer")
     (folder / "config.json").write_text('{"kind": "pipeline", "family": "wan"}\n')
