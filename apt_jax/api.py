@@ -13,7 +13,7 @@ import dataclasses
 import html
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,19 @@ import numpy as np
 from apt_jax import media
 from apt_jax.config import base_config, load_json
 from apt_jax.config.load import nearest
+from apt_jax.convert.provenance import history
 from apt_jax.errors import UserError
 from apt_jax.eval.generate import MODES, Generation
+from apt_jax.eval.latents import LatentSpace
+from apt_jax.kernels.scope import Scope
 from apt_jax.models.presets import make_generator
-from apt_jax.weights import load_generator
+from apt_jax.parallel.context import on_mesh
+from apt_jax.parallel.mesh import check_model, make_mesh
+from apt_jax.parallel.sharding import infer_shardings
+from apt_jax.weights import load_generator, open_generator
 
-FPS = 8.0  # of the clips that `save` and `show` write
+FPS = 8.0  # of the clips that `save` and `show` write, unless their settings say otherwise
+LATENT_FPS = 16.0  # of Wan's clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +61,37 @@ class Samples:
         return len(self.frames)
 
 
-def load(path: str | Path = "bundled:base", weights: str = "ema") -> Generator:
+def load(path: str | Path = "bundled:base", weights: str = "ema",
+         base: str | Path | None = None, *, mesh: Mapping[str, int] | None = None) -> Generator:
     """Loads a generator.
 
     Args:
-      path: "bundled:base", a run folder, or a folder with model.safetensors and config.json.
+      path: "bundled:base", a run folder, a component folder that `apt-jax convert import` wrote, or
+        a folder with model.safetensors and config.json.
       weights: "ema" (what the paper samples from) or "raw"; a run folder has both.
+      base: component folder with the VAE and the text encoder of a generator of latents; None
+        follows the run's config to where it began.
+      mesh: sizes as in config.mesh, e.g. {"context": 8}, to sample on all devices; None uses one.
 
     Raises UserError if there is nothing to load or it does not fit.
     """
-    model, params = load_generator(path, weights)
-    return Generator(model, params, _settings(path), source=str(path), weights=weights)
+    devices = shardings = None
+    if mesh is not None:
+        devices, model = make_mesh(mesh), _model_of(path)
+        check_model(devices, model, ulysses=mesh.get("ulysses", -1))
+        shardings = infer_shardings(make_generator(model).abstract(), devices)
+    model, params = load_generator(path, weights, shardings)
+    return Generator(model, params, _settings(path), source=str(path), weights=weights,
+                     base=history(path).base if base is None else base,
+                     scope=devices and on_mesh(devices, mesh.get("ulysses", -1)))
+
+
+def _model_of(path: str | Path) -> Any:
+    """config.model of what lies at `path`, before its weights are read."""
+    if not str(path).startswith("bundled:") and (Path(path) / "checkpoints").is_dir():
+        return load_json(Path(path) / "config.json").model
+    with open_generator(path) as (model, _):
+        return model
 
 
 def _settings(path: str | Path) -> ml_collections.ConfigDict:
@@ -80,6 +107,9 @@ def _settings(path: str | Path) -> ml_collections.ConfigDict:
             return load_json(folder / "config.json")
     card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = base_config()
+    if (card.get("model") or {}).get("in_channels") != 3:  # latents of a size that is not known
+        config.data.height = config.data.width = 0
+        config.data.max_text_tokens = 512
     for group in ("data", "sample"):
         for key, value in (card.get(group) or {}).items():
             if key in config[group]:
@@ -91,16 +121,21 @@ class Generator:
     """A velocity network with its weights: prompts in, pictures or clips out.
 
     Attributes: model (config.model), params (nested dict of arrays), config (whole ConfigDict:
-    default size, guidance and so on), source, weights.
+    default size, guidance and so on), source, weights, latents (the VAE and text encoder of a
+    generator of latents, None for one of pixels).
     """
 
     def __init__(self, model: Any, params: Any, config: ml_collections.ConfigDict | None = None,
-                 source: str = "", weights: str = "ema"):
+                 source: str = "", weights: str = "ema", base: str | Path | None = None,
+                 scope: Scope | None = None):
+        """scope: how samples lie on a mesh (`parallel.context.on_mesh`), None for one device."""
         self.model = model
+        self.latents = (LatentSpace(Path(base), model["dtype"])
+                        if base is not None and model["in_channels"] != 3 else None)
         self.config = config if config is not None else base_config()
         self.source, self.weights = source, weights
         # The kernel is the machine's matter: weights trained with one go with any.
-        self.network = make_generator({**dict(model), "attention": "auto"})
+        self.network = make_generator({**dict(model), "attention": "auto"}).on(scope)
         self.params = jax.tree.map(jnp.asarray, params)
         self._generations: dict[tuple, Generation] = {}
         self._encoder = None
@@ -116,13 +151,20 @@ class Generator:
         if self._encoder is None:
             from apt_jax.data.captions import TextEncoder
 
-            if self.model["text_width"] != TextEncoder.width:
+            self._check_base()
+            encoder = TextEncoder if self.latents is None else self.latents.text_encoder
+            if self.model["text_width"] != encoder.width:
                 raise UserError(
                     f"this generator reads text states of width {self.model['text_width']}, the "
-                    f"text encoder here ({TextEncoder.name}) gives {TextEncoder.width}; pass "
+                    f"text encoder here ({encoder.name}) gives {encoder.width}; pass "
                     "states of its own encoder to Generator.draw")
-            self._encoder = TextEncoder()
+            self._encoder = TextEncoder() if encoder is TextEncoder else encoder
         return self._encoder.encode(list(prompts), self.config.data.max_text_tokens)
+
+    def _check_base(self) -> None:
+        if self.model["in_channels"] != 3 and self.latents is None:
+            raise UserError(f"this generator makes latents of {self.model['in_channels']} channels; "
+                            "name the component folder with its VAE and text encoder as base")
 
     # -- sampling ----------------------------------------------------------------------------
 
@@ -130,7 +172,8 @@ class Generator:
                count: int = 1, frames: int | None = None, height: int | None = None,
                width: int | None = None, steps: int | None = None,
                guidance: float | None = None, time: float | None = None,
-               fresh_noise: bool | None = None, batch: int = 64, timing: int = 0) -> Samples:
+               fresh_noise: bool | None = None, batch: int | None = None, timing: int = 0,
+               negative: str = "", label: str = "") -> Samples:
         """Draws `count` samples of every prompt.
 
         Sample i starts from noise of (seed, i), whatever the mode, the weights and the batch: the
@@ -139,11 +182,13 @@ class Generator:
         Args:
           prompts: one caption or several.
           mode: "one_step" (Eq. 3-5), "two_step", or "euler" (the diffusion sampler, guided).
-          frames, height, width: size of a sample; by default what the generator was trained on.
+          frames, height, width: pixels of a sample; by default what the generator was trained on.
           steps, guidance: of euler; by default the config's `sample` group.
           time, fresh_noise: of two_step: t between the steps, and new noise for the second.
-          batch: most samples per forward pass.
+          batch: most samples per forward pass; by default 64, of latents 1.
           timing: draw a batch so often again and keep the median time in `.seconds`.
+          negative: the guidance's negative prompt, of euler.
+          label: names a progress line on stderr; empty shows none.
 
         Returns Samples, N = len(prompts) * count, the samples of a prompt side by side.
         Raises UserError for settings that do not fit the mode or the network.
@@ -154,18 +199,18 @@ class Generator:
         if count < 1:
             raise UserError(f"count = {count} must be at least 1")
         captions = tuple(prompt for prompt in prompts for _ in range(count))
-        text, mask = self.encode([*prompts, ""])
+        text, mask = self.encode([*prompts, negative])
         rows = np.repeat(np.arange(len(prompts)), count)
         return self.draw(text[rows], mask[rows], captions, null=(text[-1], mask[-1]), mode=mode,
                          seed=seed, frames=frames, height=height, width=width, steps=steps,
                          guidance=guidance, time=time, fresh_noise=fresh_noise, batch=batch,
-                         timing=timing)
+                         timing=timing, label=label)
 
     def draw(self, text: np.ndarray, text_mask: np.ndarray, captions: Sequence[str], *,
              null: tuple[np.ndarray, np.ndarray], mode: str = "one_step", seed: int = 0,
              frames: int | None = None, height: int | None = None, width: int | None = None,
              steps: int | None = None, guidance: float | None = None, time: float | None = None,
-             fresh_noise: bool | None = None, batch: int = 64, timing: int = 0,
+             fresh_noise: bool | None = None, batch: int | None = None, timing: int = 0,
              label: str = "") -> Samples:
         """`sample` from text states: text float [N, L, D], text_mask bool [N, L], null [L, D], [L].
 
@@ -173,9 +218,13 @@ class Generator:
         """
         settings = self._resolve(mode, seed, frames, height, width, steps, guidance, time,
                                  fresh_noise)
-        shape = (settings["frames"], settings["height"], settings["width"],
-                 self.model["in_channels"])
-        size = min(batch, len(text))
+        shape = tuple(settings[side] for side in ("frames", "height", "width"))
+        decoder = None
+        if self.latents is None:
+            shape += (self.model["in_channels"],)
+        else:
+            shape, decoder = self.latents.shape(self.model, *shape), self.latents.decoder
+        size = min(batch or (64 if self.latents is None else 1), len(text))
         generation = self._generation(settings, size)
 
         def forward(rows: slice, label: str = "") -> np.ndarray:
@@ -183,7 +232,7 @@ class Generator:
                 self.params, np.asarray(text[rows], np.float32), np.asarray(text_mask[rows], bool),
                 shape, seed=seed, guidance=settings.get("guidance", 1.0),
                 null_text=np.asarray(null[0], np.float32), null_mask=np.asarray(null[1], bool),
-                label=label)
+                label=label, decoder=decoder)
 
         pixels = forward(slice(None), label)
         settings |= {"batch": size, "sampling_seconds": round(generation.seconds, 4)}
@@ -204,16 +253,16 @@ class Generator:
                                    ("fresh_noise", fresh_noise or None, "two_step")):
             if value is not None and mode != owner:
                 raise UserError(f"{name} = {value} belongs to mode {owner!r}, not {mode!r}")
-        if self.model["in_channels"] != 3:
-            raise UserError(f"this generator makes latents of {self.model['in_channels']} "
-                            "channels, and apt_jax has no decoder for them")
+        self._check_base()
         data, sample = self.config.data, self.config.sample
+        sizes = ((max(data.frames), data.height, data.width) if self.latents is None
+                 else self.latents.default_size(data))
         settings: dict[str, Any] = {
             "checkpoint": self.source, "weights": self.weights, "mode": mode, "seed": int(seed),
-            "frames": max(data.frames) if frames is None else int(frames),
-            "height": data.height if height is None else int(height),
-            "width": data.width if width is None else int(width),
-            "shift": float(sample.shift),
+            "frames": sizes[0] if frames is None else int(frames),
+            "height": sizes[1] if height is None else int(height),
+            "width": sizes[2] if width is None else int(width),
+            "shift": float(sample.shift), "fps": FPS if self.latents is None else LATENT_FPS,
         }
         if mode == "euler":
             settings["steps"] = int(sample.steps if steps is None else steps)
@@ -231,7 +280,7 @@ class Generator:
             if size < 1:
                 raise UserError(f"{name} = {size}: the size of a sample is not known; give "
                                 "frames, height and width")
-            if size % patch:
+            if self.latents is None and size % patch:
                 raise UserError(f"{name} = {size} is not a multiple of the network's patch {patch}")
         return settings
 
@@ -270,7 +319,8 @@ def show(samples: Samples, size: int = 128, columns: int = 0) -> Any:
     if samples.frames.shape[1] == 1:
         sheet = media.grid(samples.frames[:, 0], columns, samples.captions, size)
         return Image.fromarray(sheet)
-    sheet = media.webp_bytes(media.clip_grid(samples.frames, columns, samples.captions, size), FPS)
+    sheet = media.webp_bytes(media.clip_grid(samples.frames, columns, samples.captions, size),
+                             samples.settings.get("fps", FPS))
     name = html.escape(", ".join(dict.fromkeys(samples.captions)), quote=True)
     data = base64.b64encode(sheet).decode()
     return Page(f'<img alt="{name}" src="data:image/webp;base64,{data}">')
@@ -287,20 +337,20 @@ def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    clips = samples.frames.shape[1] > 1
+    clips, fps = samples.frames.shape[1] > 1, samples.settings.get("fps", FPS)
     paths, files = [], []
     for i, (frames, caption) in enumerate(zip(samples.frames, samples.captions)):
         stem = f"{i:03d}_{_slug(caption)}"
         if clips:
-            new = [media.save_mp4(folder / f"{stem}.mp4", frames, FPS),
-                   media.save_webp(folder / f"{stem}.webp", frames, FPS)]
+            new = [media.save_mp4(folder / f"{stem}.mp4", frames, fps),
+                   media.save_webp(folder / f"{stem}.webp", frames, fps)]
         else:
             new = [media.save_png(folder / f"{stem}.png", frames[0])]
         paths += new
         files.append({"caption": caption, "files": [path.name for path in new]})
     if clips:
         sheet = media.clip_grid(samples.frames, labels=samples.captions, size=size)
-        paths.append(media.save_webp(folder / "grid.webp", sheet, FPS))
+        paths.append(media.save_webp(folder / "grid.webp", sheet, fps))
     else:
         sheet = media.grid(samples.frames[:, 0], labels=samples.captions, size=size)
         paths.append(media.save_png(folder / "grid.png", sheet))

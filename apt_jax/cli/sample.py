@@ -4,6 +4,10 @@ One step is the APT generator G(z, c) = z - v(z, c, 1); two steps go back to tim
 take a second one; euler is the diffusion sampler with guidance. Images are written as PNG, clips as
 MP4 and animated WebP, with a grid of all and sample.json; the time of a forward pass after
 compilation is printed. The same seed gives the same noise in every mode.
+
+Runs on one device unless the mesh flags of `apt-jax train` are given; then on all of them:
+--config.mesh.context=N shares the tokens of a sample, .fsdp the weights and the samples, .tensor the
+heads. The pictures are the same.
 """
 
 from __future__ import annotations
@@ -15,13 +19,22 @@ EXAMPLES = """\
   apt-jax sample --checkpoint bundled:base --prompt "red apple" --steps 25 --guidance 3
   apt-jax sample --checkpoint runs/video --prompt "waving hand" --frames 4 --steps 2 --time 0.6
   apt-jax sample --checkpoint runs/image --prompt "red heart" --count 8 --seed 7 --weights raw
+  apt-jax sample --checkpoint runs/apt_video --prompt "a cat surfing" --height 480 --width 832 \\
+      --frames 81 --steps 1
+  apt-jax sample --checkpoint runs/video --prompt "waving hand" --config.mesh.context=8
 """
+
+OVERRIDES = ("mesh.",)  # taken as by apt-jax train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `apt-jax sample`."""
     parser.add_argument("--checkpoint", required=True, metavar="PATH",
-                        help="a run folder, a weights folder, or bundled:base")
+                        help="a run folder, a weights folder, a component folder of convert import, "
+                             "or bundled:base")
+    parser.add_argument("--base", metavar="DIR",
+                        help="component folder with the VAE and text encoder of a generator of "
+                             "latents (default: where the run began)")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT",
                         help="a caption; may be given several times")
     parser.add_argument("--mode", choices=("one_step", "two_step", "euler"),
@@ -31,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "number (default there: the config's, 25)")
     parser.add_argument("--guidance", type=float, metavar="G",
                         help="guidance of euler (default: the config's)")
+    parser.add_argument("--negative", default="", metavar="TEXT",
+                        help="euler: the guidance's negative prompt (default: the empty one)")
     parser.add_argument("--time", type=float, metavar="T",
                         help="two_step: the time between the steps, 0 to 1 (default: the config's)")
     parser.add_argument("--fresh-noise", action="store_true",
@@ -64,6 +79,21 @@ def choose_mode(mode: str | None, steps: int | None) -> tuple[str, int | None]:
     return mode, steps if mode == "euler" else None
 
 
+def mesh_of(overrides: list[str]) -> dict[str, int] | None:
+    """config.mesh as the flags set it; fsdp takes the rest of the devices. None without flags."""
+    from apt_jax.config import base_config
+    from apt_jax.config.load import apply_overrides
+
+    if not overrides:
+        return None
+    config = base_config()
+    apply_overrides(config, overrides)
+    axes = ("replica", "context", "tensor")
+    if -1 in (config.mesh[axis] for axis in axes) and config.mesh.fsdp == -1:
+        config.mesh.fsdp = 1  # its default is the rest, which was asked for elsewhere
+    return dict(config.mesh)
+
+
 def run(args: argparse.Namespace) -> int:
     """Samples, saves, prints the time of a forward pass and the paths."""
     mode, steps = choose_mode(args.mode, args.steps)
@@ -72,11 +102,12 @@ def run(args: argparse.Namespace) -> int:
 
     from apt_jax import api
 
-    generator = api.load(args.checkpoint, args.weights)
+    generator = api.load(args.checkpoint, args.weights, args.base, mesh=mesh_of(args.overrides))
     samples = generator.sample(
         args.prompt, mode, args.seed, count=args.count, frames=args.frames, height=args.height,
         width=args.width, steps=steps, guidance=args.guidance, time=args.time,
-        fresh_noise=args.fresh_noise or None, timing=5)
+        fresh_noise=args.fresh_noise or None, timing=5, negative=args.negative,
+        label="sampling" if generator.latents else "")
     paths = api.save(samples, args.out)
     evaluations = {"one_step": 1, "two_step": 2}.get(mode) or 2 * samples.settings["steps"]
     print(f"{mode}: {evaluations} network evaluation{'s' if evaluations > 1 else ''}, "

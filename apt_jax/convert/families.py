@@ -105,7 +105,7 @@ def _shapes(abstract: Any) -> dict[str, tuple[int, ...]]:
 
 def vae_plan(config: Mapping[str, Any]) -> Plan:
     """The plan of a VAE; config: the fields of VAEConfig."""
-    network = make_vae(VAEConfig.from_dict(config)).network
+    network = make_vae(VAEConfig.from_dict(config))
     return make_plan(vae.rules(config), _shapes(network.abstract()))
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from apt_jax.diffusion import samplers
 from apt_jax.errors import UserError
+from apt_jax.eval.latents import decode_latents
 from apt_jax.eval.progress import Progress
 from apt_jax.media import to_uint8
+from apt_jax.models.vae import FrameDecoder
 
 MODES = ("one_step", "two_step", "euler")
 
@@ -59,10 +61,12 @@ class Generation:
     def __call__(self, params, text: np.ndarray, mask: np.ndarray,
                  shape: tuple[int, int, int, int], *, seed: int = 0, guidance: float = 1.0,
                  null_text: np.ndarray | None = None, null_mask: np.ndarray | None = None,
-                 first: int = 0, label: str = "") -> np.ndarray:
+                 first: int = 0, label: str = "", decoder: FrameDecoder | None = None
+                 ) -> np.ndarray:
         """Samples for text float32 [N, L, D], mask bool [N, L] -> frames uint8 [N, F, H, W, C].
 
-        shape: (F, H, W, C) of one sample. null_text [L, D], null_mask [L]: the negative prompt,
+        shape: (F, H, W, C) of one sample; of its latents where a `decoder` makes frames of them,
+        whose time then counts. null_text [L, D], null_mask [L]: the negative prompt,
         needed by "euler". first: index of the first sample, for its noise. The last batch is
         padded.
         """
@@ -73,7 +77,7 @@ class Generation:
             null_text, null_mask = np.zeros_like(text[0]), np.zeros_like(mask[0])
         shape, total = tuple(int(side) for side in shape), len(text)
         batch = min(self.batch, total)
-        out = np.empty((total, *shape), np.uint8)
+        out = np.empty((total, *(decoder.frame_shape(shape) if decoder else shape)), np.uint8)
         index = np.minimum(np.arange(-(-total // batch) * batch), total - 1)  # padded: the last
 
         def run(rows):
@@ -82,13 +86,17 @@ class Generation:
 
         shapes = (batch, shape, text.shape[1:])
         if shapes not in self._warm:  # compile first: it is not part of the sampling time
-            jax.block_until_ready(run(index[:batch]))
+            x = jax.block_until_ready(run(index[:batch]))
+            if decoder:
+                decoder(np.asarray(x)[:1])
             self._warm.add(shapes)
         with Progress(total, label, "samples") as progress:
             for start in range(0, total, batch):
-                x = to_uint8(np.asarray(run(index[start:start + batch])))
                 count = min(batch, total - start)
-                out[start:start + count] = x[:count]
+                x = np.asarray(run(index[start:start + batch]))[:count]
+                out[start:start + count] = (
+                    decode_latents(decoder, x, label and f"{label}: decoding") if decoder
+                    else to_uint8(x))
                 progress.advance(count)
             self.seconds = progress.seconds
         return out

@@ -34,7 +34,7 @@ TINY = VAEConfig(base=4, multipliers=(1, 2, 2), blocks=1, temporal=(False, True)
 @pytest.fixture(scope="module")
 def tiny():
     vae = make_vae(TINY)
-    return vae, random_params(vae.network)
+    return vae, random_params(vae)
 
 
 def clip(*shape: int) -> np.ndarray:
@@ -141,13 +141,23 @@ def test_a_clips_first_frame_is_an_image(tiny, coded):
     assert relative_error(decode(params, latents[:, :1]), y[:, :1]) < 2e-6
 
 
+def test_each_half_needs_its_own_parameters_alone(tiny, coded):
+    vae, params = tiny
+    encoding = {name: params[name] for name in ("encoder", "quant")}
+    decoding = {name: params[name] for name in ("post_quant", "decoder")}
+    assert jax.eval_shape(vae.encode, encoding, coded[0]).shape == coded[1].shape
+    assert jax.eval_shape(vae.decode, decoding, coded[2]).shape == coded[3].shape
+    drawn = jax.eval_shape(vae.init, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(drawn, vae.abstract(), params)
+
+
 def test_memory_does_not_grow_with_length(tiny):
     """Beyond input and output, a clip three times as long needs no more than its pixels again."""
     vae, params = tiny
 
     def scratch(latents: int) -> tuple[int, int]:
         shape = jax.ShapeDtypeStruct((1, latents, 24, 24, 3), jnp.float32)
-        compiled = jax.jit(vae.decode).lower(vae.network.abstract(), shape).compile()
+        compiled = jax.jit(vae.decode).lower(vae.abstract(), shape).compile()
         found = compiled.memory_analysis()
         return found.temp_size_in_bytes, found.output_size_in_bytes
 
@@ -157,7 +167,7 @@ def test_memory_does_not_grow_with_length(tiny):
     assert long - short <= 3 * (much - little)
     # One pass over the same clip keeps all its activations.
     whole = jax.jit(partial(vae.decode, chunk=17)).lower(
-        vae.network.abstract(), jax.ShapeDtypeStruct((1, 17, 24, 24, 3), jnp.float32)).compile()
+        vae.abstract(), jax.ShapeDtypeStruct((1, 17, 24, 24, 3), jnp.float32)).compile()
     assert whole.memory_analysis().temp_size_in_bytes > 2 * long
 
 

@@ -38,7 +38,7 @@ def stored():
 @pytest.fixture(scope="module")
 def vae(stored):
     vae = make_vae(VAEConfig(base=stored[0]["base"], blocks=stored[0]["blocks"]))
-    chex.assert_trees_all_equal_shapes_and_dtypes(stored[1], vae.network.abstract())
+    chex.assert_trees_all_equal_shapes_and_dtypes(stored[1], vae.abstract())
     return vae
 
 
@@ -133,7 +133,7 @@ def test_the_full_size_has_every_name_and_shape(reference, name):
     with torch.device("meta"):
         model = getattr(diffusers, f"AutoencoderKL{name}")()
     vae = make_vae(VAEConfig.from_diffusers(dict(model.config)))
-    ours = {k: v.shape for k, v in flat_names(vae.network.abstract()).items()}
+    ours = {k: v.shape for k, v in flat_names(vae.abstract()).items()}
     theirs = {our_name(k, 2): tuple(v.shape) for k, v in model.state_dict().items()}
     assert ours.keys() == theirs.keys()
     for key, shape in theirs.items():
@@ -141,6 +141,6 @@ def test_the_full_size_has_every_name_and_shape(reference, name):
             assert ours[key] == shape[:1]
         else:
             assert ours[key] == ((*shape[2:], shape[1], shape[0]) if len(shape) > 1 else shape)
-    assert vae.network.parameter_count() == 126_892_531
+    assert vae.parameter_count() == 126_892_531
     assert tuple(model.config.latents_mean) == LATENTS_MEAN == vae.config.mean
     assert tuple(model.config.latents_std) == LATENTS_STD == vae.config.std

@@ -28,7 +28,7 @@ TINY = VAEConfig(base=4, multipliers=(1, 2, 2), blocks=1, temporal=(False, True)
 @pytest.fixture(scope="module")
 def tiny():
     vae = make_vae(TINY)
-    return vae, random_params(vae.network)
+    return vae, random_params(vae)
 
 
 def mesh(**axes: int):

@@ -95,7 +95,7 @@ def flat_names(params: Params) -> dict[str, Any]:
 
 def _check(flat: Mapping[str, Any], config: VAEConfig, source: str) -> None:
     """Missing, unknown and misshapen parameters, by name."""
-    want = {k: tuple(v.shape) for k, v in flat_names(make_vae(config).network.abstract()).items()}
+    want = {k: tuple(v.shape) for k, v in flat_names(make_vae(config).abstract()).items()}
     for problem, names in (("lacks", want.keys() - flat.keys()),
                            ("has the unknown", flat.keys() - want.keys())):
         if names:

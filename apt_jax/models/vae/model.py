@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from apt_jax.errors import UserError
 from apt_jax.models.vae.config import VAEConfig
-from apt_jax.models.vae.network import CausalVAE
+from apt_jax.models.vae.network import DecodingHalf, EncodingHalf
 from apt_jax.models.vae.tiling import Tiling, tiled
 from apt_jax.models.vae.walk import Caches, Rows, Walk
 from apt_jax.nn.functional import Network, Params
@@ -35,11 +35,26 @@ Step = Callable[[jax.Array, Caches | None], tuple[jax.Array, Caches]]
 class VAE:
     """The autoencoder without its parameters.
 
-    Attributes: config; network (its parameters' shapes, `init` and `abstract`).
+    Either half works without the other's parameters. Attributes: config; encoder and decoder, the
+    halves as networks.
     """
 
     config: VAEConfig
-    network: Network
+    encoder: Network
+    decoder: Network
+
+    def abstract(self) -> Params:
+        """Nested dict of jax.ShapeDtypeStruct, the parameters of both halves, float32."""
+        return {**self.encoder.abstract(), **self.decoder.abstract()}
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters of both halves (float32 nested dict). Jittable."""
+        encoder, decoder = jax.random.split(key)
+        return {**self.encoder.init(encoder), **self.decoder.init(decoder)}
+
+    def parameter_count(self) -> int:
+        """Number of parameters of both halves, without allocating them."""
+        return self.encoder.parameter_count() + self.decoder.parameter_count()
 
     def encode(self, params: Params, x: jax.Array, *, chunk: int = 1,
                tiling: Tiling | None = None, rows: Rows | None = None) -> jax.Array:
@@ -94,21 +109,21 @@ class VAE:
 
     def encode_step(self, params: Params, rows: Rows | None = None) -> Step:
         """Pixels of one chunk -> moments; for loops of one's own."""
-        params = self.cast(params)
+        params = self.cast(_half(self.encoder, params))
 
         def step(x: jax.Array, caches: Caches | None) -> tuple[jax.Array, Caches]:
             walk = Walk(caches, rows)
-            return self.network.bind(params).encode(x, walk), walk.caches()
+            return self.encoder.bind(params)(x, walk), walk.caches()
 
         return step
 
     def decode_step(self, params: Params, rows: Rows | None = None) -> Step:
         """Normalised latents of one chunk -> pixels, not clamped; for loops of one's own."""
-        params = self.cast(params)
+        params = self.cast(_half(self.decoder, params))
 
         def step(z: jax.Array, caches: Caches | None) -> tuple[jax.Array, Caches]:
             walk = Walk(caches, rows)
-            return self.network.bind(params).decode(self.denormalise(z), walk), walk.caches()
+            return self.decoder.bind(params)(self.denormalise(z), walk), walk.caches()
 
         return step
 
@@ -140,7 +155,12 @@ class VAE:
 
 def make_vae(config: VAEConfig) -> VAE:
     """The autoencoder of a config; allocates nothing."""
-    return VAE(config, Network.build(lambda rngs: CausalVAE(config, rngs=rngs)))
+    return VAE(config, Network.build(lambda rngs: EncodingHalf(config, rngs=rngs)),
+               Network.build(lambda rngs: DecodingHalf(config, rngs=rngs)))
+
+
+def _half(network: Network, params: Params) -> Params:
+    return {name: params[name] for name in network.shapes}
 
 
 def _run(step: Step, x: jax.Array, head: int, size: int) -> jax.Array:

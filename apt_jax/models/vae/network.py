@@ -1,4 +1,7 @@
-"""The causal video VAE of Wan 2.1 and Qwen-Image as a module: one chunk in, one chunk out."""
+"""The causal video VAE of Wan 2.1 and Qwen-Image as two modules: one chunk in, one chunk out.
+
+Parameters of both: encoder/, quant/, post_quant/ and decoder/; kernels are [*window, d_in, d_out].
+"""
 
 from __future__ import annotations
 
@@ -103,25 +106,29 @@ class Decoder(nnx.Module):
         return self.conv_out(self.norm_out.silu(x), walk)
 
 
-class CausalVAE(nnx.Module):
-    """Both halves with the pointwise layers on either side of the latent.
-
-    Parameters: encoder/, decoder/, quant/ and post_quant/; kernels are [*window, d_in, d_out].
-    """
+class EncodingHalf(nnx.Module):
+    """Parameters: encoder/ and quant/."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        make = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        z = config.latent_channels
-        self.config = config
         self.encoder = Encoder(config, rngs=rngs)
-        self.quant = Pointwise((1, 1, 1), 2 * z, 2 * z, **make)
-        self.post_quant = Pointwise((1, 1, 1), z, z, **make)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.quant = Pointwise((1, 1, 1), *(2 * config.latent_channels,) * 2,
+                               dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.config = config
 
-    def encode(self, x: jax.Array, walk: Walk) -> jax.Array:
+    def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
         """Pixels in [-1, 1] [B, F, H, W, 3] -> moments [B, F', H', W', 32]: mean, log variance."""
         return self.quant(self.encoder(x.astype(self.config.dtype), walk))
 
-    def decode(self, z: jax.Array, walk: Walk) -> jax.Array:
+
+class DecodingHalf(nnx.Module):
+    """Parameters: post_quant/ and decoder/."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.post_quant = Pointwise((1, 1, 1), *(config.latent_channels,) * 2,
+                                    dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.config = config
+
+    def __call__(self, z: jax.Array, walk: Walk) -> jax.Array:
         """Latents [B, F', H', W', 16], not normalised -> pixels [B, F, H, W, 3], not clamped."""
         return self.decoder(self.post_quant(z.astype(self.config.dtype)), walk)
