@@ -266,15 +266,20 @@ def _open_folder(folder: Path) -> Iterator[tuple[ml_collections.ConfigDict, Tens
             if NAMES[tensor.dtype] not in ("F64", "F32", "F16", "BF16"):
                 raise UserError(f"{tensor.file}: {name} has dtype {NAMES[tensor.dtype]}; generator "
                                 "weights are floating point")
-        _check_keys(tensors.shapes(), model, str(folder))
+        _check_keys(tensors.shapes(), make_abstract(model), str(folder))
         yield model, tensors
 
 
-def _check_keys(have: Mapping[str, tuple[int, ...]], model: Any, source: str) -> None:
-    """Missing, unknown and misshapen parameters, by name. have: {"a/b": shape}."""
+def make_abstract(model: Any) -> Any:
+    """Shapes and dtypes of a generator's parameters."""
     from apt_jax.models.presets import make_generator
 
-    want = {k: tuple(v.shape) for k, v in flatten(make_generator(model).abstract()).items()}
+    return make_generator(model).abstract()
+
+
+def _check_keys(have: Mapping[str, tuple[int, ...]], abstract: Any, source: str) -> None:
+    """Missing, unknown and misshapen parameters, by name. have: {"a/b": shape}."""
+    want = {k: tuple(v.shape) for k, v in flatten(abstract).items()}
     for problem, names in (("lacks", sorted(set(want) - set(have))),
                            ("has the unknown", sorted(set(have) - set(want)))):
         if names:
@@ -290,33 +295,34 @@ def _check_keys(have: Mapping[str, tuple[int, ...]], model: Any, source: str) ->
 def _load_run(folder: Path, which: str, shardings: Any
               ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
     config = load_json(folder / CONFIG_FILE)
+    lora = config.get("lora")
+    if lora and lora.rank:
+        return config.model, _merged(folder, config, which, shardings)
+    return config.model, _newest(folder, which, make_abstract(config.model), shardings)
+
+
+def _newest(folder: Path, which: str, abstract: Any, shardings: Any = None) -> dict[str, Any]:
+    """The parameters `abstract` of the newest checkpoint that can be read."""
     steps = sorted((int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdigit()),
                    reverse=True)
     problem = "it holds none"
     for step in steps:
         try:
-            params = _read_checkpoint(folder / CHECKPOINTS / str(step), config.model, which,
-                                      shardings)
+            return _read_checkpoint(folder / CHECKPOINTS / str(step), which, abstract, shardings)
         except UserError:
             raise
         except Exception as error:  # whatever a torn checkpoint makes the reader raise
             problem = f"step {step}: {type(error).__name__}"
-            continue
-        return config.model, params
     raise UserError(f"{folder} has no readable checkpoint ({problem}); continue the run so that it "
                     "saves one")
 
 
-def _read_checkpoint(folder: Path, model: Any, which: str, shardings: Any = None
-                     ) -> dict[str, Any]:
+def _read_checkpoint(folder: Path, which: str, abstract: Any, shardings: Any) -> dict[str, Any]:
     """One parameter tree out of a checkpoint; the rest of the state is not read."""
     import jax
     import orbax.checkpoint as ocp
 
-    from apt_jax.models.presets import make_generator
-
     logging.getLogger("absl").setLevel(logging.ERROR)
-    abstract = make_generator(model).abstract()
     if shardings is not None and jax.tree.structure(abstract) == jax.tree.structure(shardings):
         args = jax.tree.map(lambda leaf, where: ocp.ArrayRestoreArgs(
             sharding=where, global_shape=leaf.shape, dtype=leaf.dtype), abstract, shardings)
@@ -327,8 +333,70 @@ def _read_checkpoint(folder: Path, model: Any, which: str, shardings: Any = None
         state = reader.restore((folder / "state").resolve(), args=ocp.args.PyTreeRestore(
             item={name: abstract}, restore_args={name: args}, partial_restore=True))
     params = state[name]
-    _check_keys(Leaves(flatten(params)).shapes(), model, str(folder))
+    _check_keys(Leaves(flatten(params)).shapes(), abstract, str(folder))
     return params
+
+
+# -- runs that trained adapters (config.lora) ------------------------------------------------------
+
+
+def adapted_run(path: str | Path, lora: Any = None) -> ml_collections.ConfigDict | None:
+    """The config of a run that trained adapters (such as those of `lora`, if given); else None."""
+    if not str(path) or str(path).startswith(BUNDLED) or not _is_run(Path(path)):
+        return None
+    config = load_json(Path(path) / CONFIG_FILE)
+    here = config.get("lora")
+    if not here or not here.rank:
+        return None
+    same = lora is None or all(here[key] == lora[key] for key in ("rank", "alpha"))
+    return config if same else None
+
+
+def base_of_adapters(source: str, which: str, lora: Any) -> tuple[str, str]:
+    """(path, which) of the weights below the adapters of a run that starts from `source`.
+
+    A run that goes on with the adapters of another has that one's base.
+    """
+    config = adapted_run(source, lora)
+    if config is None:
+        return source, which
+    return base_of_adapters(*_start_of(config), lora)
+
+
+def _start_of(config: Any) -> tuple[str, str]:
+    if config.init.generator:
+        return config.init.generator, config.init.generator_weights
+    return config.init.diffusion, "ema"
+
+
+def load_adapters(path: str | Path, which: str = "ema") -> tuple[Any, dict[str, Any]]:
+    """(config, adapters as a nested dict of numpy arrays) of a run that trained some.
+
+    UserError for any other path.
+    """
+    from apt_jax.models.presets import make_generator
+    from apt_jax.nn.lora import split
+
+    config = adapted_run(path)
+    if config is None:
+        raise UserError(f"{path} is no run that trained adapters; give one with lora.rank set")
+    adapters, _ = split(make_generator(config.model, config.lora).abstract())
+    return config, _newest(Path(path), which, adapters)
+
+
+def _merged(folder: Path, config: Any, which: str, shardings: Any) -> dict[str, Any]:
+    """The base of an adapted run with its adapters in it."""
+    import jax
+
+    from apt_jax.models.presets import adapter_scale
+    from apt_jax.nn.lora import join, merge
+
+    _, adapters = load_adapters(folder, which)
+    base = base_of_adapters(*_start_of(config), config.lora)
+    _, params = load_generator(*base, shardings)
+    if isinstance(jax.tree.leaves(params)[0], jax.Array):
+        adapters = jax.tree.map(jax.numpy.asarray, adapters)
+    return merge(join(params, adapters), adapter_scale(config.lora))
 
 
 def export_run(run: str | Path, folder: str | Path, *, which: str = "ema", bfloat16: bool = False,

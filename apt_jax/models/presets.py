@@ -12,6 +12,7 @@ from apt_jax.errors import UserError
 from apt_jax.models import mmdit, wan
 from apt_jax.models.discriminator import Discriminator, default_taps
 from apt_jax.nn.functional import Network
+from apt_jax.nn.lora import adapted
 
 
 class Family(NamedTuple):
@@ -53,9 +54,21 @@ def attention_of(model: Any) -> str:
     return model["attention"] if "attention" in model else "auto"
 
 
-def make_generator(model: Any) -> Network:
-    """The velocity network of config.model: net(params, x, t, text, text_mask) -> v."""
-    config, make = model_config(model), family_of(model).generator
+def adapter_scale(lora: Any) -> float:
+    """What the adapters of config.lora are multiplied by: alpha over rank, alpha = 0 being rank."""
+    return (lora["alpha"] or lora["rank"]) / lora["rank"]
+
+
+def _with_adapters(make: Callable[..., nnx.Module], lora: Any) -> Callable[..., nnx.Module]:
+    return adapted(make, lora["rank"], adapter_scale(lora)) if lora and lora["rank"] else make
+
+
+def make_generator(model: Any, lora: Any = None) -> Network:
+    """The velocity network of config.model: net(params, x, t, text, text_mask) -> v.
+
+    lora: config.lora, for a network with adapters.
+    """
+    config, make = model_config(model), _with_adapters(family_of(model).generator, lora)
     return Network.build(lambda rngs: make(config, rngs=rngs), attention=attention_of(model))
 
 
@@ -64,12 +77,16 @@ def discriminator_taps(model: Any, discriminator: Any) -> tuple[int, ...]:
     return tuple(discriminator["taps"]) or default_taps(model["depth"])
 
 
-def make_discriminator(model: Any, discriminator: Any) -> Network:
-    """The discriminator of both sections: net(params, x, t, text, text_mask) -> logits [B]."""
+def make_discriminator(model: Any, discriminator: Any, lora: Any = None) -> Network:
+    """The discriminator of both sections: net(params, x, t, text, text_mask) -> logits [B].
+
+    lora: config.lora, for a backbone with adapters, if it asks for them.
+    """
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads
-    make = family_of(model).backbone
+    make = _with_adapters(family_of(model).backbone,
+                          lora if lora and lora["discriminator"] else None)
     return Network.build(
         lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),
         attention=attention_of(model))

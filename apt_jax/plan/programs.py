@@ -78,10 +78,11 @@ def abstract_batch(config: Any, mesh: Mesh, batch: int) -> dict[str, jax.ShapeDt
 
 def _frozen(config: Any, setup: Setup, mesh: Mesh) -> dict[str, Any]:
     if config.stage != "consistency":
-        return {}
+        return dict(setup.bases)
     length, whole = text_length(config), replicated(mesh)
     return {
-        "teacher": abstract_like(setup.generator.abstract(), setup.shardings["generator"]),
+        **setup.bases,
+        "teacher": setup.whole("generator"),
         "null_text": jax.ShapeDtypeStruct((length, config.model.text_width), jnp.float32,
                                           sharding=whole),
         "null_mask": jax.ShapeDtypeStruct((length,), jnp.bool_, sharding=whole),

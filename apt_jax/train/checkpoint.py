@@ -32,7 +32,7 @@ SMALL, FILE_BYTES, CHUNK_BYTES = 2**30, 12 * 2**20, 4 * 2**20
 
 # Config fields that fix the arrays of the state; a change of one is another run.
 IDENTITY = ("stage", "optimizer.name", "discriminator.taps", "discriminator.backbone",
-            "discriminator.heads")
+            "discriminator.heads", "lora.rank", "lora.alpha", "lora.discriminator")
 # Fields of config.model that change how it is computed, not what it is.
 COMPUTE_ONLY = ("dtype", "remat")
 # Fields whose change is allowed but alters draws or data order.

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from apt_jax.config import config_to_json, validate
 from apt_jax.errors import UserError
+from apt_jax.nn.lora import join
 from apt_jax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.distributed import agree, batch_part, describe
 from apt_jax.train.health import CollapseWatch, check_finite
@@ -169,7 +171,8 @@ class _Run:
                         step % config.train.sample_every == 0 or step == total):
                     if previews is None:
                         previews = self._previews(dataset)
-                    previews.write(step, state["generator_ema"])
+                    previews.write(step, join(frozen.get(BASE.format("generator")),
+                                              state["generator_ema"]))
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if name := stop.asked(step):

@@ -8,6 +8,7 @@
     discriminator      params                  (stage adversarial)
     discriminator_opt  optax state             (stage adversarial)
 
+Where adapters train (config.lora), params are the part that trains (`train/adapters.py`).
 Draws and data position are functions of (key, seed, step), so this and the step is all a resumed
 run needs to go on bit by bit.
 """
@@ -24,10 +25,12 @@ from jax.sharding import Mesh
 from apt_jax.errors import UserError
 from apt_jax.models.discriminator import discriminator_from_diffusion
 from apt_jax.models.presets import make_discriminator, make_generator
+from apt_jax.nn.lora import join
 from apt_jax.objectives import Nets
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import check_model
 from apt_jax.parallel.sharding import MIN_ELEMENTS, abstract_like, infer_shardings, path_string
+from apt_jax.train import adapters
 from apt_jax.train.optimizers import discriminator_optimizer, generator_optimizer
 from apt_jax.weights import load_generator
 
@@ -43,6 +46,15 @@ class Setup(NamedTuple):
     abstract: State  # jax.ShapeDtypeStruct leaves with shardings
     shardings: State
     nets: Nets
+    bases: dict[str, Any]  # like abstract: the untrained parts where adapters train; else {}
+
+    def whole(self, name: str) -> Any:
+        """Abstract parameters of a network, trained or not, with shardings."""
+        return join(self.bases.get(adapters.BASE.format(name)), self.abstract[name])
+
+    def plain(self) -> Any:
+        """Abstract parameters of the generator without adapters, with shardings."""
+        return self.bases.get(adapters.BASE.format("generator")) or self.abstract["generator"]
 
 
 def set_up(config: Any, mesh: Mesh, min_elements: int = MIN_ELEMENTS) -> Setup:
@@ -54,18 +66,25 @@ def set_up(config: Any, mesh: Mesh, min_elements: int = MIN_ELEMENTS) -> Setup:
     check_model(mesh, config.model, adversarial and (
         config.discriminator.heads or config.model.heads), config.mesh.ulysses)
     scope = on_mesh(mesh, config.mesh.ulysses)
-    generator = make_generator(config.model).on(scope)
-    discriminator = (make_discriminator(config.model, config.discriminator).on(scope)
+    generator = make_generator(config.model, config.lora).on(scope)
+    discriminator = (make_discriminator(config.model, config.discriminator, config.lora).on(scope)
                      if adversarial else None)
     optimizers = {"generator": generator_optimizer(config)}
     if adversarial:
         optimizers["discriminator"] = discriminator_optimizer(config)
+    trained, bases = {"discriminator": None}, {}
+    for name, net in (("generator", generator), ("discriminator", discriminator)):
+        if net is not None:
+            trained[name], base = adapters.parts(config, name, net.abstract())
+            if base:
+                bases[adapters.BASE.format(name)] = abstract_like(
+                    base, infer_shardings(base, mesh, min_elements))
     abstract = jax.eval_shape(
-        lambda g, d: _assemble(config.seed, g, d, optimizers), generator.abstract(),
-        discriminator.abstract() if adversarial else None)
+        lambda g, d: _assemble(config.seed, g, d, optimizers), trained["generator"],
+        trained["discriminator"])
     shardings = infer_shardings(abstract, mesh, min_elements)
     return Setup(generator, discriminator, optimizers, abstract_like(abstract, shardings),
-                 shardings, Nets(generator, discriminator))
+                 shardings, Nets(generator, discriminator), bases)
 
 
 def _assemble(seed: int, generator: Any, discriminator: Any, optimizers: dict) -> State:
@@ -106,9 +125,10 @@ def check_like(params: Any, abstract: Any, source: str) -> None:
 
 def load_params(source: str, which: str, setup: Setup, dtype: Any = np.float32) -> Any:
     """Generator weights of a run, a weights folder or the bundled base, on the mesh, float32."""
-    shardings = setup.shardings["generator"]
+    plain = setup.plain()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plain)
     _, params = load_generator(source, which, shardings)
-    check_like(params, setup.generator.abstract(), source)
+    check_like(params, plain, source)
     return jax.tree.map(
         lambda value, sharding: jax.device_put(value.astype(dtype), sharding), params, shardings)
 
@@ -122,17 +142,20 @@ def init_state(config: Any, setup: Setup) -> State:
     ones (Sec. 3.3); its heads are new.
     """
     generator_key, discriminator_key = jax.random.split(jax.random.key(config.seed + 1))
-    source, which = config.init.generator, config.init.generator_weights
-    if config.stage == "consistency" and not source:
-        source, which = config.init.diffusion, "ema"
-    if source:
+    source, which = adapters.start_source(config)
+    if adapters.trains_adapters(config, "generator"):
+        generator = adapters.init_trained(config, setup, "generator", generator_key)
+    elif source:
         generator = load_params(source, which, setup)
     else:
         generator = jax.jit(setup.generator.init, out_shardings=setup.shardings["generator"])(
             generator_key)
     discriminator = None
     if config.stage == "adversarial":
-        if config.init.diffusion:
+        if adapters.trains_adapters(config, "discriminator"):
+            discriminator = adapters.init_trained(config, setup, "discriminator",
+                                                  discriminator_key)
+        elif config.init.diffusion:
             diffusion = load_params(config.init.diffusion, "ema", setup)
             start = jax.jit(
                 lambda params, key: discriminator_from_diffusion(params, setup.discriminator, key),
@@ -149,16 +172,23 @@ def init_state(config: Any, setup: Setup) -> State:
 
 def frozen_inputs(config: Any, setup: Setup, negative_text: np.ndarray,
                   negative_mask: np.ndarray, replicated: Any) -> dict[str, Any]:
-    """What a stage's loss reads besides the state: the teacher and the negative prompt.
+    """What a stage's loss reads besides the state: the teacher and the negative prompt, and where
+    adapters train, their bases.
 
     Args:
       negative_text, negative_mask: [L, D] float32 and [L] bool, the teacher's negative prompt.
     """
-    if config.stage != "consistency":
-        return {}
-    if not config.init.diffusion:
+    if config.stage == "consistency" and not config.init.diffusion:
         raise UserError("stage = consistency needs a teacher; set init.diffusion to the "
                         "pre-training run or its weights folder")
-    return {"teacher": load_params(config.init.diffusion, "ema", setup),
+
+    def load(source, which):
+        return load_params(source, which, setup)
+
+    bases = adapters.frozen_bases(config, setup, load)
+    if config.stage != "consistency":
+        return bases
+    teacher = load(config.init.diffusion, "ema")
+    return {**bases, "teacher": adapters.as_adapted(config, setup, teacher),
             "null_text": jax.device_put(np.asarray(negative_text, np.float32), replicated),
             "null_mask": jax.device_put(np.asarray(negative_mask, bool), replicated)}
