@@ -20,6 +20,7 @@ from apt_jax.bench.cases import MARKERS, AttentionCase
 from apt_jax.errors import UserError
 from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.kernels.peers import prepare_tokamax
 from apt_jax.plan.hlo import parse_hlo
 
 
@@ -98,7 +99,7 @@ def compile_attention(case: AttentionCase, backend: str, part: str, device: Any)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
         kernels, largest = count_kernels(compiled.as_text(), list(markers))
-        reason = _complaint(kernels, wanted, largest, None if case.plain else scores)
+        reason = complaint(kernels, wanted, largest, None if case.plain else scores)
         return Compiled(kernels=kernels, largest=largest, error=reason,
                         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
                         seconds=time.perf_counter() - start, **made)
@@ -106,8 +107,9 @@ def compile_attention(case: AttentionCase, backend: str, part: str, device: Any)
                     seconds=time.perf_counter() - start, **made)
 
 
-def _complaint(kernels: dict[str, int], wanted: dict[str, int], largest: int,
-               scores: int | None) -> str:
+def complaint(kernels: dict[str, int], wanted: dict[str, int], largest: int,
+              scores: int | None) -> str:
+    """What is wrong with a program, "" where nothing is. scores: elements no array may have."""
     wrong = [f"{name} runs {kernels[name]} times, not {count}"
              for name, count in wanted.items() if kernels[name] != count]
     if scores is not None and largest >= scores:
@@ -135,6 +137,7 @@ def _tokamax_for(device: Any) -> Iterator[None]:
     except ImportError:  # not installed, which its refusal will say
         yield
         return
+    prepare_tokamax()
     answer = extend.get_default_device
     extend.get_default_device = lambda: device
     try:

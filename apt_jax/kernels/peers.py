@@ -6,6 +6,9 @@ Imported by name only where asked for: tokamax is optional.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -42,6 +45,7 @@ def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
     """tokamax's Pallas kernel for Hopper (Mosaic GPU)."""
     from tokamax import dot_product_attention
 
+    prepare_tokamax()
     b, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     visible = None
     if key_mask is not None:
@@ -53,6 +57,21 @@ def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
         key_value_seq_lengths=None if visible is None else jnp.maximum(visible, 1),
         implementation="mosaic")
     return _finish(out, queries, key_mask)
+
+
+@functools.cache
+def prepare_tokamax() -> None:
+    """Once: keeps tokamax from reading our command line, and from a page of log for each shape.
+
+    It has absl flags; where nobody has parsed them it parses sys.argv itself, and stops at the first
+    flag of ours. Their defaults are what is wanted.
+    """
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    logging.getLogger("absl").addFilter(
+        lambda record: not record.getMessage().startswith("Autotuning cache miss"))
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, *,

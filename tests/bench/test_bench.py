@@ -1,0 +1,185 @@
+"""The benches: counting kernels in a program, timing, results that go on, the PyTorch twin."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apt_jax.bench import attention, cpu, programs
+from apt_jax.bench.cases import CASES, MARKERS, AttentionCase
+from apt_jax.bench.device_less import Compiled, complaint, count_kernels, table
+from apt_jax.bench.report import Results
+from apt_jax.bench.timing import interleaved, measure
+from apt_jax.cli import main as cli
+from apt_jax.config import load_config
+from apt_jax.kernels.choice import BACKENDS
+from apt_jax.models.mmdit import MMDiTConfig
+
+HLO = """\
+HloModule test, is_scheduled=true
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[], bf16[4,8]) parameter(0)
+  %x = bf16[4,8]{1,0} get-tuple-element(%p), index=1
+  %call.1 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config={name = "apt_flash_forward"}
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %t = (s32[], bf16[4,8]) tuple(%i, %call.1)
+}
+
+%condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %p = (s32[], bf16[4,8]) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (a: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %a = (s32[], bf16[4,8]) parameter(0)
+  %other = bf16[16,8]{1,0} custom-call(%a), custom_call_target="apt_flash_dq"
+  %fusion = bf16[2,2]{1,0} fusion(%a), metadata={op_name="apt_flash_forward"}
+  ROOT %loop = (s32[], bf16[4,8]) while(%a), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"36"}}
+}
+"""
+
+
+def test_kernels_are_counted_as_often_as_loops_turn():
+    counts, largest = count_kernels(HLO, ["apt_flash_forward", "apt_flash_dkv", "apt_flash_dq"])
+    assert counts == {"apt_flash_forward": 36, "apt_flash_dkv": 0, "apt_flash_dq": 1}
+    assert largest == 128
+
+
+def test_what_is_wrong_with_a_program():
+    assert complaint({"a": 1}, {"a": 1}, 99, 100) == ""
+    assert complaint({"a": 0}, {"a": 1}, 99, 100) == "a runs 0 times, not 1"
+    assert "as large as the scores" in complaint({"a": 1}, {"a": 1}, 100, 100)
+    row = Compiled("case", "pallas", "forward", "H100", {"a": 0}, {"a": 1}, 9, 10, 0, 1.0, "bad")
+    assert not row.passes and "FAILS: bad" in table([row])
+
+
+def test_every_fast_backend_has_markers_and_every_case_is_whole():
+    assert set(MARKERS) == set(BACKENDS) - {"auto", "oracle"}
+    for case in CASES.values():
+        assert case.flops["forward"] == 4 * (
+            case.batch * case.heads * case.queries * case.keys * case.head_dim)
+        assert len(case.abstract()) == (3 if case.hidden is None else 4)
+
+
+@pytest.mark.parametrize("program, remat, wanted", [
+    ("one-step inference", "full", (36, 0)),
+    ("D step", "full", (108, 36)), ("D step", "attention", (72, 36)),
+    ("G step", "full", (144, 72)), ("G step", "none", (72, 72)),
+])
+def test_expected_kernels_of_the_8b_programs(program, remat, wanted):
+    config = load_config("configs/seaweed_8b_video.py", [f"--config.model.remat={remat}"])
+    forwards, backwards = wanted
+    assert programs.expected_kernels(program, config, "pallas") == {
+        "apt_flash_forward": forwards, "apt_flash_dkv": backwards, "apt_flash_dq": backwards}
+    assert programs.expected_kernels(program, config, "tokamax") == {
+        "mosaic_gpu": forwards + 2 * backwards}
+
+
+def test_timing_finds_the_median_of_waited_calls():
+    timing = measure(lambda s: s, [(0.002,), (0.002,)], time.sleep, seconds=0.05)
+    # many calls share one wait, as asynchronous calls of a device do
+    assert timing.samples >= 3 and timing.low <= timing.median <= timing.high
+    slow = measure(lambda: time.sleep(0.06), [()], lambda _: None, seconds=0.2)
+    assert 0.06 <= slow.median < 0.12 and 0 <= slow.spread < 1
+
+
+def test_contenders_take_turns():
+    order = []
+    found = interleaved({name: ((lambda n=name: (order.append(n), time.sleep(0.06))), [()],
+                                lambda _: None) for name in "ab"}, rounds=2, seconds=0.1)
+    runs = "".join(order)
+    assert set(found) == {"a", "b"} and "".join(sorted(set(runs))) == "ab"
+    assert runs.index("b") < runs.rindex("a")
+
+
+def test_results_go_on_where_they_stopped_but_not_on_other_hardware(tmp_path):
+    path = tmp_path / "deep" / "rows.json"
+    first = Results(path, "H100")
+    first.add("a/forward", {"median": 1.0})
+    written = json.loads(path.read_text())
+    assert written["device"] == "H100" and written["versions"]["jax"] == jax.__version__
+    assert "a/forward" in Results(path, "H100") and "b" not in Results(path, "H100")
+    assert "a/forward" not in Results(path, "H200")
+
+
+def test_attention_is_timed_and_refusals_are_kept(tmp_path):
+    case = AttentionCase("tiny", 20, 20, 1, 8, hidden=3, dtype="float32")
+    results, lines = Results(tmp_path / "rows.json", "cpu"), []
+    attention.run([case], ["oracle", "pallas", "cudnn", "torch"], results, seconds=0.02,
+                  tell=lines.append)
+    assert len(results.rows) == 8 == len(lines)
+    for backend in ("oracle", "pallas"):
+        for part in ("forward", "gradient"):
+            row = results.rows[f"tiny/{part}/{backend}"]
+            assert row["median"] > 0 and row["tflops"] > 0
+    assert "NVIDIA GPU" in results.rows["tiny/forward/cudnn"]["skipped"]
+    lines.clear()
+    attention.run([case], ["oracle"], Results(tmp_path / "rows.json", "cpu"), tell=lines.append)
+    assert lines == []  # nothing is measured twice
+
+
+SMALL = dict(width=32, depth=2, heads=2, head_dim=16, rope_axes=(4, 6, 6), text_width=24)
+
+
+@pytest.mark.parametrize("modulation", ["shared", "per_block"])
+def test_the_pytorch_twin_computes_the_same(modulation):
+    pytest.importorskip("torch")
+    case = cpu.CpuCase(MMDiTConfig(**SMALL, modulation=modulation), 2, (2, 4, 6), 5)
+    for part in ("forward", "train"):
+        made = cpu.contenders(case, part, ["apt_jax", "torch eager"])  # raises where they differ
+        assert list(made) == ["apt_jax", "torch eager"]
+
+
+def test_the_twins_take_the_same_training_steps():
+    """The losses of three steps on different batches: the updates agree, not only the first value."""
+    pytest.importorskip("torch")
+    case = cpu.CpuCase(MMDiTConfig(**SMALL), 2, (1, 4, 4), 5)
+    made = cpu.contenders(case, "train", ["apt_jax", "torch eager"])
+    losses = [[float(np.asarray(call(*sets[i % 3]))) for i in range(1, 5)]
+              for call, sets, _ in made.values()]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_twin_that_differs_is_an_error(monkeypatch):
+    pytest.importorskip("torch")
+    case = cpu.CpuCase(MMDiTConfig(**SMALL), 1, (1, 4, 4), 3)
+    monkeypatch.setattr(cpu, "AGREE", 0.0)
+    with pytest.raises(cpu.UserError, match="disagree"):
+        cpu.contenders(case, "forward", ["apt_jax", "torch eager"])
+
+
+def test_the_large_network_has_100m_parameters():
+    from apt_jax.models.mmdit import MMDiT
+    from apt_jax.nn.functional import Network
+
+    net = Network.build(lambda rngs: MMDiT(cpu.CASES["mmdit_100m"].config, rngs=rngs))
+    assert 95e6 < net.parameter_count() < 120e6
+
+
+def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
+    out = tmp_path / "rows.json"
+    code = cli.main(["bench", "forward", "--config", "configs/demo_image.py", "--seconds", "0.02",
+                     "--json", str(out), "--config.model.depth=1", "--config.mesh.fsdp=1",
+                     "--config.mesh.replica=8"])
+    assert code == 0, capsys.readouterr().err
+    (row,) = json.loads(out.read_text())["rows"].values()
+    assert row["median"] > 0 and row["tflop"] > 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["attention", "--cases", "16kk"], "did you mean '16k'"),
+    (["attention", "--backends", "flash"], "--backends 'flash' is unknown"),
+    (["cpu", "--models", "huge"], "known: demo, mmdit_100m"),
+    (["forward"], "needs --config"),
+    (["train", "--config", "configs/demo_image.py"], "--device-less"),
+])
+def test_wrong_requests_are_one_line(capsys, arguments, words):
+    assert cli.main(["bench", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1

@@ -1,0 +1,84 @@
+"""Compiles for H100 and TPUs that are not there (make test-plan). Each command has its own process:
+the compilers read their flags once, and tests/conftest.py sets flags for another purpose."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MESH = ["--config.mesh.replica=1", "--config.mesh.fsdp=1"]
+VIDEO_8B = ["--config", "configs/seaweed_8b_video.py"]
+
+pytestmark = pytest.mark.plan
+
+
+def has(*modules: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in modules)
+
+
+needs_cuda = pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+needs_tpu = pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
+
+
+def bench(tmp_path, *arguments: str) -> dict[str, dict]:
+    """Runs `apt-jax bench ... --device-less`, which must succeed; its rows."""
+    out = tmp_path / "rows.json"
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "apt_jax", "bench", *arguments, "--device-less", "--json", str(out)],
+        cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert rows and all(row["passes"] and row["kernels"] == row["wanted"] for row in rows.values())
+    return rows
+
+
+def gpu_backends() -> list[str]:
+    return ["pallas", "cudnn"] + (["tokamax"] if has("tokamax") else [])
+
+
+@needs_cuda
+def test_attention_compiles_for_h100_by_every_gpu_kernel(tmp_path):
+    rows = bench(tmp_path, "attention", "--topology", "h100:1x1", "--backends", *gpu_backends())
+    assert len(rows) == 8 * 2 * len(gpu_backends())
+    ours = rows["8b_720p_joint/gradient/pallas"]
+    assert ours["kernels"] == {"apt_flash_forward": 1, "apt_flash_dkv": 1, "apt_flash_dq": 1}
+    # q, k, v are read as they lie: no copy of them, only delta and one gradient beside the results
+    assert ours["temporary_bytes"] < 300 * 2**20
+
+
+@needs_cuda
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_the_8b_one_step_forward_runs_each_kernel_36_times(tmp_path, gpus):
+    rows = bench(tmp_path, "forward", *VIDEO_8B, "--topology", f"h100:1x{gpus}", *MESH,
+                 f"--config.mesh.context={gpus}", "--backends", *gpu_backends())
+    assert len(rows) == len(gpu_backends())
+    for row in rows.values():
+        assert max(row["kernels"].values()) == 36
+        assert row["largest"] < 46_800**2
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("remat, forwards", [("full", (108, 144)), ("attention", (72, 72))])
+def test_the_8b_train_steps_run_the_kernels_they_should(tmp_path, remat, forwards):
+    rows = bench(tmp_path, "train", *VIDEO_8B, "--topology", "h100:1x8", "--config.mesh.replica=1",
+                 "--config.mesh.fsdp=2", "--config.mesh.context=4", f"--config.model.remat={remat}",
+                 "--backends", "pallas")
+    steps = {row["part"]: row["kernels"] for row in rows.values()}
+    assert [steps[name]["apt_flash_forward"] for name in ("D step", "G step")] == list(forwards)
+    assert [steps[name]["apt_flash_dkv"] for name in ("D step", "G step")] == [36, 72]
+
+
+@needs_tpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_splash_attention_compiles_for_tpus(tmp_path, topology):
+    rows = bench(tmp_path, "attention", "--topology", topology)
+    assert {row["backend"] for row in rows.values()} == {"splash"} and len(rows) == 16
