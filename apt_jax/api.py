@@ -130,8 +130,10 @@ class Generator:
                  scope: Scope | None = None):
         """scope: how samples lie on a mesh (`parallel.context.on_mesh`), None for one device."""
         self.model = model
-        self.latents = (LatentSpace(Path(base), model["dtype"])
-                        if base is not None and model["in_channels"] != 3 else None)
+        self.latents = None
+        if base is not None and model["in_channels"] != 3:
+            self.latents = LatentSpace(Path(base), model["dtype"],
+                                       devices=scope and scope.mesh.devices)
         self.config = config if config is not None else base_config()
         self.source, self.weights = source, weights
         # The kernel is the machine's matter: weights trained with one go with any.

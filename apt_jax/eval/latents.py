@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from apt_jax.errors import UserError
 from apt_jax.eval.progress import Progress
@@ -30,14 +31,19 @@ class LatentSpace:
     Attributes: base, the component folder; dtype, of the VAE's and the text encoder's computation.
     """
 
-    def __init__(self, base: Path, dtype: str, tiling: Tiling | None = None):
+    def __init__(self, base: Path, dtype: str, *, tiling: Tiling | None = None,
+                 devices: np.ndarray | None = None):
+        """devices: those of a mesh, all of which then decode one clip, each a part of its height."""
         self.base, self.dtype, self.tiling = base, dtype, tiling
+        self._mesh = None
+        if devices is not None:
+            self._mesh = Mesh(devices.reshape(-1), ("rows",), axis_types=(AxisType.Auto,))
 
     @functools.cached_property
     def decoder(self) -> FrameDecoder:
         vae, params = load_vae(self.base, self.dtype)
-        params.pop("encoder")  # half of the memory
-        return FrameDecoder(vae, params, tiling=self.tiling)
+        del params["encoder"]  # half of the memory
+        return FrameDecoder(vae, params, tiling=self.tiling, mesh=self._mesh, axis="rows")
 
     @functools.cached_property
     def text_encoder(self) -> Any:

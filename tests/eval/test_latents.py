@@ -85,6 +85,15 @@ def test_a_sample_is_the_decoded_latent(generator):
     assert samples.frames.std() > 10
 
 
+def test_on_a_mesh(generator, base):
+    """The network over context, the VAE over the rows of all devices: the same pictures."""
+    spread = api.load(base, mesh={"context": 4, "fsdp": 2})
+    spread.latents.text_encoder = Encoder()
+    size = dict(seed=3, frames=3, height=16, width=24)
+    there, here = (g.sample("cat", **size).frames.astype(int) for g in (spread, generator))
+    assert np.abs(there - here).max() <= 1
+
+
 def test_the_command_line(generator, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(LatentSpace, "text_encoder", Encoder())
     code = cli.main(["sample", "--checkpoint", str(base), "--prompt", "cat", "--frames", "1",

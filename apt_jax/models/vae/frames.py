@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.errors import UserError
 from apt_jax.models.vae.model import VAE
@@ -38,7 +38,10 @@ class FrameDecoder:
             raise UserError("a decoder cannot cut into tiles and split over a mesh at once; leave "
                             "out one of the two")
         self.vae, self.batch, self.chunk = vae, batch, chunk
-        self.params = jax.jit(vae.cast)(params)
+        # On a mesh every device gets the parameters and gives all frames.
+        self._place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+        placed = {} if mesh is None else {"out_shardings": self._place}
+        self.params = jax.jit(vae.cast, **placed)(params)
         self._streams = tiling is None and mesh is None
         whole = (partial(decode_sharded, vae, mesh=mesh, axis=axis) if mesh is not None
                  else partial(vae.decode, tiling=tiling))
@@ -56,7 +59,7 @@ class FrameDecoder:
             y, caches = vae.decode_step(params)(z, caches)
             return *finish(y), caches
 
-        self._at_once = jax.jit(at_once)
+        self._at_once = jax.jit(at_once, **placed)
         self._step = jax.jit(step, donate_argnums=2)  # each chunk's caches take the last one's place
 
     def frame_shape(self, latents: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -79,7 +82,8 @@ class FrameDecoder:
         for start in range(0, len(latents), self.batch):
             z = latents[start : start + self.batch]
             missing = self.batch - len(z) if start else 0  # the last batch reuses the program
-            z = jnp.asarray(np.concatenate([z, np.repeat(z[-1:], missing, axis=0)]))
+            z = np.concatenate([z, np.repeat(z[-1:], missing, axis=0)])
+            z = jax.device_put(z, self._place)
             count, at = len(z) - missing, 0
             for frames, broken in self._parts(z):
                 if broken:
