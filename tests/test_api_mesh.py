@@ -1,0 +1,57 @@
+"""Sampling on eight devices gives what one gives."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import apt_jax
+from apt_jax.cli import main as cli
+from apt_jax.eval.generate import sample_noise
+
+PROMPTS = ["red heart", "cat face", "red apple"]  # three: no batch axis divides them
+
+
+@pytest.fixture(scope="module")
+def one():
+    return apt_jax.load("bundled:base")
+
+
+def draw(generator, text, mask):
+    """One step of the generator in float32, [N, F, H, W, C]."""
+    z = sample_noise(0, np.arange(len(text)), (1, 16, 16, 3))
+
+    @jax.jit
+    def run(params, z, text, mask):
+        return z - generator.network(params, z, np.ones(len(text), np.float32), text, mask)
+
+    return np.asarray(run(generator.params, z, text, mask))
+
+
+@pytest.mark.parametrize("mesh", [{"context": 8}, {"fsdp": 4, "context": 2}])
+def test_samples_are_those_of_one_device(mesh, one):
+    eight = apt_jax.load("bundled:base", mesh=mesh)
+    leaf = eight.params["backbone"]["blocks"]["video"]["mlp"]["up"]["kernel"]
+    assert leaf.addressable_shards[0].data.size < leaf.size
+    text, mask = one.encode(PROMPTS)
+    found, want = draw(eight, text, mask), draw(one, text, mask)
+    assert np.abs(found - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_the_command_takes_the_mesh_flags_of_train(tmp_path, capsys):
+    command = ["sample", "--checkpoint", "bundled:base", "--prompt", "red heart", "--count", "2",
+               "--frames", "1"]
+    assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
+    assert cli.main([*command, "--out", str(tmp_path / "eight"), "--config.mesh.context=4"]) == 0
+    names = [path.name for path in sorted((tmp_path / "one").glob("0*.png"))]
+    assert len(names) == 2
+    for name in names:
+        a, b = (np.asarray(Image.open(tmp_path / d / name), np.int32) for d in ("one", "eight"))
+        assert np.abs(a - b).max() <= 1  # a value on the edge of rounding may fall to either side
+    assert json.loads((tmp_path / "eight" / "sample.json").read_text())["seed"] == 0
+    assert cli.main([*command, "--config.mesh.tensor=3"]) == 2
+    assert "the nearest size that works" in capsys.readouterr().err
+    assert cli.main([*command, "--config.train.steps=3"]) == 2
+    assert "but those of mesh" in capsys.readouterr().err
