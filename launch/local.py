@@ -7,8 +7,8 @@
 Every process gets APT_JAX_COORDINATOR, APT_JAX_PROCESSES and APT_JAX_PROCESS, from which
 `apt-jax train` finds the others. Its lines are shown with its number before them. When one process
 fails, the others, which wait for it in vain, are stopped and all are started again, up to
---restarts times: training goes on from the last checkpoint. SIGTERM and SIGINT are passed on; all
-processes then save the same step and leave. Needs no package beside Python's own.
+--restarts times: training goes on from the last checkpoint. SIGTERM, or Ctrl-C, makes all processes
+save the same step and leave; a second one ends them at once. Needs no package beside Python's own.
 
 GPUs: with --gpus each process gets its share of CUDA_VISIBLE_DEVICES (or of --gpus N of them).
 """
@@ -127,14 +127,14 @@ def main() -> int:
     def pass_on(number, _frame):
         asked.append(number)
         if job is not None:
-            job.send(number if len(asked) == 1 else signal.SIGKILL)
+            job.send(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     for attempt in range(args.restarts + 1):
         job = Job(args)
-        for number in asked:  # one that came while the job was being started
-            job.send(number)
+        if asked:  # it came while the job was being started
+            job.send(signal.SIGTERM)
         status = job.wait()
         if status == 0 or asked:
             return status

@@ -181,3 +181,27 @@ def test_a_sharded_layer_is_gathered_whole_and_its_gradient_scattered():
         lambda p, x: (run_stack(nnx.merge(graph, p), lambda b, x: jnp.tanh(b(x)), x,
                                 depth=3)[0]**2).sum())(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_activations_shrink_with_the_context():
+    """A stack's gradient on eight devices keeps little more than an eighth of each block's values;
+    a stream that eight does not divide is cut too."""
+    from flax import nnx
+
+    from apt_jax.nn.linear import MLP
+    from apt_jax.nn.stack import run_stack, stack
+
+    graph, state = nnx.split(stack(lambda r: MLP(8, 8, dtype=jnp.float32, rngs=r), 6, nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (1, 1000 - 3, 8))
+
+    def program(scope):
+        def loss(x):
+            with entered(scope):
+                out, _ = run_stack(nnx.merge(graph, state), lambda mlp, x: x + mlp(x), x, depth=6)
+            return (out**2).sum()
+        return jax.jit(jax.grad(loss)).lower(x).compile()
+
+    one, eight = program(None), program(ContextParallel(mesh_of(context=8)))
+    sizes = [p.memory_analysis().temp_size_in_bytes for p in (one, eight)]
+    assert sizes[1] < sizes[0] / 6, sizes
+    close(eight(x), one(x))
