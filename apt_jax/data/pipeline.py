@@ -237,7 +237,9 @@ def _frames_of(bucket: manifests.Bucket, frames: Sequence[int], stride: int) -> 
 class _Steps:
     """grain source: item number `step` is this process's part of that step's batch."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, process_index: int, process_count: int):
+    def __init__(self, dataset: Dataset, plan: Plan, process_index: int, process_count: int,
+                 multiple: int = 1):
+        self._multiple = multiple
         self._dataset, self._plan = dataset, plan
         self._process_index, self._process_count = process_index, process_count
         self._dropped = functools.lru_cache(maxsize=4)(
@@ -252,8 +254,10 @@ class _Steps:
     def __getitem__(self, step: int) -> dict:
         epoch, _ = self._plan.position(step)
         planned = self._plan.batch(step)
-        local = len(planned.records) // self._process_count
-        part = planned.records[self._process_index * local : (self._process_index + 1) * local]
+        empty = np.full(-len(planned.records) % self._multiple, PADDING, np.int64)
+        records = np.concatenate([planned.records, empty])
+        local = len(records) // self._process_count
+        part = records[self._process_index * local : (self._process_index + 1) * local]
         return self.assemble(planned.bucket, part, self._dropped(epoch))
 
     def assemble(self, bucket: int, numbers: np.ndarray, dropped: np.ndarray) -> dict:
@@ -300,6 +304,7 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    multiple: int = 1,
     threads: int = 2,
     prefetch: int = 2,
 ) -> Iterator[dict]:
@@ -308,20 +313,22 @@ def batches(
     Each item is a dict of numpy arrays: "x" float32 [B, F, H, W, 3] in [-1, 1] (of latents:
     [B, F, H, W, C] as the VAE's encoder normalises them), "text" float32
     [B, L, D], "text_mask" bool [B, L], "loss_mask" float32 [B] (0: padding), "index" int32 [B]
-    (-1: padding), with B = batch_size / process_count; F, H, W change from bucket to bucket.
+    (-1: padding), with B = batch_size / process_count; multiple fills every batch up with padding
+    to a size that it divides, so that any number of devices can share it. F, H, W change from bucket to bucket.
     clip_batch_size replaces batch_size for clips (frames > 1) where it is not 0: clips have more
     tokens, and a smaller batch of them keeps the steps alike in cost.
     batch_size, seed and step decide the global batch alone; threads and prefetch only the speed.
     """
     import grain
 
-    if batch_size % process_count or clip_batch_size % process_count:
+    if any(-(-size // multiple) * multiple % process_count
+           for size in (batch_size, clip_batch_size)):
         raise UserError(
             f"train.batch_size {batch_size} (clips: {clip_batch_size or batch_size}) cannot be "
             f"shared by {process_count} processes; make it a multiple"
         )
     plan = plan_of(dataset, batch_size, seed, clip_batch_size)
-    source = _Steps(dataset, plan, process_index, process_count)
+    source = _Steps(dataset, plan, process_index, process_count, multiple)
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0
     )

@@ -12,6 +12,7 @@ import collections
 import logging
 import os
 import pathlib
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -174,6 +175,13 @@ class RayEngine:
         self._idle.append(actor)
 
 
+def _knock(address: str) -> None:
+    """OSError at once where nothing listens: Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[-300:]
 
@@ -183,6 +191,7 @@ def _connect(ray: Any, address: str, workers: int) -> None:
     quiet = {"log_to_driver": False, "configure_logging": False}
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **quiet)
         else:
             cpus = max(workers, os.cpu_count() or 1)

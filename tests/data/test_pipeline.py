@@ -86,6 +86,22 @@ def test_clips_may_have_their_own_batch_size(mixed):
     assert sorted(found) == list(range(mixed.records))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_batch_no_fleet_divides_is_filled_up_and_no_record_lost(mixed, processes):
+    steps = plan_of(mixed, 14, 7).batches_per_epoch
+    found = []
+    for process in range(processes):
+        part = take(mixed, steps, batch_size=14, multiple=8, process_index=process,
+                    process_count=processes)
+        assert all(len(b["index"]) == 16 // processes for b in part)
+        found += numbers(part)
+    assert sorted(found) == list(range(mixed.records))
+    (alone,) = take(mixed, 1, batch_size=14)
+    (filled,) = take(mixed, 1, batch_size=14, multiple=8)
+    np.testing.assert_array_equal(filled["x"][:14], alone["x"])
+    assert filled["loss_mask"].tolist() == [1.0] * 14 + [0.0] * 2
+
+
 def test_padding_is_masked_and_never_dropped(mixed):
     steps = plan_of(mixed, 100, 7).batches_per_epoch
     padded = 0

@@ -100,6 +100,13 @@ def test_an_interrupted_run_on_ray_goes_on_here(cluster, local, tmp_path, monkey
     assert len(calls(log)) == shards - 4  # those of the first run were kept
 
 
+def test_no_cluster_at_the_address_is_one_line():
+    from apt_jax.data import ray_engine
+
+    with pytest.raises(UserError, match="no Ray cluster at 127.0.0.1:1 .*ray start --head"):
+        ray_engine._connect(ray, "127.0.0.1:1", 0)
+
+
 class Deadly(tiny.PoolCodec):
     """Ends every worker that encodes with it."""
 
