@@ -4,12 +4,13 @@
 
 The launch scripts export them and `apt-jax plan` compiles with them, so that what was planned is what
 runs. Flags come and go between XLA versions, and an unknown one in XLA_FLAGS aborts the process;
-`check_flags` asks the installed one.
+`check.unknown_flags` asks the installed one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def _value(text: str) -> Any:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
-def environment_value(platform: str) -> str:
+def environment_value(platform: str, without: Collection[str] = ()) -> str:
     """What to put into XLA_FLAGS (gpu) or LIBTPU_INIT_ARGS (tpu)."""
-    return " ".join(f"--{name}={value}" for name, value in platform_flags(platform).items())
+    return " ".join(f"--{name}={value}" for name, value in platform_flags(platform).items()
+                    if name not in without)

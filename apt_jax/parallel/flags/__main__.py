@@ -1,16 +1,38 @@
-"""Print a platform's flags on one line: python -m apt_jax.parallel.flags gpu"""
+"""Print a platform's flags on one line.
 
+    python -m apt_jax.parallel.flags gpu            what to put into XLA_FLAGS (tpu: LIBTPU_INIT_ARGS)
+    python -m apt_jax.parallel.flags gpu --known    only those that the installed XLA knows
+    python -m apt_jax.parallel.flags gpu --check    status 2 if it lacks one
+"""
+
+import argparse
 import sys
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.flags import environment_value
+from apt_jax.parallel.flags import environment_value, platform_flags
+from apt_jax.parallel.flags.check import unknown_flags
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m apt_jax.parallel.flags", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("platform", help="gpu or tpu")
+    asks = parser.add_mutually_exclusive_group()
+    asks.add_argument("--known", action="store_true")
+    asks.add_argument("--check", action="store_true")
+    args = parser.parse_args(arguments)
     try:
-        if len(arguments) != 1:
-            raise UserError("give one platform: gpu or tpu")
-        print(environment_value(arguments[0]))
+        flags = platform_flags(args.platform)
+        unknown = unknown_flags(args.platform) if args.known or args.check else []
+        if args.check and unknown:
+            raise UserError(f"the installed XLA does not know {', '.join(unknown)}; take "
+                            f"{'them' if len(unknown) > 1 else 'it'} out of {args.platform}.txt")
+        if args.check:
+            print(f"the installed XLA knows all {len(flags)} flags of {args.platform}")
+            return 0
+        for name in unknown:
+            print(f"flags: left out {name}: the installed XLA does not know it", file=sys.stderr)
+        print(environment_value(args.platform, without=unknown))
     except UserError as error:
         print(f"flags: {error}", file=sys.stderr)
         return 2

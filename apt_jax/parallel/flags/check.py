@@ -1,0 +1,64 @@
+"""Which flags the installed XLA does not know, asked of itself in a process of its own.
+
+No accelerator is needed: jaxlib parses the flags of GPUs on a CPU too, and libtpu reads its own
+when it describes a slice that is not there. Either ends the process at the first flag it does not
+know and names it, hence the process and the repetition.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from apt_jax.errors import UserError
+from apt_jax.parallel.flags import PLATFORMS, platform_flags
+
+_VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
+_ASK = {
+    "gpu": "import jax; jax.devices('cpu')",
+    "tpu": "from jax.experimental import topologies as t; "
+           "t.get_topology_desc(platform='tpu', topology_name='v5e:2x2')",
+}
+_UNKNOWN = re.compile(r"[Uu]nknown (?:command line )?flags? (?:in XLA_FLAGS: )?'?(?:--)?(xla_\w+)")
+_SECONDS = 300
+
+
+def unknown_flags(platform: str, flags: Mapping[str, str] | None = None) -> list[str]:
+    """Names of the flags that the installed jaxlib ("gpu", "cuda") or libtpu ("tpu") lacks.
+
+    Args:
+      flags: {"xla_...": "value"}; default: those of the platform's file.
+
+    Raises:
+      UserError: no libtpu, or it fails for another reason.
+    """
+    left = dict(platform_flags(platform) if flags is None else flags)
+    platform = PLATFORMS[platform]
+    if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError("only libtpu knows its flags; run: pip install 'apt_jax[plan]'")
+    unknown: list[str] = []
+    while message := _ask(platform, left):
+        found = _UNKNOWN.search(message)
+        if found is None or found.group(1) not in left:
+            last = message.strip().splitlines()[-1:] or ["nothing"]
+            raise UserError(f"XLA does not take the flags of {platform} and says: {last[0][:200]}")
+        unknown.append(found.group(1))
+        del left[found.group(1)]
+    return unknown
+
+
+def _ask(platform: str, flags: Mapping[str, str]) -> str:
+    """"" where XLA takes them all, else what it wrote to stderr."""
+    env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
+               TPU_ACCELERATOR_TYPE="v5p-8", TPU_WORKER_HOSTNAMES="localhost",
+               TF_CPP_MIN_LOG_LEVEL="0")
+    for name in _VARIABLE.values():
+        env.pop(name, None)
+    env[_VARIABLE[platform]] = " ".join(f"--{name}={value}" for name, value in flags.items())
+    done = subprocess.run([sys.executable, "-c", _ASK[platform]], env=env, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS)
+    return "" if done.returncode == 0 else done.stderr or f"status {done.returncode}"

@@ -1,0 +1,59 @@
+"""The installed XLA knows every flag that the launch scripts export."""
+
+import importlib.util
+
+import pytest
+
+from apt_jax.errors import UserError
+from apt_jax.parallel import flags
+from apt_jax.parallel.flags import check
+from apt_jax.parallel.flags.__main__ import main
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+def test_jaxlib_knows_the_flags_of_gpus():
+    assert check.unknown_flags("gpu") == []
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu")
+def test_libtpu_knows_the_flags_of_tpus():
+    assert check.unknown_flags("tpu") == []
+    assert check.unknown_flags("tpu", {"xla_tpu_enable_async_collective_fusion": "true",
+                                       "xla_tpu_nonsense": "1"}) == ["xla_tpu_nonsense"]
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_libtpu_one_line_says_so():
+    with pytest.raises(UserError, match="pip install"):
+        check.unknown_flags("tpu")
+
+
+def test_unknown_flags_are_named_and_can_be_left_out(monkeypatch, capsys):
+    """Two among two that are known: all are found, whatever their order."""
+    made_up = {"xla_gpu_a_b": "1", "xla_gpu_enable_latency_hiding_scheduler": "true",
+               "xla_gpu_c_d": "x", "xla_gpu_enable_pipelined_all_gather": "true"}
+    monkeypatch.setattr(flags, "platform_flags", lambda platform: made_up)
+    monkeypatch.setattr(check, "platform_flags", lambda platform: made_up)
+    assert main(["gpu", "--check"]) == 2
+    said = capsys.readouterr().err
+    assert "xla_gpu_a_b" in said and "xla_gpu_c_d" in said and "latency" not in said
+    assert main(["gpu", "--known"]) == 0
+    out, said = capsys.readouterr()
+    assert out == ("--xla_gpu_enable_latency_hiding_scheduler=true "
+                   "--xla_gpu_enable_pipelined_all_gather=true\n")
+    assert said.count("left out") == 2
+
+
+def test_a_value_that_xla_refuses_is_told():
+    with pytest.raises(UserError, match="does not take the flags of gpu"):
+        check.unknown_flags("gpu", {"xla_gpu_enable_latency_hiding_scheduler": "perhaps"})
+
+
+def test_the_command_prints_one_line(capsys):
+    assert main(["tpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.split()[0].startswith("--xla_") and "#" not in out
+    assert main(["abacus"]) == 2
+    assert "use gpu or tpu" in capsys.readouterr().err
