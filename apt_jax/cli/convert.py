@@ -19,6 +19,8 @@ EXAMPLES = """\
   apt-jax convert import --source Wan-AI/Wan2.1-T2V-1.3B-Diffusers --to ckpt/wan13b
   apt-jax convert export --checkpoint runs/apt_video --to ./wan13b-one-step
   apt-jax convert export --checkpoint runs/apt_video --to ./raw --weights raw --dtype bfloat16
+  apt-jax convert import --source ./Wan2.1-T2V-1.3B-Diffusers --lora style.safetensors --to ckpt/x
+  apt-jax convert export --checkpoint runs/apt_lora --adapters --to ./wan13b-one-step-lora
 """
 
 
@@ -35,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", metavar="PATH",
         help="a diffusers folder (a pipeline, or a transformer alone), or a hub id like org/name")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
+    add("--lora", metavar="FILE",
+        help="merge this LoRA (diffusers' format) into the transformer")
+    add("--lora-scale", type=float, default=1.0, metavar="S",
+        help="how strongly --lora is merged (default: 1)")
     add = parser.add_argument_group("export").add_argument
     add("--checkpoint", metavar="PATH", help="a run folder, a component folder, a weights folder")
     add("--weights", choices=("ema", "raw"), default="ema",
@@ -43,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the component folder with the other components (default: where the run began)")
     add("--dtype", choices=("source", "float32", "bfloat16", "float16"), default="source",
         help="of the tensors written (default: source, as the base's were)")
+    add("--adapters", action="store_true",
+        help="of a run with lora.rank: write its LoRA alone, for pipe.load_lora_weights (default: "
+             "a pipeline with it merged)")
     add("--two-step-time", type=float, metavar="T",
         help="t between two steps, fixed by the scheduler's shift (default: the run's "
              "sample.two_step_time)")
@@ -62,19 +71,28 @@ def run(args: argparse.Namespace) -> int:
         if not args.source:
             raise UserError("apt-jax convert import needs --source; give a diffusers folder or a "
                             "hub id")
-        if args.checkpoint:
-            raise UserError("--checkpoint is of apt-jax convert export; import takes --source")
+        if args.checkpoint or args.adapters:
+            raise UserError("--checkpoint and --adapters are of apt-jax convert export; import "
+                            "takes --source")
         from apt_jax.convert.importing import import_folder
 
         import_folder(args.source, args.to, revision=args.revision, overwrite=args.overwrite,
-                      copy=args.copy, say=say)
+                      copy=args.copy, lora=args.lora, lora_scale=args.lora_scale, say=say)
     else:
         if not args.checkpoint:
             raise UserError("apt-jax convert export needs --checkpoint; give a run folder")
-        if args.source:
-            raise UserError("--source is of apt-jax convert import; export takes --checkpoint")
+        if args.source or args.lora:
+            raise UserError("--source and --lora are of apt-jax convert import; export takes "
+                            "--checkpoint")
         if args.shard_gb <= 0:
             raise UserError(f"--shard-gb {args.shard_gb} must be above 0")
+        if args.adapters:
+            from apt_jax.convert.adapters import export_adapters
+
+            export_adapters(args.checkpoint, args.to, weights=args.weights,
+                            overwrite=args.overwrite, command=_command(args))
+            print(f"wrote {args.to}")
+            return 0
         from apt_jax.convert.exporting import export_folder
 
         export_folder(args.checkpoint, args.to, weights=args.weights, base=args.base,
@@ -89,6 +107,7 @@ def _command(args: argparse.Namespace) -> str:
     """The command for the model card: the flags that change the result."""
     words = ["apt-jax", "convert", "export", "--checkpoint", args.checkpoint, "--to", args.to,
              "--weights", args.weights, "--dtype", args.dtype]
+    words += ["--adapters"] * args.adapters
     for flag, value in (("--base", args.base), ("--two-step-time", args.two_step_time)):
         if value is not None:
             words += [flag, str(value)]

@@ -27,7 +27,7 @@ _STAGES = {"pretrain": "flow matching", "consistency": "consistency distillation
 def model_card(name: str, family: Family, *, base: Mapping[str, Any], stages: Sequence[Any],
                weights: str, command: str, two_step_time: float, dtype: str,
                pipeline: bool = True) -> str:
-    """The card as Markdown.
+    """The card of an exported pipeline or transformer, as Markdown.
 
     Args:
       base: "source" of the base's component folder: hub or folder, revision, licence.
@@ -37,22 +37,44 @@ def model_card(name: str, family: Family, *, base: Mapping[str, Any], stages: Se
       two_step_time: t between two steps, as the scheduler has it.
       pipeline: the folder is a whole pipeline, not a transformer alone.
     """
-    licence = base.get("licence", "unknown")
+    origin = _origin(base)
+    what = (f"A one-step generator trained from {origin}." if stages else
+            f"The weights of {origin}, unchanged, under a one-step scheduler.")
+    usage = _usage(name, family, stages, two_step_time, pipeline)
+    return _card(name, family, base, stages, what, usage, weights, dtype, command)
+
+
+def lora_card(name: str, family: Family, *, base: Mapping[str, Any], stages: Sequence[Any],
+              weights: str, command: str) -> str:
+    """The card of an exported LoRA; arguments as for `model_card`."""
+    what = f"A LoRA of rank {stages[0].lora.rank} that makes {_origin(base)} a one-step generator."
+    usage = [
+        "## Use", "", "```python", "from diffusers import FlowMatchEulerDiscreteScheduler", "",
+        f"# pipe: a {family.pipeline} of the base", f'pipe.load_lora_weights("{name}")',
+        "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)", "```", "",
+        "Then one inference step, without guidance. Its scale is in the weights: adapter scale 1.",
+        ""]
+    return _card(name, family, base, stages, what, usage, weights, "float32", command)
+
+
+def _origin(base: Mapping[str, Any]) -> str:
     # Of a local folder only the name: the card is read elsewhere.
     origin = base.get("hub") or Path(base.get("folder") or "an unnamed base").name
+    return origin + (f", revision {base['revision']}" if base.get("revision") else "")
+
+
+def _card(name: str, family: Family, base: Mapping[str, Any], stages: Sequence[Any], what: str,
+          usage: Sequence[str], weights: str, dtype: str, command: str) -> str:
+    licence = base.get("licence", "unknown")
     front = ["---", f"license: {licence}" if licence != "unknown" else "license: other",
              "library_name: diffusers", f"pipeline_tag: {family.task}", "tags:", "- one-step",
              "- apt"]
     if base.get("hub"):
         front.append(f"base_model: {base['hub']}")
-    front.append("---")
-    revision = f", revision {base['revision']}" if base.get("revision") else ""
-    lines = [
-        *front, "", f"# {name}", "",
-        f"A one-step generator trained from {origin}{revision}." if stages else
-        f"The weights of {origin}{revision}, unchanged, under a one-step scheduler.",
-        "", *_usage(name, family, stages, two_step_time, pipeline), "## How it was made", "",
-    ]
+    if base.get("lora"):
+        what += (f" The LoRA {Path(base['lora']['file']).name} was merged into the base, "
+                 f"{base['lora']['scale']:g} times.")
+    lines = [*front, "---", "", f"# {name}", "", what, "", *usage, "## How it was made", ""]
     for config in reversed(stages):
         lines.append(f"- {_STAGES[config.stage]}: `{config.name}`, {_recipe(config)}")
     if not stages:
@@ -64,7 +86,7 @@ def model_card(name: str, family: Family, *, base: Mapping[str, Any], stages: Se
         "arXiv 2501.08316.", "",
         "## Licence", "",
         f"The base model's: {licence}." if licence != "unknown" else
-        f"That of the base model, {origin}; its folder states none that could be read.", "",
+        f"That of the base model, {_origin(base)}; its folder states none that could be read.", "",
     ]
     if stages:
         lines += ["## Configuration of the last stage", "", "```json", _config(stages[0]), "```",
@@ -84,10 +106,8 @@ def _usage(name: str, family: Family, stages: Sequence[Any], two_step_time: floa
 
 
 def _size(stages: Sequence[Any]) -> str:
-    if not stages or not stages[0].data.height or not stages[0].data.width:
-        return ""
-    data = stages[0].data
-    return f"height={data.height}, width={data.width}, num_frames={max(data.frames)}, "
+    """The clip length that the model was trained on; a latent frame is four, the first is one."""
+    return f"num_frames={1 + 4 * (max(stages[0].data.frames) - 1)}, " if stages else ""
 
 
 def _recipe(config: Any) -> str:
@@ -100,6 +120,8 @@ def _recipe(config: Any) -> str:
     if config.stage == "consistency":
         c = config.objective.consistency
         parts.append(f"{c.steps} intervals, guidance {c.guidance:g}")
+    if config.get("lora") and config.lora.rank:
+        parts.append(f"LoRA of rank {config.lora.rank}")
     parts.append(f"average {t.ema_decay:g}")
     return ", ".join(parts)
 

@@ -25,6 +25,8 @@ from apt_jax.convert.families import (
     family_of_transformer,
 )
 from apt_jax.convert.folders import bring, check_space, new_folder
+from apt_jax.convert.lora import FILE as LORA_FILE
+from apt_jax.convert.lora import Merged, read_lora
 from apt_jax.convert.source import CONFIG, INDEX, Source, files_of, licence_of, locate, sha256
 from apt_jax.errors import UserError
 from apt_jax.tensor_files import TensorSet, open_folder, read_json, write_files, write_json
@@ -41,18 +43,20 @@ class _Work:
     component: Component
     config: dict[str, Any]  # of the model, ours
     plan: Any
-    tensors: TensorSet
+    tensors: TensorSet | Merged
 
 
 def import_folder(source: str, to: str | Path, *, revision: str | None = None,
-                  overwrite: bool = False, copy: bool = False,
-                  say: Callable[[str], None] = lambda text: None) -> Path:
+                  overwrite: bool = False, copy: bool = False, lora: str | None = None,
+                  lora_scale: float = 1.0, say: Callable[[str], None] = lambda text: None
+                  ) -> Path:
     """Converts a diffusers folder (or the hub's) into a component folder.
 
     Args:
       source: a local folder or a hub id: a pipeline, or a transformer alone.
       to: the folder to write; it must not hold anything unless `overwrite`.
       copy: copy the other files instead of linking them.
+      lora: a LoRA file in diffusers' format to merge into the transformer, `lora_scale` times.
       say: takes lines of progress.
 
     Returns:
@@ -68,12 +72,14 @@ def import_folder(source: str, to: str | Path, *, revision: str | None = None,
         for name, component in components_of(family).items():
             if name in folders:
                 works.append(_open(name, component, folders[name]))
+        extra = _merge(works[0], lora, lora_scale) if lora else {}
         check_space(to, sum(t.nbytes for w in works for t in w.tensors.tensors.values()))
         with new_folder(to, overwrite) as part:
             files = _write(part, found, family, works, folders, copy, say)
             write_json(part / CONFIG, {
                 "kind": PIPELINE, "family": family.name,
-                "source": {**found.origin, "licence": licence_of(found.folder), "files": files},
+                "source": {**found.origin, "licence": licence_of(found.folder), "files": files,
+                           **extra},
                 "components": _components(part, folders),
             })
     finally:
@@ -129,6 +135,15 @@ def _open(name: str, component: Component, folder: Path) -> _Work:
         tensors.__exit__()
         raise
     return _Work(name, component, config, plan, tensors)
+
+
+def _merge(work: _Work, lora: str, strength: float) -> dict[str, Any]:
+    """Puts a LoRA into the transformer; what config.json says of it."""
+    if work.name != TRANSFORMER:
+        raise UserError("--lora changes the transformer, and the source has none")
+    file = Path(lora) / LORA_FILE if Path(lora).is_dir() else Path(lora)
+    work.tensors = Merged(work.tensors, read_lora(file, work.plan), strength)
+    return {"lora": {"file": str(lora), "sha256": sha256(file), "scale": strength}}
 
 
 def _write(part: Path, found: Source, family: Family, works: list[_Work],

@@ -1,0 +1,160 @@
+"""LoRA files in diffusers' format: merged into a base on import, written from an adapted run.
+
+A file holds "transformer.MODULE.lora_A.weight" [r, d_in] and "....lora_B.weight" [d_out, r]. A
+module becomes W + (alpha / r) B A; alpha and r come from the file's adapter metadata, or from
+"MODULE.alpha" tensors; without either the scale is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apt_jax.convert.table import Plan
+from apt_jax.errors import UserError
+from apt_jax.tensor_files import NAMES, Spec, TensorSet, read_metadata, write_files
+
+FILE = "pytorch_lora_weights.safetensors"  # what pipe.load_lora_weights looks for in a folder
+PREFIX = "transformer"
+METADATA = "lora_adapter_metadata"
+
+_KEY = re.compile(r"(?:transformer\.)?(?P<module>.+)\.(?P<part>lora_[AB]\.weight|alpha)")
+# Metadata that would make it another kind of adapter.
+_PLAIN = {"use_rslora": False, "use_dora": False, "lora_bias": False, "bias": "none",
+          "modules_to_save": None, "fan_in_fan_out": False}
+
+
+class Adapter(NamedTuple):
+    """One module's adapter, as arrays: W + scale * b @ a. a [r, d_in], b [d_out, r], float32."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def read_lora(path: str | Path, plan: Plan) -> dict[str, Adapter]:
+    """The adapters of a file by the name of the weight that they change.
+
+    UserError for a key that is not understood or names no matrix of the model, for half an
+    adapter, for shapes that do not fit, and for other kinds of adapters.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= FILE
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with TensorSet([path]) as tensors:
+        metadata = _metadata(path)
+        for name, tensor in tensors.tensors.items():
+            match = _KEY.fullmatch(name)
+            if match is None or NAMES[tensor.dtype] not in ("F32", "F16", "BF16"):
+                raise UserError(f"{path}: {name} is not of a LoRA in diffusers' format "
+                                "(transformer.MODULE.lora_A.weight); convert the file to it")
+            parts = found.setdefault(match["module"], {})
+            if match["part"] in parts:
+                raise UserError(f"{path} has {match['module']} twice, with and without the prefix "
+                                f"{PREFIX}; remove one")
+            parts[match["part"]] = tensors.read(name).astype(np.float32)
+    if not found:
+        raise UserError(f"{path} holds no tensors; give a LoRA in diffusers' format")
+    return {f"{module}.weight": _adapter(path, module, parts, metadata, plan)
+            for module, parts in found.items()}
+
+
+def _adapter(path: Path, module: str, parts: Mapping[str, np.ndarray],
+             metadata: Mapping[str, Any], plan: Plan) -> Adapter:
+    name = f"{module}.weight"
+    shape = plan.theirs.get(name, ())
+    if len(shape) != 2:
+        raise UserError(f"{path} adapts {module}, which is no matrix of this model; give a LoRA that "
+                        "was trained on it")
+    for half in ("lora_A.weight", "lora_B.weight"):
+        if half not in parts:
+            raise UserError(f"{path} lacks {module}.{half}; copy the file again")
+    a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+    rank = a.shape[0]
+    if a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
+        raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape}, its matrix is {shape}; "
+                        "give a LoRA that was trained on this model")
+    if "alpha" in parts:
+        return Adapter(a, b, float(parts["alpha"].reshape(())) / rank)
+    if not metadata:
+        return Adapter(a, b, 1.0)
+    # peft's patterns are the ends of module names, regular expressions among them
+    alpha = next((value for ending, value in (metadata.get("alpha_pattern") or {}).items()
+                  if re.fullmatch(rf"(.*\.)?({ending})", module)),
+                 metadata.get("lora_alpha", rank))
+    return Adapter(a, b, float(alpha) / rank)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The adapter's own config, {} if the file has none; UserError for another kind of adapter."""
+    text = read_metadata(path).get(METADATA)
+    if not text:
+        return {}
+    try:
+        found = {key.removeprefix(f"{PREFIX}."): value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: its {METADATA} is not valid JSON; copy the file again") from None
+    for key, plain in _PLAIN.items():
+        if found.get(key, plain) not in (plain, False, None, []):
+            raise UserError(f"{path}: {key} = {found[key]!r} is another kind of adapter than LoRA's "
+                            "B A; merge it with its own library first")
+    return found
+
+
+class Merged:
+    """A `TensorSet` of a base with the adapters of a file in it; the base's dtypes stay.
+
+    Every tensor is merged when it is read, in float32.
+    """
+
+    def __init__(self, base: TensorSet, adapters: Mapping[str, Adapter], strength: float = 1.0):
+        self._base, self._adapters, self._strength = base, adapters, strength
+        self.files, self.tensors = base.files, base.tensors
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._base.shapes()
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        value = self._base.read(name)
+        if name in self._adapters:
+            a, b, scale = self._adapters[name]
+            value = (value.astype(np.float32) + (scale * self._strength) * (b @ a)
+                     ).astype(value.dtype)
+        return value if index is None else value[index]
+
+    def __exit__(self, *_: object) -> None:
+        self._base.__exit__()
+
+
+def write_lora(folder: Path, plan: Plan, adapters: Mapping[str, np.ndarray], scale: float
+               ) -> dict[str, Any]:
+    """Writes adapters of ours as FILE into a folder.
+
+    Args:
+      adapters: flat, "a/b/lora_a" [layers, d_in, r] and "a/b/lora_b" [layers, r, d_out].
+      scale: alpha over rank; it goes into B, so that every reader has it right.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(adapters):
+        if not name.endswith("/lora_a"):
+            continue
+        stem = name.removesuffix("lora_a")
+        down, up = adapters[name], adapters[f"{stem}lora_b"]
+        leaf = plan.leaves[f"{stem}kernel"]
+        for layer, row in enumerate(leaf.parts):
+            pieces = np.split(np.asarray(up[layer], np.float32), len(row), axis=-1)
+            for part, piece in zip(row, pieces, strict=True):
+                module = f"{PREFIX}.{part.removesuffix('.weight')}"
+                tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(
+                    np.asarray(down[layer], np.float32).T)
+                tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(scale * piece.T)
+    specs = [Spec(name, value.dtype, value.shape) for name, value in tensors.items()]
+    return write_files(folder, Path(FILE).stem, specs, tensors.values(), limit=math.inf,
+                       metadata={"format": "pt"})
