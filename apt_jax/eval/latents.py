@@ -31,10 +31,15 @@ class LatentSpace:
     Attributes: base, the component folder; dtype, of the VAE's and the text encoder's computation.
     """
 
-    def __init__(self, base: Path, dtype: str, *, tiling: Tiling | None = None,
+    def __init__(self, base: Path, dtype: str, *, tiled: bool = False,
                  devices: np.ndarray | None = None):
-        """devices: those of a mesh, all of which then decode one clip, each a part of its height."""
-        self.base, self.dtype, self.tiling = base, dtype, tiling
+        """
+        Args:
+          tiled: decode in diffusers' tiles.
+          devices: those of a mesh, all of which then decode one clip, each a part of its height.
+        """
+        self.base, self.dtype = base, dtype
+        self._tiling = Tiling() if tiled else None
         self._mesh = None
         if devices is not None:
             self._mesh = Mesh(devices.reshape(-1), ("rows",), axis_types=(AxisType.Auto,))
@@ -43,7 +48,7 @@ class LatentSpace:
     def decoder(self) -> FrameDecoder:
         vae, params = load_vae(self.base, self.dtype)
         del params["encoder"]  # half of the memory
-        return FrameDecoder(vae, params, tiling=self.tiling, mesh=self._mesh, axis="rows")
+        return FrameDecoder(vae, params, tiling=self._tiling, mesh=self._mesh, axis="rows")
 
     @functools.cached_property
     def text_encoder(self) -> Any:
