@@ -27,7 +27,7 @@ from apt_jax.config import base_config, load_json
 from apt_jax.config.load import nearest
 from apt_jax.convert.provenance import history
 from apt_jax.errors import UserError
-from apt_jax.eval.generate import MODES, Generation
+from apt_jax.eval.generate import MODES, Generation, sample_noise
 from apt_jax.eval.latents import LatentSpace
 from apt_jax.kernels.scope import Scope
 from apt_jax.models.presets import make_generator
@@ -50,19 +50,24 @@ class Samples:
       settings: how they were made: mode, steps, guidance, seed, ..., as plain JSON values.
       seconds: median time after compilation to draw `settings["batch"]` samples and bring them to
         the host, or None if it was not measured.
+      noise, latents: what the sampler began with and what it gave, before the VAE or the rounding
+        to bytes: float32 [N, F', H', W', C], where they were asked for.
     """
 
     frames: np.ndarray
     captions: tuple[str, ...]
     settings: dict[str, Any]
     seconds: float | None = None
+    noise: np.ndarray | None = None
+    latents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
 
 
 def load(path: str | Path = "bundled:base", weights: str = "ema",
-         base: str | Path | None = None, *, mesh: Mapping[str, int] | None = None) -> Generator:
+         base: str | Path | None = None, *, mesh: Mapping[str, int] | None = None,
+         tiled: bool = False) -> Generator:
     """Loads a generator.
 
     Args:
@@ -72,6 +77,8 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
       base: component folder with the VAE and the text encoder of a generator of latents; None
         follows the run's config to where it began.
       mesh: sizes as in config.mesh, e.g. {"context": 8}, to sample on all devices; None uses one.
+      tiled: decode latents in blended tiles of 256 pixels, as diffusers' enable_tiling does: less
+        memory, and slightly other pixels. Not with a mesh.
 
     Raises UserError if there is nothing to load or it does not fit.
     """
@@ -82,7 +89,7 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
         shardings = infer_shardings(make_generator(model).abstract(), devices)
     model, params = load_generator(path, weights, shardings)
     return Generator(model, params, _settings(path), source=str(path), weights=weights,
-                     base=history(path).base if base is None else base,
+                     base=history(path).base if base is None else base, tiled=tiled,
                      scope=devices and on_mesh(devices, mesh.get("ulysses", -1)))
 
 
@@ -127,12 +134,12 @@ class Generator:
 
     def __init__(self, model: Any, params: Any, config: ml_collections.ConfigDict | None = None,
                  source: str = "", weights: str = "ema", base: str | Path | None = None,
-                 scope: Scope | None = None):
+                 scope: Scope | None = None, tiled: bool = False):
         """scope: how samples lie on a mesh (`parallel.context.on_mesh`), None for one device."""
         self.model = model
         self.latents = None
         if base is not None and model["in_channels"] != 3:
-            self.latents = LatentSpace(Path(base), model["dtype"],
+            self.latents = LatentSpace(Path(base), model["dtype"], tiled=tiled,
                                        devices=scope and scope.mesh.devices)
         self.config = config if config is not None else base_config()
         self.source, self.weights = source, weights
@@ -175,7 +182,7 @@ class Generator:
                width: int | None = None, steps: int | None = None,
                guidance: float | None = None, time: float | None = None,
                fresh_noise: bool | None = None, batch: int | None = None, timing: int = 0,
-               negative: str = "", label: str = "") -> Samples:
+               negative: str = "", label: str = "", latents: bool = False) -> Samples:
         """Draws `count` samples of every prompt.
 
         Sample i starts from noise of (seed, i), whatever the mode, the weights and the batch: the
@@ -191,6 +198,7 @@ class Generator:
           timing: draw a batch so often again and keep the median time in `.seconds`.
           negative: the guidance's negative prompt, of euler.
           label: names a progress line on stderr; empty shows none.
+          latents: keep the noise and the latents of every sample too.
 
         Returns Samples, N = len(prompts) * count, the samples of a prompt side by side.
         Raises UserError for settings that do not fit the mode or the network.
@@ -206,14 +214,14 @@ class Generator:
         return self.draw(text[rows], mask[rows], captions, null=(text[-1], mask[-1]), mode=mode,
                          seed=seed, frames=frames, height=height, width=width, steps=steps,
                          guidance=guidance, time=time, fresh_noise=fresh_noise, batch=batch,
-                         timing=timing, label=label)
+                         timing=timing, label=label, latents=latents)
 
     def draw(self, text: np.ndarray, text_mask: np.ndarray, captions: Sequence[str], *,
              null: tuple[np.ndarray, np.ndarray], mode: str = "one_step", seed: int = 0,
              frames: int | None = None, height: int | None = None, width: int | None = None,
              steps: int | None = None, guidance: float | None = None, time: float | None = None,
              fresh_noise: bool | None = None, batch: int | None = None, timing: int = 0,
-             label: str = "") -> Samples:
+             label: str = "", latents: bool = False) -> Samples:
         """`sample` from text states: text float [N, L, D], text_mask bool [N, L], null [L, D], [L].
 
         label: names a progress line on stderr; empty shows none.
@@ -229,21 +237,26 @@ class Generator:
         size = min(batch or (64 if self.latents is None else 1), len(text))
         generation = self._generation(settings, size)
 
-        def forward(rows: slice, label: str = "") -> np.ndarray:
+        def forward(rows: slice, label: str = "", kept: list | None = None) -> np.ndarray:
             return generation(
                 self.params, np.asarray(text[rows], np.float32), np.asarray(text_mask[rows], bool),
                 shape, seed=seed, guidance=settings.get("guidance", 1.0),
                 null_text=np.asarray(null[0], np.float32), null_mask=np.asarray(null[1], bool),
-                label=label, decoder=decoder)
+                label=label, decoder=decoder, kept=kept)
 
-        pixels = forward(slice(None), label)
+        kept: list[np.ndarray] | None = [] if latents else None
+        pixels = forward(slice(None), label, kept)
         settings |= {"batch": size, "sampling_seconds": round(generation.seconds, 4)}
         laps = []
         for _ in range(timing):
             forward(slice(size))
             laps.append(generation.seconds)
-        return Samples(pixels, tuple(captions), settings,
-                       statistics.median(laps) if laps else None)
+        found = Samples(pixels, tuple(captions), settings,
+                        statistics.median(laps) if laps else None)
+        if kept is None:
+            return found
+        noise = np.asarray(sample_noise(seed, jnp.arange(len(text)), shape))
+        return dataclasses.replace(found, noise=noise, latents=np.concatenate(kept))
 
     def _resolve(self, mode, seed, frames, height, width, steps, guidance, time, fresh_noise
                  ) -> dict[str, Any]:
@@ -332,7 +345,8 @@ def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
     """Writes samples into a folder (made if needed); returns the paths.
 
     Images: NNN_caption.png and grid.png. Clips: NNN_caption.mp4 and .webp, and grid.webp. Either
-    way sample.json with the settings. Files are the samples' own size, but MP4 and grids enlarged.
+    way sample.json with the settings, and latents.safetensors (noise, latents) where they were
+    kept. Files are the samples' own size, but MP4 and grids enlarged.
     """
     folder = Path(folder)
     try:
@@ -356,6 +370,11 @@ def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
     else:
         sheet = media.grid(samples.frames[:, 0], labels=samples.captions, size=size)
         paths.append(media.save_png(folder / "grid.png", sheet))
+    if samples.latents is not None:
+        from safetensors.numpy import save_file
+
+        paths.append(folder / "latents.safetensors")
+        save_file({"noise": samples.noise, "latents": samples.latents}, paths[-1])
     record = {**samples.settings, "seconds": samples.seconds, "samples": files}
     path = folder / "sample.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

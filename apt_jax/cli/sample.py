@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="DIR",
                         help="component folder with the VAE and text encoder of a generator of "
                              "latents (default: where the run began)")
+    parser.add_argument("--tiled", action="store_true",
+                        help="decode latents in blended tiles, as diffusers' enable_tiling does")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT",
                         help="a caption; may be given several times")
     parser.add_argument("--mode", choices=("one_step", "two_step", "euler"),
@@ -59,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="samples of every prompt (default: 1)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="averaged or raw weights of a run (default: ema)")
+    parser.add_argument("--save-latents", action="store_true",
+                        help="write latents.safetensors too: the noise and the latents, float32 "
+                             "[sample, frame, row, column, channel]")
     parser.add_argument("--out", default="runs/samples", metavar="DIR",
                         help="where the files go (default: runs/samples)")
 
@@ -102,18 +107,23 @@ def run(args: argparse.Namespace) -> int:
 
     from apt_jax import api
 
-    generator = api.load(args.checkpoint, args.weights, args.base, mesh=mesh_of(args.overrides))
+    generator = api.load(args.checkpoint, args.weights, args.base, mesh=mesh_of(args.overrides),
+                         tiled=args.tiled)
     samples = generator.sample(
         args.prompt, mode, args.seed, count=args.count, frames=args.frames, height=args.height,
         width=args.width, steps=steps, guidance=args.guidance, time=args.time,
-        fresh_noise=args.fresh_noise or None, timing=5, negative=args.negative,
-        label="sampling" if generator.latents else "")
+        fresh_noise=args.fresh_noise or None, timing=0 if generator.latents else 5,
+        negative=args.negative, label="sampling" if generator.latents else "",
+        latents=args.save_latents)
     paths = api.save(samples, args.out)
     evaluations = {"one_step": 1, "two_step": 2}.get(mode) or 2 * samples.settings["steps"]
-    print(f"{mode}: {evaluations} network evaluation{'s' if evaluations > 1 else ''}, "
-          f"{samples.seconds * 1e3:.1f} ms for {samples.settings['batch']} "
-          f"sample{'s' if samples.settings['batch'] > 1 else ''} after compilation "
-          f"(median of 5)")
+    if generator.latents:  # a clip takes long: it is not drawn again for a median
+        count, seconds, how = len(samples), samples.settings["sampling_seconds"], "VAE included"
+    else:
+        count, seconds, how = samples.settings["batch"], samples.seconds, "median of 5"
+    took = f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.1f} ms"
+    print(f"{mode}: {evaluations} network evaluation{'s' if evaluations > 1 else ''}, {took} for "
+          f"{count} sample{'s' if count > 1 else ''} after compilation ({how})")
     print(f"wrote {len(samples)} {'clips' if samples.frames.shape[1] > 1 else 'images'} to "
           f"{args.out}; a grid of all: {next(p for p in paths if p.stem == 'grid')}")
     return 0

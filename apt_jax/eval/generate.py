@@ -61,14 +61,14 @@ class Generation:
     def __call__(self, params, text: np.ndarray, mask: np.ndarray,
                  shape: tuple[int, int, int, int], *, seed: int = 0, guidance: float = 1.0,
                  null_text: np.ndarray | None = None, null_mask: np.ndarray | None = None,
-                 first: int = 0, label: str = "", decoder: FrameDecoder | None = None
-                 ) -> np.ndarray:
+                 first: int = 0, label: str = "", decoder: FrameDecoder | None = None,
+                 kept: list[np.ndarray] | None = None) -> np.ndarray:
         """Samples for text float32 [N, L, D], mask bool [N, L] -> frames uint8 [N, F, H, W, C].
 
         shape: (F, H, W, C) of one sample; of its latents where a `decoder` makes frames of them,
         whose time then counts. null_text [L, D], null_mask [L]: the negative prompt,
         needed by "euler". first: index of the first sample, for its noise. The last batch is
-        padded.
+        padded. kept: takes the samples before they become frames, float32 [n, *shape] a batch.
         """
         if self.mode == "euler" and (null_text is None or null_mask is None):
             raise UserError("euler sampling needs null_text and null_mask, the states of the "
@@ -94,6 +94,8 @@ class Generation:
             for start in range(0, total, batch):
                 count = min(batch, total - start)
                 x = np.asarray(run(index[start:start + batch]))[:count]
+                if kept is not None:
+                    kept.append(x)
                 out[start:start + count] = (
                     decode_latents(decoder, x, label and f"{label}: decoding") if decoder
                     else to_uint8(x))
