@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from apt_jax.diffusion.samplers import one_step
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
+from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up
@@ -124,7 +125,7 @@ def inference_program(config: Any, devices: list, batch: int) -> Program:
     dtype = jnp.dtype(config.model.dtype)
 
     def build(config, mesh):
-        net = make_generator(config.model)
+        net = make_generator(config.model).on(on_mesh(mesh, config.mesh.ulysses))
 
         def cast(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, dtype if leaf.ndim > 1 else leaf.dtype)
