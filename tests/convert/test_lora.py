@@ -162,8 +162,8 @@ def pipeline(tmp_path_factory):
 
 def fake_run(folder, ckpt, model, monkeypatch):
     """A run folder whose checkpoint gives random adapters."""
-    from apt_jax import weights
     from apt_jax.config import save_json
+    from apt_jax.weights import runs
 
     config = base_config()
     config.stage, config.name = "consistency", "adapted"
@@ -176,7 +176,7 @@ def fake_run(folder, ckpt, model, monkeypatch):
     rng = np.random.default_rng(3)
     adapters = jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(np.float32),
                             lora.split(make_generator(config.model, config.lora).abstract())[0])
-    monkeypatch.setattr(weights, "_newest", lambda *_: adapters)
+    monkeypatch.setattr(runs, "newest", lambda *_: adapters)
     return folder
 
 

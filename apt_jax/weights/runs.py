@@ -1,0 +1,135 @@
+"""Generator weights out of a run folder: its newest checkpoint; adapters, alone and merged."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from apt_jax.config import load_json
+from apt_jax.errors import UserError
+from apt_jax.weights.common import (
+    BUNDLED,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    Leaves,
+    check_keys,
+    flatten,
+    is_run,
+    make_abstract,
+)
+
+
+def load_run(folder: Path, which: str, shardings: Any
+             ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """config.model and parameters of a run; adapters are merged into their base.
+
+    Arguments and errors as for `load_generator`.
+    """
+    config = load_json(folder / CONFIG_FILE)
+    lora = config.get("lora")
+    if lora and lora.rank:
+        return config.model, _merged(folder, config, which, shardings)
+    return config.model, newest(folder, which, make_abstract(config.model), shardings)
+
+
+def newest(folder: Path, which: str, abstract: Any, shardings: Any = None) -> dict[str, Any]:
+    """The parameters `abstract` of the newest checkpoint that can be read."""
+    steps = sorted((int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdigit()),
+                   reverse=True)
+    problem = "it holds none"
+    for step in steps:
+        try:
+            return _read_checkpoint(folder / CHECKPOINTS / str(step), which, abstract, shardings)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a torn checkpoint makes the reader raise
+            problem = f"step {step}: {type(error).__name__}"
+    raise UserError(f"{folder} has no readable checkpoint ({problem}); continue the run so that it "
+                    "saves one")
+
+
+def _read_checkpoint(folder: Path, which: str, abstract: Any, shardings: Any) -> dict[str, Any]:
+    """One parameter tree out of a checkpoint; the rest of the state is not read."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if shardings is not None and jax.tree.structure(abstract) == jax.tree.structure(shardings):
+        args = jax.tree.map(lambda leaf, where: ocp.ArrayRestoreArgs(
+            sharding=where, global_shape=leaf.shape, dtype=leaf.dtype), abstract, shardings)
+    else:
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+    name = "generator_ema" if which == "ema" else "generator"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        state = reader.restore((folder / "state").resolve(), args=ocp.args.PyTreeRestore(
+            item={name: abstract}, restore_args={name: args}, partial_restore=True))
+    params = state[name]
+    check_keys(Leaves(flatten(params)).shapes(), abstract, str(folder))
+    return params
+
+
+# -- runs that trained adapters (config.lora) ------------------------------------------------------
+
+
+def adapted_run(path: str | Path, lora: Any = None) -> ml_collections.ConfigDict | None:
+    """The config of a run that trained adapters (such as those of `lora`, if given); else None."""
+    if not str(path) or str(path).startswith(BUNDLED) or not is_run(Path(path)):
+        return None
+    config = load_json(Path(path) / CONFIG_FILE)
+    here = config.get("lora")
+    if not here or not here.rank:
+        return None
+    same = lora is None or all(here[key] == lora[key] for key in ("rank", "alpha"))
+    return config if same else None
+
+
+def base_of_adapters(source: str, which: str, lora: Any) -> tuple[str, str]:
+    """(path, which) of the weights below the adapters of a run that starts from `source`.
+
+    A run that goes on with the adapters of another has that one's base.
+    """
+    config = adapted_run(source, lora)
+    if config is None:
+        return source, which
+    return base_of_adapters(*_start_of(config), lora)
+
+
+def _start_of(config: Any) -> tuple[str, str]:
+    if config.init.generator:
+        return config.init.generator, config.init.generator_weights
+    return config.init.diffusion, "ema"
+
+
+def load_adapters(path: str | Path, which: str = "ema") -> tuple[Any, dict[str, Any]]:
+    """(config, adapters as a nested dict of numpy arrays) of a run that trained some.
+
+    UserError for any other path.
+    """
+    from apt_jax.models.presets import make_generator
+    from apt_jax.nn.lora import split
+
+    config = adapted_run(path)
+    if config is None:
+        raise UserError(f"{path} is no run that trained adapters; give one with lora.rank set")
+    adapters, _ = split(make_generator(config.model, config.lora).abstract())
+    return config, newest(Path(path), which, adapters)
+
+
+def _merged(folder: Path, config: Any, which: str, shardings: Any) -> dict[str, Any]:
+    """The base of an adapted run with its adapters in it."""
+    import jax
+
+    from apt_jax.models.presets import adapter_scale
+    from apt_jax.nn.lora import join, merge
+    from apt_jax.weights.folders import load_generator
+
+    _, adapters = load_adapters(folder, which)
+    base = base_of_adapters(*_start_of(config), config.lora)
+    _, params = load_generator(*base, shardings)
+    if isinstance(jax.tree.leaves(params)[0], jax.Array):
+        adapters = jax.tree.map(jax.numpy.asarray, adapters)
+    return merge(join(params, adapters), adapter_scale(config.lora))
