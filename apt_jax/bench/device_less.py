@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,25 +51,34 @@ class Compiled:
         return not self.error
 
 
-def count_kernels(text: str, markers: Sequence[str]) -> tuple[dict[str, int], int]:
-    """How often a call of the program runs custom calls that say each marker; its largest array.
+class Counted(NamedTuple):
+    """kernels: marker -> runs in one call; largest: elements of the program's largest array; result:
+
+    elements of the largest result of a counted kernel."""
+
+    kernels: dict[str, int]
+    largest: int
+    result: int
+
+
+def count_kernels(text: str, markers: Sequence[str]) -> Counted:
+    """How often a call of the program runs custom calls that say each marker, and sizes.
 
     text: the compiled module; loops count as often as they turn.
     """
     program = parse_hlo(text)
-    counts, largest = dict.fromkeys(markers, 0.0), 0
+    counts, largest, result = dict.fromkeys(markers, 0.0), 0, 0
     for name, times in program.walk():
         for instruction in program.computations[name]:
-            for array in instruction.result:
-                size = 1
-                for side in array.shape:
-                    size *= side
-                largest = max(largest, size)
+            size = max((math.prod(array.shape) for array in instruction.result), default=0)
+            largest = max(largest, size)
             if instruction.opcode.startswith("custom-call"):
                 line = f"{instruction.name} {instruction.rest}"
                 for marker in markers:
-                    counts[marker] += times * (marker in line)
-    return {marker: round(count) for marker, count in counts.items()}, largest
+                    if marker in line:
+                        counts[marker] += times
+                        result = max(result, size)
+    return Counted({marker: round(n) for marker, n in counts.items()}, largest, result)
 
 
 def compile_attention(case: AttentionCase, backend: str, part: str, device: Any) -> Compiled:
@@ -98,7 +108,7 @@ def compile_attention(case: AttentionCase, backend: str, part: str, device: Any)
     except Exception as error:  # whatever the compiler of that hardware says
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
-        kernels, largest = count_kernels(compiled.as_text(), list(markers))
+        kernels, largest, _ = count_kernels(compiled.as_text(), list(markers))
         reason = complaint(kernels, wanted, largest, None if case.plain else scores)
         return Compiled(kernels=kernels, largest=largest, error=reason,
                         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,

@@ -20,7 +20,7 @@ from apt_jax.bench.device_less import Compiled, complaint, count_kernels, elsewh
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.models.presets import discriminator_taps
-from apt_jax.parallel.mesh import batch_ways, make_mesh
+from apt_jax.parallel.mesh import batch_ways, make_mesh, ulysses_size
 from apt_jax.plan.flops import count_flops
 from apt_jax.plan.programs import (
     Program,
@@ -51,7 +51,11 @@ def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
 
     The generator has `depth` attentions, the discriminator those up to its last tap (its heads have
     one query each, which no kernel takes). Real, perturbed and fake samples go through D at once.
+    In a ring every attention takes as many turns as the ring has places, by our own kernels.
     """
+    heads = config.model.heads // max(1, config.mesh.tensor)
+    context = max(1, config.mesh.context)
+    ring = context // ulysses_size(context, heads, config.mesh.ulysses)
     g, d = config.model.depth, discriminator_taps(config.model, config.discriminator)[-1]
     again = 0 if config.model.remat in KEEPING else 1
     forwards, backwards = {
@@ -59,8 +63,8 @@ def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
         "G step": ((g + d) * (1 + again), g + d),
         "D step": (g + d * (1 + again), d),
     }[program]
-    return {marker: forwards * forward + backwards * (gradient - forward)
-            for marker, (forward, gradient) in MARKERS[backend].items()}
+    return {marker: ring * (forwards * forward + backwards * (gradient - forward))
+            for marker, (forward, gradient) in MARKERS["pallas" if ring > 1 else backend].items()}
 
 
 def tokens(config: Any) -> int:
@@ -73,6 +77,14 @@ def tokens(config: Any) -> int:
     return count + grid
 
 
+def device_share(program: str, config: Any) -> int:
+    """Elements of attention's result that one device should make: its part of one sample's tokens or
+    heads, three times that in the D step (real, perturbed, fake)."""
+    whole = tokens(config) * config.model.width
+    ways = max(1, config.mesh.context) * max(1, config.mesh.tensor)
+    return whole // ways * (3 if program == "D step" else 1)
+
+
 def compile_program(program: Program, config: Any, backend: str, device: Any, label: str
                     ) -> Compiled:
     """Compiles one program for a device that is not there and checks its kernels."""
@@ -80,12 +92,16 @@ def compile_program(program: Program, config: Any, backend: str, device: Any, la
     start = time.perf_counter()
     with elsewhere(device):
         compiled = program.function.lower(*program.args).compile()
-    kernels, largest = count_kernels(compiled.as_text(), list(wanted))
+    kernels, largest, result = count_kernels(compiled.as_text(), list(wanted))
+    error = complaint(kernels, wanted, largest, scores)
+    share = device_share(program.name, config)
+    if not error and result > 1.1 * share:
+        error = f"a kernel makes {result} elements on one device, whose share is {share}"
     return Compiled(
         case=label, backend=backend, part=program.name, device=device.device_kind, kernels=kernels,
         wanted=wanted, largest=largest, scores=scores,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        seconds=time.perf_counter() - start, error=complaint(kernels, wanted, largest, scores))
+        seconds=time.perf_counter() - start, error=error)
 
 
 def time_program(program: Program, device: str, seconds: float) -> dict[str, Any]:

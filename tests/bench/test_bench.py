@@ -46,9 +46,10 @@ ENTRY %main (a: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
 
 
 def test_kernels_are_counted_as_often_as_loops_turn():
-    counts, largest = count_kernels(HLO, ["apt_flash_forward", "apt_flash_dkv", "apt_flash_dq"])
-    assert counts == {"apt_flash_forward": 36, "apt_flash_dkv": 0, "apt_flash_dq": 1}
-    assert largest == 128
+    found = count_kernels(HLO, ["apt_flash_forward", "apt_flash_dkv", "apt_flash_dq"])
+    assert found.kernels == {"apt_flash_forward": 36, "apt_flash_dkv": 0, "apt_flash_dq": 1}
+    assert (found.largest, found.result) == (128, 128)
+    assert count_kernels(HLO, ["apt_flash_forward"]).result == 32
 
 
 def test_what_is_wrong_with_a_program():
@@ -79,6 +80,14 @@ def test_expected_kernels_of_the_8b_programs(program, remat, wanted):
         "apt_flash_forward": forwards, "apt_flash_dkv": backwards, "apt_flash_dq": backwards}
     assert programs.expected_kernels(program, config, "tokamax") == {
         "mosaic_gpu": forwards + 2 * backwards}
+
+
+def test_a_ring_takes_a_turn_for_each_of_its_places():
+    config = load_config("configs/seaweed_8b_video.py",
+                         ["--config.mesh.context=8", "--config.mesh.ulysses=2"])
+    for backend in ("pallas", "tokamax"):  # the others keep their log-sum-exp to themselves
+        found = programs.expected_kernels("one-step inference", config, backend)
+        assert found == {"apt_flash_forward": 4 * 36, "apt_flash_dkv": 0, "apt_flash_dq": 0}
 
 
 def test_timing_finds_the_median_of_waited_calls():

@@ -66,6 +66,14 @@ def test_the_8b_one_step_forward_runs_each_kernel_36_times(tmp_path, gpus):
 
 
 @needs_cuda
+def test_ulysses_in_a_ring_runs_our_kernel_in_every_turn(tmp_path):
+    (row,) = bench(tmp_path, "forward", *VIDEO_8B, "--topology", "h100:1x8", *MESH,
+                   "--config.mesh.context=8", "--config.mesh.ulysses=2", "--backends",
+                   "pallas").values()
+    assert row["kernels"]["apt_flash_forward"] == 4 * 36
+
+
+@needs_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize("remat, forwards", [("full", (108, 144)), ("attention", (72, 72))])
 def test_the_8b_train_steps_run_the_kernels_they_should(tmp_path, remat, forwards):
@@ -80,5 +88,6 @@ def test_the_8b_train_steps_run_the_kernels_they_should(tmp_path, remat, forward
 @needs_tpu
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_splash_attention_compiles_for_tpus(tmp_path, topology):
-    rows = bench(tmp_path, "attention", "--topology", topology)
-    assert {row["backend"] for row in rows.values()} == {"splash"} and len(rows) == 16
+    rows = bench(tmp_path, "attention", "--topology", topology, "--cases", "8b_720p_joint",
+                 "wan_480p_cross", "prime_head_64", "one_query")
+    assert {row["backend"] for row in rows.values()} == {"splash"} and len(rows) == 8
