@@ -28,12 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="where process 0 listens")
     several.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
     several.add_argument("--process", type=int, default=-1, metavar="I", help="which this is, from 0")
+    several.add_argument("--preempted-status", type=int, default=0, metavar="N",
+                         help="exit status after a signal, when the state is saved and steps are "
+                              "left (default: 0); launch/ uses 75 to tell the scheduler that this "
+                              "is not the end")
     several.add_argument("--distributed", action="store_true",
                          help="let jax find the others, e.g. on TPU VMs")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; exit status 0 also after a signal, when the state is saved."""
+    """Trains; after a signal, when the state is saved, the status is --preempted-status."""
     from apt_jax.config import load_config, validate
     from apt_jax.train.distributed import find_job, start
     from apt_jax.train.loop import train
@@ -48,4 +52,4 @@ def run(args: argparse.Namespace) -> int:
     if summary["status"] == "complete" and jax.process_index() == 0:
         print(f"{config.name}: {summary['step']} steps in {summary['seconds']:.0f} s of training, "
               f"in {summary['workdir']}")
-    return 0
+    return args.preempted_status if summary["status"] == "preempted" else 0
