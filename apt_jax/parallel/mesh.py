@@ -163,14 +163,20 @@ def batch_ways(mesh: Mesh) -> int:
 
 def check_batch(
     mesh: Mesh, batch_size: int, accumulate: int = 1, name: str = "train.batch_size"
-) -> None:
-    """Refuses a global batch that the mesh and the accumulation cannot split evenly."""
+) -> int:
+    """The global batch that the mesh and the accumulation can split evenly: batch_size, or a little
+    more, to be filled up with samples that the loss does not count (9,062 fits no fleet).
+
+    Raises UserError where more than a tenth of the batch would be empty.
+    """
     if accumulate < 0:
         raise UserError(f"train.accumulate = {accumulate} must be at least 0; set it to 1")
     accumulate = accumulate or 1
     unit = batch_ways(mesh) * accumulate
-    if batch_size < 1 or batch_size % unit:
+    filled = -(-batch_size // unit) * unit
+    if batch_size < 1 or (filled - batch_size) * 10 > filled:
         nearest = max(unit, round(batch_size / unit) * unit)
         raise UserError(
             f"{name} = {batch_size} does not split over {batch_ways(mesh)} devices "
             f"times {accumulate} microbatches; the nearest size that works is {nearest}")
+    return filled

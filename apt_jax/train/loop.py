@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from apt_jax.config import config_to_json, validate
 from apt_jax.errors import UserError
 from apt_jax.nn.lora import join
-from apt_jax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from apt_jax.parallel.mesh import (
+    batch_sharding, batch_ways, check_batch, make_mesh, replicated,
+)
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.distributed import agree, batch_part, describe
@@ -76,10 +78,13 @@ class _Run:
         self.progress: Progress | None = None
         self.log: MetricLog | None = None
         self.mesh = make_mesh(config.mesh)
-        check_batch(self.mesh, config.train.batch_size, config.train.accumulate)
-        if config.train.clip_batch_size:
-            check_batch(self.mesh, config.train.clip_batch_size, config.train.accumulate,
-                        "train.clip_batch_size")
+        for name in ("batch_size", "clip_batch_size"):
+            size = config.train[name]
+            filled = check_batch(self.mesh, size, config.train.accumulate,
+                                 f"train.{name}") if size else 0
+            if filled > size:
+                self.say(f"{config.name}: train.{name} = {size} is filled up with "
+                         f"{filled - size} empty samples to split over the devices")
         self.setup = set_up(config, self.mesh)
         if jax.process_count() > 1:
             agree(config_to_json(config))
@@ -262,5 +267,6 @@ def _stream(config: Any, dataset: Any, start_step: int, mesh: Mesh) -> Any:
     return iter(batches(dataset, batch_size=config.train.batch_size,
                         clip_batch_size=config.train.clip_batch_size, seed=config.seed,
                         start_step=start_step, process_index=part, process_count=parts,
+                        multiple=batch_ways(mesh) * (config.train.accumulate or 1),
                         threads=config.data.threads,
                         prefetch=config.data.prefetch))

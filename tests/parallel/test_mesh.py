@@ -67,7 +67,9 @@ def test_ulysses_takes_what_the_heads_allow_and_the_ring_the_rest():
 
 def test_batch_must_split_over_devices_and_microbatches():
     mesh = make_mesh({"replica": 2, "fsdp": -1})
-    check_batch(mesh, 32, accumulate=4)
+    assert check_batch(mesh, 32, accumulate=4) == 32
+    assert check_batch(mesh, 9062, accumulate=2) == 9072  # the paper's, ten of them empty
+    assert check_batch(mesh, 9062, accumulate=0) == 9064
     with pytest.raises(UserError, match="nearest size that works is 32"):
         check_batch(mesh, 40, accumulate=4)
     with pytest.raises(UserError, match="nearest size that works is 8"):
