@@ -1,9 +1,9 @@
 """safetensors files, one or several, read and written tensor by tensor.
 
 The library's own reader maps or loads whole files; checkpoints of 40 GB want less memory. Here a
-tensor is read with `pread` when it is asked for and written as it comes, so memory holds one tensor.
-A set of files is strict: a cut file, a tensor in two files, an index that disagrees with its files
-are errors that name what is wrong.
+tensor is read with `pread` when it is asked for and written as it comes, so memory holds one. A set
+of files is strict: a cut file, a tensor in two files, an index that disagrees with its files are
+errors that name what is wrong.
 """
 
 from __future__ import annotations

@@ -181,7 +181,8 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "says"), [
-    (errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EROFS, "cannot be written"),
+    (errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"),
+    (errno.EROFS, "cannot be written"),
 ])
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, code, says):
     def refuse(_):

@@ -35,7 +35,7 @@ def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def _rotations(grid, length: int, axes, theta: float, device) -> tuple[Tensor, Tensor]:
-    """Complex unit numbers for the text [L, head_dim / 2] and the video [N, head_dim / 2] tokens."""
+    """Complex unit numbers of the text [L, head_dim / 2] and video [N, head_dim / 2] tokens."""
     f, h, w = grid
     frames = torch.arange(f, device=device)
     rows = torch.arange(h, device=device) - (h - h // 2)

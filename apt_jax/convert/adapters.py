@@ -29,8 +29,8 @@ def export_adapters(checkpoint: str, to: str | Path, *, weights: str = "ema",
         if not stage.get("lora") or not stage.lora.rank or any(
                 stage.lora[key] != config.lora[key] for key in ("rank", "alpha")):
             raise UserError(f"the adapters of {checkpoint} lie on the weights of another stage "
-                            f"({stage.name}), not on the imported base; export the merged pipeline, "
-                            "without --adapters")
+                            f"({stage.name}), not on the imported base; export the merged "
+                            "pipeline, without --adapters")
     base = read_json(past.base / CONFIG)["source"] if past.base else {}
     family = family_of_model(config.model)
     with new_folder(to, overwrite) as part:

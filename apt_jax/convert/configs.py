@@ -34,14 +34,15 @@ class Fields:
         self._taken.add(key)
         value = self._config.get(key, default)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise UserError(f"{self._source}: {key} = {value!r} is not a valid value; copy the file "
-                            "again")
+            raise UserError(f"{self._source}: {key} = {value!r} is not a valid value; copy the "
+                            "file again")
         return value
 
     def integer(self, key: str, default: int) -> int:
         value = self.value(key, default, (int,))
         if value < 1:
-            raise UserError(f"{self._source}: {key} = {value} must be 1 or more; copy the file again")
+            raise UserError(f"{self._source}: {key} = {value} must be 1 or more; copy the file "
+                            "again")
         return value
 
     def number(self, key: str, default: float) -> float:

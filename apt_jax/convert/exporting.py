@@ -1,9 +1,9 @@
 """Our weights -> a diffusers folder that from_pretrained loads.
 
-A run (or a component folder) becomes a whole pipeline: the new transformer, the scheduler that makes
-one step z - v(z, c, T), and every other component of the base, linked or copied. Weights without a
-base become the transformer alone; the shared modulation, which no public class has, comes with a
-PyTorch module of its own.
+A run (or a component folder) becomes a whole pipeline: the new transformer, the scheduler that
+makes one step z - v(z, c, T), and every other component of the base, linked or copied. Weights
+without a base become the transformer alone; the shared modulation, which no public class has, comes
+with a PyTorch module of its own.
 """
 
 from __future__ import annotations

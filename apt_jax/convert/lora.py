@@ -71,8 +71,8 @@ def _adapter(path: Path, module: str, parts: Mapping[str, np.ndarray],
     name = f"{module}.weight"
     shape = plan.theirs.get(name, ())
     if len(shape) != 2:
-        raise UserError(f"{path} adapts {module}, which is no matrix of this model; give a LoRA that "
-                        "was trained on it")
+        raise UserError(f"{path} adapts {module}, which is no matrix of this model; give a LoRA "
+                        "that was trained on it")
     for half in ("lora_A.weight", "lora_B.weight"):
         if half not in parts:
             raise UserError(f"{path} lacks {module}.{half}; copy the file again")
@@ -103,8 +103,8 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: its {METADATA} is not valid JSON; copy the file again") from None
     for key, plain in _PLAIN.items():
         if found.get(key, plain) not in (plain, False, None, []):
-            raise UserError(f"{path}: {key} = {found[key]!r} is another kind of adapter than LoRA's "
-                            "B A; merge it with its own library first")
+            raise UserError(f"{path}: {key} = {found[key]!r} is another kind of adapter than "
+                            "LoRA's B A; merge it with its own library first")
     return found
 
 

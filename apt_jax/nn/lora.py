@@ -60,7 +60,7 @@ def is_adapter(path: tuple[str, ...]) -> bool:
 
 
 def outside_backbone_or_adapter(path: tuple[str, ...]) -> bool:
-    """What trains of an adapted discriminator: its heads, its logit, and the backbone's adapters."""
+    """What trains of an adapted discriminator: its heads, logit, and the backbone's adapters."""
     return path[0] != "backbone" or is_adapter(path)
 
 

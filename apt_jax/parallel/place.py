@@ -1,7 +1,8 @@
 """Parameters from a reader onto numpy or onto a mesh, layer by layer.
 
 A leaf of 60 stacked layers is larger than the host wants to hold: a stacked leaf is made on its
-devices empty, and each layer is read, sent to the devices that keep it, and written into place there.
+devices empty, and each layer is read, sent to the devices that keep it, and written into place
+there.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def start_source(config: Any) -> tuple[str, str]:
 
 
 def init_trained(config: Any, setup: Any, name: str, key: jax.Array) -> Any:
-    """What trains, at step 0: new adapters (and heads), or those of an adapted run to go on with."""
+    """What trains, at step 0: new adapters (and heads), or an adapted run's to go on with."""
     source, which = start_source(config)
     if name == GENERATOR and adapted_run(source, config.lora) is not None:
         return jax.tree.map(jax.device_put, load_adapters(source, which)[1],

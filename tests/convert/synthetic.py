@@ -1,4 +1,4 @@
-"""Checkpoints in diffusers' layout without torch: names and shapes from the tables, random values."""
+"""Checkpoints in diffusers' layout without torch: names and shapes from the tables."""
 
 from __future__ import annotations
 
@@ -68,11 +68,13 @@ def write_pipeline(folder: Path, model: dict = WAN, **more) -> dict[str, np.ndar
     assert family in FAMILIES
     tensors = write_transformer(folder / "transformer", model, **more)
     vae_class = "AutoencoderKLWan" if family.name == "wan" else "AutoencoderKLQwenImage"
-    text_class = "UMT5EncoderModel" if family.name == "wan" else "Qwen2_5_VLForConditionalGeneration"
+    text_class = ("UMT5EncoderModel" if family.name == "wan" else
+                  "Qwen2_5_VLForConditionalGeneration")
     write_json(folder / "model_index.json", {
         "_class_name": family.pipeline, "_diffusers_version": "0.35.0",
         "transformer": ["diffusers", family.table.CLASS], "vae": ["diffusers", vae_class],
-        "text_encoder": ["transformers", text_class], "tokenizer": ["transformers", "T5TokenizerFast"],
+        "text_encoder": ["transformers", text_class],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
         "scheduler": ["diffusers", "UniPCMultistepScheduler"]})
     write_json(folder / "vae" / "config.json", {
         "_class_name": vae_class, "base_dim": VAE["base"], "dim_mult": VAE["multipliers"],

@@ -207,7 +207,8 @@ def test_an_export_needs_its_own_base(wan_components, tmp_path):
 @pytest.mark.parametrize(("arguments", "says"), [
     (["import", "--to", "x"], "needs --source"),
     (["export", "--to", "x"], "needs --checkpoint"),
-    (["import", "--source", "a", "--checkpoint", "b", "--to", "x"], "--checkpoint and --adapters are of"),
+    (["import", "--source", "a", "--checkpoint", "b", "--to", "x"],
+     "--checkpoint and --adapters are of"),
     (["export", "--source", "a", "--checkpoint", "b", "--to", "x"], "--source and --lora are of"),
     (["import", "--source", "./nowhere", "--to", "x"], "no folder ./nowhere"),
     (["export", "--checkpoint", "nowhere", "--to", "x"], "no folder nowhere"),

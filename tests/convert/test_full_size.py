@@ -1,4 +1,4 @@
-"""The tables against every name and shape of the public checkpoints, and the counts of parameters."""
+"""The tables against every name and shape of the public checkpoints; counts of parameters."""
 
 import math
 import sys

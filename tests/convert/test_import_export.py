@@ -49,7 +49,8 @@ def test_other_networks_are_exact_too(wan_source, wan_components, part):
         if part == "vae":
             x = theirs.read("encoder.down_blocks.5.time_conv.weight")  # [O, I, 3, 1, 1]
             np.testing.assert_array_equal(
-                ours.read("encoder/stage2/down/time_conv/kernel")[:, 0, 0], x[..., 0, 0].transpose(2, 1, 0))
+                ours.read("encoder/stage2/down/time_conv/kernel")[:, 0, 0],
+                x[..., 0, 0].transpose(2, 1, 0))
         else:
             x = theirs.read("encoder.block.1.layer.1.DenseReluDense.wi_1.weight")
             np.testing.assert_array_equal(ours.read("blocks/up/kernel")[1], x.T)
@@ -160,7 +161,8 @@ def _raw(path):
 def test_mixed_dtypes_in_one_leaf_come_back(tmp_path):
     """q in float32, k and v in bfloat16: one fused leaf here, three dtypes there again."""
     tensors = synthetic.write_transformer(tmp_path / "qwen", synthetic.QWEN, odd=("to_q.weight",))
-    out = export_folder(str(import_folder(str(tmp_path / "qwen"), tmp_path / "c")), tmp_path / "out")
+    ours = import_folder(str(tmp_path / "qwen"), tmp_path / "c")
+    out = export_folder(str(ours), tmp_path / "out")
     assert dict(_raw(out / f"{STEM}.safetensors")) == {n: v.tobytes() for n, v in tensors.items()}
 
 

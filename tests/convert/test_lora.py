@@ -207,7 +207,7 @@ def test_diffusers_reads_the_adapters_of_a_run(pipeline, tmp_path, monkeypatch):
 
 
 def test_a_lora_that_peft_made_is_merged_as_diffusers_fuses_it(pipeline, tmp_path):
-    """Ranks and alphas that differ between modules, saved with their metadata and loaded by both."""
+    """Ranks and alphas that differ between modules, in the file's metadata; loaded by both."""
     import torch
     from diffusers import WanPipeline
     from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""Training adapters: what the state holds, what moves, what comes out; runs that go on with them."""
+"""Training adapters: what the state holds, what moves, what comes out; runs that go on."""
 
 import jax
 import numpy as np
@@ -123,13 +123,10 @@ def test_an_interrupted_run_goes_on_bit_by_bit(consistency, tmp_path):
     for which in ("raw", "ema"):
         jax.tree.map(np.testing.assert_array_equal, load_adapters(folder, which)[1],
                      load_adapters(result["folder"], which)[1])
-    other = emoji_config("consistency", **{**RANK, "lora__rank": 3}, init__diffusion=base_of(config))
+    other = emoji_config("consistency", **{**RANK, "lora__rank": 3},
+                         init__diffusion=config.init.diffusion)
     with pytest.raises(UserError, match=r"lora\.rank = 2 there, 3 here"):
         train(other, folder, quiet=True)
-
-
-def base_of(config):
-    return config.init.diffusion
 
 
 @pytest.mark.parametrize("discriminator", [False, True])

@@ -23,7 +23,8 @@ def rules(model: Mapping[str, Any]) -> list[Rule]:
     def attention(ours: str, theirs: str) -> list[Rule]:
         ours, theirs = f"backbone/blocks/{ours}", f"{BLOCK}.{theirs}"
         return [*linear(f"{ours}/q", f"{theirs}.to_q"), *linear(f"{ours}/k", f"{theirs}.to_k"),
-                *linear(f"{ours}/v", f"{theirs}.to_v"), *linear(f"{ours}/out", f"{theirs}.to_out.0"),
+                *linear(f"{ours}/v", f"{theirs}.to_v"),
+                *linear(f"{ours}/out", f"{theirs}.to_out.0"),
                 *scale(f"{ours}/q_norm", f"{theirs}.norm_q"),
                 *scale(f"{ours}/k_norm", f"{theirs}.norm_k")]
 
