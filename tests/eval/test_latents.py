@@ -97,7 +97,7 @@ def test_on_a_mesh(generator, base):
 def test_the_command_line(generator, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(LatentSpace, "text_encoder", Encoder())
     code = cli.main(["sample", "--checkpoint", str(base), "--prompt", "cat", "--frames", "1",
-                     "--height", "16", "--width", "16", "--out", str(tmp_path)])
+                     "--height", "16", "--width", "16", "--tiled", "--out", str(tmp_path)])
     out = capsys.readouterr()
     assert code == 0 and "wrote 1 images" in out.out
     assert "sampling: decoding: 1/1 frames" in out.err
