@@ -102,8 +102,8 @@ def _usage(name: str, family: Family, stages: Sequence[Any], two_step_time: floa
     return ["## Use", "", "```python", "import torch",
             _USE[family.name].format(name=name, size=_size(stages), fps=16), "```", "",
             "One step computes z - v(z, text, t = 1). `num_inference_steps=2` evaluates the "
-            f"network again at t = {two_step_time:g}; more steps were not trained for. No guidance: "
-            "leave the scale at 1.", ""]
+            f"network again at t = {two_step_time:g}; more steps were not trained for. No "
+            "guidance: leave the scale at 1.", ""]
 
 
 def _size(stages: Sequence[Any]) -> str:

@@ -106,12 +106,12 @@ def _check_base(family: Family, model: Mapping[str, Any], card: Mapping[str, Any
     if card.get("family") != family.name:
         raise UserError(f"{folder} is of family {card.get('family')}, the checkpoint of "
                         f"{family.name}; give its own base with --base")
-    there = read_json(folder / TRANSFORMER / CONFIG).get("model", {})
-    for key, value in there.items():
-        here = model.get(key)
-        if (list(here) if isinstance(here, tuple) else here) != value:
-            raise UserError(f"the base {folder} has {key} = {value!r}, the checkpoint {here!r}; "
-                            "give its own base with --base")
+    with open_generator(folder) as (base, _):
+        there = family.table.config_from(base)
+    for key, here in family.table.config_from(model).items():
+        if here != there.get(key):
+            raise UserError(f"the base {folder} has {key} = {there.get(key)!r}, the checkpoint "
+                            f"{here!r}; give its own base with --base")
 
 
 def _dtypes(dtype: str, folder: Path | None) -> dict[str, str]:

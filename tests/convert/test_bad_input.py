@@ -199,7 +199,7 @@ def test_an_export_needs_its_own_base(wan_components, tmp_path):
         export_folder(str(wan_components), tmp_path / "out", base=str(tmp_path / "qwen"))
     synthetic.write_pipeline(tmp_path / "deep", {**synthetic.WAN, "depth": 2})
     deep = import_folder(str(tmp_path / "deep"), tmp_path / "deeper")
-    with pytest.raises(UserError, match="has depth = 2, the checkpoint 3"):
+    with pytest.raises(UserError, match="has num_layers = 2, the checkpoint 3"):
         export_folder(str(wan_components), tmp_path / "out", base=str(deep))
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,106 @@
+"""Exporting runs: which weights, which base, what the card tells. (Runs whose checkpoints are made
+up; tests/test_wan_end_to_end.py exports real ones.)"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import synthetic
+
+from apt_jax.config import base_config, save_json
+from apt_jax.convert.exporting import export_folder
+from apt_jax.convert.provenance import history
+from apt_jax.errors import UserError
+from apt_jax.models.presets import make_generator
+from apt_jax.tensor_files import open_folder
+from apt_jax.weights import runs
+
+STEM = "diffusion_pytorch_model"
+
+
+def params(which, seed=0):
+    rng = np.random.default_rng([seed, which == "ema"])
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32),
+                        make_generator(synthetic.WAN).abstract())
+
+
+def make_run(folder, stage, **init):
+    config = base_config()
+    config.name, config.stage = folder.name, stage
+    for key, value in synthetic.WAN.items():
+        config.model[key] = value
+    config.model.rope_axes = (8, 12, 12)  # Wan does not read it
+    config.sample.two_step_time = 0.6
+    config.data.frames = (1, 21)
+    for key, value in init.items():
+        config.init[key] = str(value)
+    (folder / "checkpoints").mkdir(parents=True)
+    save_json(config, folder / "config.json")
+    return folder
+
+
+@pytest.fixture
+def chain(wan_components, tmp_path, monkeypatch):
+    """A consistency run from the component folder, and an adversarial one from that run."""
+    monkeypatch.setattr(runs, "newest", lambda folder, which, *_: params(which))
+    first = make_run(tmp_path / "consistency_wan", "consistency", diffusion=wan_components)
+    return make_run(tmp_path / "apt_wan", "adversarial", generator=first,
+                    diffusion=wan_components / "transformer")
+
+
+def test_the_history_of_a_run(chain, wan_components):
+    past = history(str(chain))
+    assert [stage.name for stage in past.stages] == ["apt_wan", "consistency_wan"]
+    assert past.base == wan_components
+    assert history("bundled:base") == ([], None)
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_the_asked_weights_in_the_dtypes_of_the_base(chain, wan_source, tmp_path, weights):
+    from apt_jax.convert.families import transformer_plan
+    from apt_jax.weights import flatten
+
+    out = export_folder(str(chain), tmp_path / "out", weights=weights)
+    plan, flat = transformer_plan(synthetic.WAN), flatten(params(weights))
+    kinds = set()
+    with open_folder(out / "transformer", STEM) as found:
+        for leaf in plan.leaves.values():
+            for layer, row in enumerate(leaf.parts):
+                value = flat[leaf.name][layer] if leaf.stacked else flat[leaf.name]
+                for name, part in zip(row, leaf.split(value), strict=True):
+                    want = wan_source[1][name].dtype
+                    assert found.tensors[name].dtype == want
+                    assert found.read(name).tobytes() == part.astype(want).tobytes()
+                    kinds.add(str(want))
+    assert kinds == {"float32", "bfloat16"}
+    shift = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    assert shift == pytest.approx((999 * 0.6 / 0.4) ** 0.5, rel=1e-5)
+
+
+def test_the_card_tells_the_recipe(chain, tmp_path):
+    out = export_folder(str(chain), tmp_path / "out", command="apt-jax convert export ...")
+    text = (out / "README.md").read_text()
+    for words in ("trained from tiny-wan", "consistency distillation: `consistency_wan`",
+                  "adversarial post-training (APT): `apt_wan`", "R1 approximate, weight 100",
+                  "the moving average", "bfloat16 (some tensors otherwise", "t = 0.6",
+                  "num_frames=81", "apt-jax convert export ...", '"stage": "adversarial"'):
+        assert words in text, words
+    assert text.index("consistency_wan") < text.index("apt_wan`")
+    raw = export_folder(str(chain), tmp_path / "raw", weights="raw")
+    assert "Weights: raw" in (raw / "README.md").read_text()
+
+
+def test_a_base_that_moved_is_given_by_hand(chain, wan_components, tmp_path):
+    import shutil
+
+    moved = shutil.copytree(wan_components, tmp_path / "moved")
+    lone = make_run(tmp_path / "lone", "adversarial", generator=tmp_path / "gone",
+                    diffusion=tmp_path / "gone")
+    alone = export_folder(str(lone), tmp_path / "alone")
+    assert (alone / "config.json").is_file() and not (alone / "vae").exists()
+    assert "an unnamed base" in (alone / "README.md").read_text()
+    out = export_folder(str(lone), tmp_path / "out", base=str(moved))
+    assert (out / "vae" / "config.json").is_file()
+    with pytest.raises(UserError, match="dtype 'int4' is unknown"):
+        export_folder(str(lone), tmp_path / "no", dtype="int4")
