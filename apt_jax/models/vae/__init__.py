@@ -1,4 +1,4 @@
-"""The causal video VAE of Wan 2.1 and Qwen-Image: 16 latent channels, 8x8 pixels and 4 frames each."""
+"""The causal video VAE of Wan 2.1 and Qwen-Image: 16 latent channels, 8x8x4 each."""
 
 from apt_jax.models.vae.config import VAEConfig
 from apt_jax.models.vae.frames import FrameDecoder

@@ -1,4 +1,4 @@
-"""Sizes and latent statistics of the causal video VAE, and which frame counts and sizes it takes."""
+"""Sizes and latent statistics of the causal video VAE, and the clips that it takes."""
 
 from __future__ import annotations
 

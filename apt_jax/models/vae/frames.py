@@ -60,7 +60,7 @@ class FrameDecoder:
             return *finish(y), caches
 
         self._at_once = jax.jit(at_once, **placed)
-        self._step = jax.jit(step, donate_argnums=2)  # each chunk's caches take the last one's place
+        self._step = jax.jit(step, donate_argnums=2)  # new caches take the old one's place
 
     def frame_shape(self, latents: tuple[int, ...]) -> tuple[int, int, int, int]:
         """(F, H, W, 3) of latents (F', H', W', C)."""

@@ -1,6 +1,7 @@
 """A VAE on disk: a folder with model.safetensors and config.json {"kind": "vae", "vae": {...}}.
 
-The same layout as a generator's weights folder; parameters have flat "decoder/conv_in/kernel" names.
+The same layout as a generator's weights folder; parameters have flat names such as
+"decoder/conv_in/kernel".
 """
 
 from __future__ import annotations

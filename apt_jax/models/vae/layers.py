@@ -1,9 +1,9 @@
 """Layers of the causal VAE, channels last: [B, F, H, W, C] throughout.
 
-On an H100 the convolutions are all of the time (388 TFLOP for 49x720x1280), and their layout decides
-it: cuDNN reaches the tensor cores without transposing only with channels last, in bfloat16. XLA keeps
-channels last for two-dimensional convolutions alone; for a three-dimensional one it picks channels
-first and transposes every activation before and after (compiled for an H100: 160 transposes and
+On an H100 the convolutions are all of the time (388 TFLOP for 49x720x1280), and their layout
+decides it: cuDNN reaches the tensor cores without transposing only with channels last, in bfloat16.
+XLA keeps channels last for two-dimensional convolutions alone; for a three-dimensional one it picks
+channels first and transposes every activation before and after (compiled for an H100: 160 transposes and
 copies against 85). So the three taps in time are put side by side as channels, and all convolutions
 are two-dimensional (form "frames"; also twice as fast on a CPU). Form "volume" writes a third of
 the input; on a GPU compile it with `CHANNELS_LAST`.
@@ -54,7 +54,7 @@ class Pointwise(Kernel):
 
 
 class CausalConv(Kernel):
-    """3x3x3 convolution, zero-padded in space, over the frame and its two predecessors in time."""
+    """3x3x3 convolution, zero-padded in space, over a frame and its two predecessors."""
 
     def __init__(self, d_in: int, d_out: int, *, form: str, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__((3, 3, 3), d_in, d_out, dtype=dtype, rngs=rngs)
@@ -80,7 +80,7 @@ class CausalConv(Kernel):
 
 
 class HalvingConv(Kernel):
-    """3x3 convolution of every other place of each frame; one row and column of zeros at the end."""
+    """3x3 convolution of every other place of each frame; zeros at the end, one row and column."""
 
     def __call__(self, x: jax.Array, walk: Walk) -> jax.Array:
         height = (0, 1)
@@ -130,7 +130,7 @@ def _each_frame(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, in
 
 
 class TimeConv(Kernel):
-    """Three taps in time and one in space, as one matrix product: [B, 2 + F, ...] -> [B, F', ...]."""
+    """Three taps in time, one in space, as a matrix product: [B, 2 + F, ...] -> [B, F', ...]."""
 
     def __call__(self, x: jax.Array, stride: int) -> jax.Array:
         count = (x.shape[1] - 3) // stride + 1

@@ -4,10 +4,10 @@
     z = vae.encode(params, x)        # x [B, 1 + 4k, H, W, 3] in [-1, 1] -> [B, 1 + k, H/8, W/8, 16]
     y = vae.decode(params, z)        # back
 
-Both are pure functions of the parameters: jit them. The first latent stands for one frame and every
-other for four, so the first chunk runs alone and the others in a `lax.scan` that carries the last
-two frames of every convolution. Memory then depends on the chunk and not on the clip, and the result
-equals one pass over the whole clip.
+Both are pure functions of the parameters: jit them. The first latent stands for one frame and
+every other for four, so the first chunk runs alone and the others in a `lax.scan` that carries the
+last two frames of every convolution. Memory then depends on the chunk and not on the clip, and the
+result equals one pass over the whole clip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode and encode with the height split over a mesh axis: equal to one device, a part of the time.
+"""Decode and encode with the height split over a mesh axis: equal to one device, in less time.
 
 Every 3x3 convolution reads one row of each neighbour (a halo exchange by `ppermute`: at 720p on
 eight devices 1% of the activations); the attention of the middle block, at the latent's resolution,

@@ -1,8 +1,8 @@
 """Large pictures in overlapping tiles, blended: diffusers' `enable_tiling`, tile for tile.
 
-A tiled result is not the untiled one: inside a tile the middle block attends to that tile alone, and
-the convolutions see zeros beyond it. What must hold is equality with diffusers' own tiled output, so
-that a VAE used there and here gives the same latents and pixels.
+A tiled result is not the untiled one: inside a tile the middle block attends to that tile alone,
+and the convolutions see zeros beyond it. What must hold is equality with diffusers' own tiled
+output, so that a VAE used there and here gives the same latents and pixels.
 """
 
 from __future__ import annotations

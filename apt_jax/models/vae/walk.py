@@ -90,7 +90,7 @@ class Walk:
         return x
 
     def caches(self) -> Caches:
-        """The past of the next chunk; a loop may carry it: its shapes do not depend on the chunk."""
+        """The past of the next chunk; a loop may carry it: one shape whatever the chunk."""
         if not self.first and len(self.new) != len(self._old):
             raise AssertionError(f"{len(self._old)} caches came in, {len(self.new)} go out")
         return tuple(self.new)
