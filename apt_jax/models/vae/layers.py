@@ -3,10 +3,10 @@
 On an H100 the convolutions are all of the time (388 TFLOP for 49x720x1280), and their layout
 decides it: cuDNN reaches the tensor cores without transposing only with channels last, in bfloat16.
 XLA keeps channels last for two-dimensional convolutions alone; for a three-dimensional one it picks
-channels first and transposes every activation before and after (seen in the program compiled for an
-H100; not timed there). So the three taps in time are put side by side as channels, and all convolutions
-are two-dimensional (form "frames"; also 1.4 to 4 times as fast on a CPU). Form "volume" writes a third of
-the input; on a GPU compile it with `CHANNELS_LAST`.
+channels first and transposes every activation before and after (seen in the program compiled for
+an H100; not timed there). So the three taps in time are put side by side as channels, and all
+convolutions are two-dimensional (form "frames"; also 1.4 to 4 times as fast on a CPU). Form "volume"
+writes a third of the input; on a GPU compile it with `CHANNELS_LAST`.
 
 What else matters: no pass over the activations but the convolutions and the fused norm-SiLU between
 them; the zeros before the clip's first frame are not multiplied; what has one tap in space is a
