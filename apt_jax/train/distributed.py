@@ -7,7 +7,7 @@ processes, and does nothing otherwise. It looks, in this order, at
     environment    APT_JAX_COORDINATOR, APT_JAX_PROCESSES, APT_JAX_PROCESS (launch/local.py sets them)
     Slurm          a step of srun with several tasks
     JobSet         JOBSET_NAME, REPLICATED_JOB_NAME, JOB_COMPLETION_INDEX, JOB_INDEX, with
-                   APT_JAX_PROCESSES (and APT_JAX_PODS per job): launch/gke sets them
+                   APT_JAX_PROCESSES (and APT_JAX_PODS per job): launch/jobset_*.yaml set them
     jax            --distributed (or APT_JAX_DISTRIBUTED=1): jax finds out, e.g. on TPU VMs
 """
 
