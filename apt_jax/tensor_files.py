@@ -9,7 +9,6 @@ errors that name what is wrong.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -256,7 +255,7 @@ def _split(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
 
 def write_files(folder: Path | str, stem: str, specs: Sequence[Spec],
                 chunks: Iterable[np.ndarray], *, limit: int = SHARD_BYTES,
-                metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+                metadata: Mapping[str, str] | None = None) -> list[Path]:
     """Writes tensors one after the other; several files and an index above `limit` bytes.
 
     Args:
@@ -266,7 +265,7 @@ def write_files(folder: Path | str, stem: str, specs: Sequence[Spec],
       limit: bytes of tensors in one file; a larger tensor gets a file of its own.
 
     Returns:
-      {file name: {"bytes": size, "sha256": hex digest}}.
+      The files with tensors.
 
     Raises:
       UserError on a full disk; ValueError when the chunks do not make up the specs.
@@ -276,17 +275,12 @@ def write_files(folder: Path | str, stem: str, specs: Sequence[Spec],
     names = ([f"{stem}.safetensors"] if len(groups) <= 1 else
              [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))])
     chunks = (chunk for chunk in chunks if chunk.nbytes)
-    written: dict[str, Any] = {}
     for name, group in zip(names, groups or [[]], strict=True):
         with disk_errors(folder / name), open(folder / name, "xb", buffering=0) as file:
-            digest, size = hashlib.sha256(), 0
             for data in _bytes(group, chunks, metadata):
-                digest.update(data)
-                size += len(data)
                 while len(data):
                     data = data[file.write(data):]
             os.fsync(file.fileno())
-        written[name] = {"bytes": size, "sha256": digest.hexdigest()}
     if next(chunks, None) is not None:
         raise ValueError("more chunks than specs")
     if len(groups) > 1:
@@ -294,7 +288,7 @@ def write_files(folder: Path | str, stem: str, specs: Sequence[Spec],
                  "weight_map": {spec.name: name for name, group in zip(names, groups, strict=True)
                                 for spec in group}}
         write_json(folder / f"{stem}.safetensors.index.json", index)
-    return written
+    return [folder / name for name in names]
 
 
 def _bytes(specs: Sequence[Spec], chunks: Iterator[np.ndarray],

@@ -134,7 +134,7 @@ class Merged:
 
 
 def write_lora(folder: Path, plan: Plan, adapters: Mapping[str, np.ndarray], scale: float
-               ) -> dict[str, Any]:
+               ) -> None:
     """Writes adapters of ours as FILE into a folder.
 
     Args:
@@ -156,5 +156,5 @@ def write_lora(folder: Path, plan: Plan, adapters: Mapping[str, np.ndarray], sca
                     np.asarray(down[layer], np.float32).T)
                 tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(scale * piece.T)
     specs = [Spec(name, value.dtype, value.shape) for name, value in tensors.items()]
-    return write_files(folder, Path(FILE).stem, specs, tensors.values(), limit=math.inf,
-                       metadata={"format": "pt"})
+    write_files(folder, Path(FILE).stem, specs, tensors.values(), limit=math.inf,
+                metadata={"format": "pt"})
