@@ -1,0 +1,73 @@
+"""The plan command against the real compilers for H100 and v5p (make test-plan)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.plan
+
+NARROW = ["--config", "configs/seaweed_8b_video.py", "--config.model.depth=6",
+          "--config.discriminator.taps=3,6", "--config.data.frames=1,",
+          "--config.data.height=64", "--config.data.width=64"]
+
+
+def has(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def plan(tmp_path, topology, *arguments):
+    out = tmp_path / "plan.json"
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "apt_jax", "plan", "--topology", topology, "--json", str(out),
+         *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    return done, json.loads(out.read_text()) if out.is_file() else None
+
+
+@pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+def test_h100s_gather_a_layer_in_bfloat16_and_scatter_its_gradient(tmp_path):
+    done, value = plan(tmp_path, "h100:1x8", *NARROW)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert value["fits"] and value["mesh"] == {"replica": 1, "fsdp": 2, "context": 4, "tensor": 1}
+    for name in ("G step", "D step"):
+        traffic = value["programs"][name]["collectives"]
+        moved = {}
+        for row in traffic:
+            key = row["kind"], row["dtype"]
+            moved[key] = moved.get(key, 0) + row["wire"]
+        assert moved["all-gather", "bf16"] > 20 * moved.get(("all-gather", "f32"), 0)
+        assert moved["reduce-scatter", "bf16"] > 20 * moved.get(("all-reduce", "f32"), 0)
+        assert not [n for n in value["programs"][name]["notes"] if "float32" in n]
+    assert "fits:" in done.stdout
+
+
+@pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+def test_what_does_not_fit_comes_with_a_remedy_and_status_1(tmp_path):
+    # one clip of 46,800 tokens on one GPU, with nothing recomputed, in a narrow network
+    done, value = plan(
+        tmp_path, "h100:1x1", "--config", "configs/seaweed_8b_video.py", "--no-inference",
+        "--config.model.depth=8", "--config.discriminator.taps=8,", "--config.model.width=1024",
+        "--config.model.heads=8", "--config.discriminator.heads=8", "--config.mesh.context=1",
+        "--config.model.remat=none")
+    assert done.returncode == 1 and not value["fits"]
+    assert "--config.model.remat=full" in value["remedy"] and "it would fit with" in done.stdout
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
+def test_tpus_too(tmp_path):
+    done, value = plan(tmp_path, "v5p:2x2x2", *NARROW)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    kinds = {row["kind"] for row in value["programs"]["D step"]["collectives"]}
+    assert {"all-gather", "reduce-scatter"} <= kinds
+
+
+def test_an_unknown_slice_is_one_line(tmp_path):
+    done, _ = plan(tmp_path, "h100:1x9", *NARROW)
+    assert done.returncode == 2 and "write h100:2x8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
