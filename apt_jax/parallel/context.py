@@ -35,7 +35,7 @@ from apt_jax.parallel.mesh import BATCH_AXES, ulysses_size
 from apt_jax.parallel.sharding import layer_spec, path_string
 from apt_jax.parallel.ring import PLAIN, Block, ring_attention
 
-TOKENS = ("ring", "ulysses")  # the context axis, as the programs below see it
+RING, ULYSSES = "ring", "ulysses"  # the two parts of the context axis where it has both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ContextParallel:
         split, length = self._split_mesh(q), q.shape[1]
         q = _pad_tokens(q, -length % self.ways)
         batch, heads = split.batch, split.heads
-        operands, specs = [q, k, v], [PartitionSpec(batch, TOKENS, heads)]
+        operands, specs = [q, k, v], [PartitionSpec(batch, split.tokens, heads)]
         specs += [PartitionSpec(batch, None, heads)] * 2
         if key_mask is not None:
             operands.append(key_mask)
@@ -136,7 +136,7 @@ class ContextParallel:
             out = self._attend(join(0), join(1), join(2), mask, split)
             return tuple(jnp.split(out, np.cumsum(local)[:-1], axis=1))
 
-        spec = PartitionSpec(split.batch, TOKENS, split.heads)
+        spec = PartitionSpec(split.batch, split.tokens, split.heads)
         specs = (spec,) * len(parts)
         if key_mask is not None:
             parts, specs = [*parts, key_mask], (*specs, PartitionSpec(split.batch))
@@ -147,14 +147,14 @@ class ContextParallel:
     def _attend(self, q, k, v, mask, split):
         """One device: q, k, v [b, n, h, d] of its tokens; mask [b, ring, tokens of a ring place]."""
         if split.ulysses > 1:
-            q, k, v = (jax.lax.all_to_all(x, "ulysses", 2, 1, tiled=True) for x in (q, k, v))
+            q, k, v = (jax.lax.all_to_all(x, split.tokens[-1], 2, 1, tiled=True) for x in (q, k, v))
         if split.ring > 1:
             block = self.block or dispatch.blocks(q, k, v) or PLAIN
-            out = ring_attention(q, k, v, mask, axis="ring", size=split.ring, block=block)
+            out = ring_attention(q, k, v, mask, axis=split.tokens[0], size=split.ring, block=block)
         else:
             out = self.kernel(q, k, v, None if mask is None else mask[:, 0])
         if split.ulysses > 1:
-            out = jax.lax.all_to_all(out, "ulysses", 1, 2, tiled=True)
+            out = jax.lax.all_to_all(out, split.tokens[-1], 1, 2, tiled=True)
         return out  # [b, n, h, d]
 
     def _mask(self, key_mask, lengths, padded, batch):
@@ -169,12 +169,19 @@ class ContextParallel:
         return jnp.concatenate(pieces, axis=2).reshape(key_mask.shape[0], -1)
 
     def _split_mesh(self, q: jax.Array) -> _Split:
-        """The mesh with context as ring x ulysses for this q's heads, and how q lies on it."""
+        """The mesh with context as ring x ulysses for this q's heads, and how q lies on it.
+
+        Where context is one of the two alone the mesh stays the network's own: kernels that lie in
+        jax's custom_partitioning (cuDNN's) want one mesh in a whole program.
+        """
         tensor = self.mesh.shape["tensor"]
         heads = "tensor" if q.shape[2] % tensor == 0 else None
         local = q.shape[2] // tensor if heads else q.shape[2]
         ulysses = ulysses_size(self.ways, local, self.ulysses)
-        return _Split(_split_context(self.mesh, ulysses), ulysses, self.ways // ulysses,
+        ring = self.ways // ulysses
+        both = ring > 1 and ulysses > 1
+        return _Split(_split_context(self.mesh, ulysses) if both else self.mesh, ulysses, ring,
+                      (RING, ULYSSES) if both else ("context",),
                       _batch_axes(self.mesh, q.shape[0]), heads)
 
 
@@ -183,6 +190,7 @@ class _Split:
     mesh: Mesh
     ulysses: int
     ring: int
+    tokens: tuple[str, ...]  # the axes of `mesh` that are context, the ring's first
     batch: tuple[str, ...] | None
     heads: str | None
 
@@ -208,7 +216,7 @@ def _split_context(mesh: Mesh, ulysses: int) -> Mesh:
     names, sizes = [], []
     for name, size in mesh.shape.items():
         split = name == "context"
-        names += TOKENS if split else (name,)
+        names += (RING, ULYSSES) if split else (name,)
         sizes += (size // ulysses, ulysses) if split else (size,)
     return Mesh(mesh.devices.reshape(sizes), tuple(names),
                 axis_types=(AxisType.Auto,) * len(names))
