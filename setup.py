@@ -53,7 +53,7 @@ EXTRAS = {
     "tokamax": ["tokamax>=0.0.12"],
     "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=77", "wheel>=0.43", "pyarrow>=15",
              "ray>=2.40; python_version < '3.14'",
-             "kubeflow-trainer-api>=2.0", "kubernetes-validate>=1.30"],  # of launch/gke
+             "kubeflow-trainer-api>=2.3", "kubernetes-validate>=1.31"],  # launch/jobset_*.yaml
 }
 
 setup(

@@ -5,7 +5,7 @@
 
 Installs Debian's slurm-wlm and munge where they are missing, which needs root, starts munged,
 slurmctld and slurmd with keys, ports and files of their own in a scratch folder, and stops them at
-the end; a Slurm that runs already is left alone. The sbatch file goes in as it is, with another size:
+the end; a Slurm that runs already is left alone. The sbatch file goes in as it is but for its size:
 two tasks on this machine's CPU. It shows that
 
     20 steps over two tasks are complete and agree with one process,
@@ -154,13 +154,18 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(done, trouble: str, cluster: Cluster | None = None, job: Job | None = None) -> None:
-    end = time.monotonic() + SECONDS
+def wait_for(done, trouble: str, cluster: Cluster | None = None, job: Job | None = None,
+             pause: float = 1.0) -> None:
+    """Until done() is true; leaves with `trouble` when it is late or the job has failed."""
+    end, look = time.monotonic() + SECONDS, 0.0
     while not done():
-        if time.monotonic() > end or (job is not None and job.failed()):
+        failed = False
+        if job is not None and time.monotonic() > look:
+            failed, look = job.failed(), time.monotonic() + 2
+        if failed or time.monotonic() > end:
             raise SystemExit(f"test_slurm: {trouble}\n" + (job.log() if job else "")
                              + (cluster.logs() if cluster else ""))
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 class Job:
@@ -192,16 +197,17 @@ class Job:
         return path.read_text().count("\n") if path.exists() else 0
 
     def wait_for_step(self, step: int) -> None:
-        wait_for(lambda: self.step() >= step, f"job {self.id} does not get to step {step}", job=self)
+        wait_for(lambda: self.step() >= step, f"job {self.id} does not get to step {step}",
+                 job=self, pause=0.02)
 
-    def wait_for_attempt(self, number: int) -> None:
+    def wait_for_line(self, text: str) -> None:
         """Slurm lets a job that is queued again rest for two minutes; we do not wait so long."""
-        def begun():
-            if "PENDING" in self.state():
+        def said():
+            if self.state() == "PENDING":
                 subprocess.run(["scontrol", "update", f"JobId={self.id}", "StartTime=now"],
                                capture_output=True)
-            return f"attempt {number} of job" in self.log()
-        wait_for(begun, f"job {self.id} is not started again", job=self)
+            return text in self.log()
+        wait_for(said, f"job {self.id} never says {text!r}", job=self)
 
     def end(self) -> None:
         wait_for(lambda: self.state() == "COMPLETED", f"job {self.id} has failed", job=self)
@@ -259,18 +265,18 @@ def agrees_with_one_process(folder: Path) -> None:
         raise SystemExit("test_slurm: they differ")
 
 
-def survives(folder: Path, steps: int = 150) -> None:
+def survives(folder: Path, steps: int = 60) -> None:
     calm = Job(folder, "calm", steps)
     calm.end()
     job = Job(folder, "disturbed", steps)
     job.wait_for_step(steps // 4)
     say(f"SIGKILL to task 1 after step {job.step()}")
     os.kill(job.pids()[1], signal.SIGKILL)
-    job.wait_for_attempt(1)
+    job.wait_for_line("queued again 0 times, attempt 1")
     job.wait_for_step(steps // 2)
     say(f"time is up (SIGUSR1, as --signal sends it) after step {job.step()}")
     run("scancel", "--batch", "--signal=USR1", job.id)
-    job.wait_for_attempt(2)
+    job.wait_for_line("queued again 1 times, attempt 0")
     job.end()
     if "saved step" not in job.log():
         raise SystemExit("test_slurm: the run ended before the signal came; try again")
@@ -285,6 +291,7 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="leave out the disturbed run")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops the daemons
     install()
     with tempfile.TemporaryDirectory(prefix="apt_slurm_") as scratch, Cluster(Path(scratch)):
         folder = Path(scratch) / "runs"
