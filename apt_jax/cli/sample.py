@@ -6,8 +6,8 @@ MP4 and animated WebP, with a grid of all and sample.json; the time of a forward
 compilation is printed. The same seed gives the same noise in every mode.
 
 Runs on one device unless the mesh flags of `apt-jax train` are given; then on all of them:
---config.mesh.context=N shares the tokens of a sample, .fsdp the weights and the samples, .tensor the
-heads. The pictures are the same.
+--config.mesh.context=N shares the tokens of a sample, .fsdp the weights and the samples, .tensor
+the heads. The pictures are the same.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="run folder; made if missing, continued if it holds checkpoints")
     parser.add_argument("--quiet", action="store_true", help="no progress output")
     several = parser.add_argument_group(
-        "several processes", "found without flags under Slurm, in a JobSet and from launch/local.py; "
-        "all processes take the same command otherwise")
+        "several processes", "found without flags under Slurm, in a JobSet and from "
+        "launch/local.py; all processes take the same command otherwise")
     several.add_argument("--coordinator", default="", metavar="HOST:PORT",
                          help="where process 0 listens")
     several.add_argument("--processes", type=int, default=0, metavar="N", help="how many there are")
-    several.add_argument("--process", type=int, default=-1, metavar="I", help="which this is, from 0")
+    several.add_argument("--process", type=int, default=-1, metavar="I",
+                         help="which this is, from 0")
     several.add_argument("--preempted-status", type=int, default=0, metavar="N",
                          help="exit status after a signal, when the state is saved and steps are "
                               "left (default: 0); launch/ uses 75 to tell the scheduler that this "

@@ -1,9 +1,10 @@
 """Ring attention: keys travel around a ring of devices, a softmax is put together from its parts.
 
-Every device keeps its queries and its block of keys and values. In each of R turns it attends to the
-block it holds while that block moves on to its neighbour; the parts are joined by their
-log-sum-exps (the online softmax). The backward pass sends the blocks around once more, each with the
-gradient it collects on the way, so that nothing but q, k, v, the result and its log-sum-exp is kept.
+Every device keeps its queries and its block of keys and values. In each of R turns it attends to
+the block it holds while that block moves on to its neighbour; the parts are joined by their
+log-sum-exps (the online softmax). The backward pass sends the blocks around once more, each with
+the gradient it collects on the way, so that nothing but q, k, v, the result and its log-sum-exp is
+kept.
 
 What a turn computes is a `Block`, plain JAX here, a fast kernel elsewhere. With the plain block
 everything is differentiable twice.

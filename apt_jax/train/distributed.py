@@ -4,7 +4,7 @@
 processes, and does nothing otherwise. It looks, in this order, at
 
     flags          --coordinator HOST:PORT --processes N --process I
-    environment    APT_JAX_COORDINATOR, APT_JAX_PROCESSES, APT_JAX_PROCESS (launch/local.py sets them)
+    environment    APT_JAX_COORDINATOR, APT_JAX_PROCESSES, APT_JAX_PROCESS (from launch/local.py)
     Slurm          a step of srun with several tasks
     JobSet         JOBSET_NAME, REPLICATED_JOB_NAME, JOB_COMPLETION_INDEX, JOB_INDEX, with
                    APT_JAX_PROCESSES (and APT_JAX_PODS per job): launch/jobset_*.yaml set them
@@ -204,5 +204,6 @@ def agree(value: Any) -> None:
     first = multihost_utils.broadcast_one_to_all(mine)
     same = multihost_utils.process_allgather(np.asarray(np.array_equal(first, mine)))
     if not np.all(same):
-        raise UserError(f"the processes {_spans(list(map(int, np.flatnonzero(~same))))} were started "
-                        "with another configuration than process 0; start all with the same command")
+        others = _spans([int(p) for p in np.flatnonzero(~same)])
+        raise UserError(f"the processes {others} were started with another configuration than "
+                        "process 0; start all with the same command")

@@ -32,7 +32,7 @@ BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch (`batch_part`) to the devices: arrays [B, ...] of all of it."""
+    """This process's part of a batch (`batch_part`) to the devices: arrays [B, ...] of it all."""
     sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
 
     def put(part):

@@ -135,9 +135,9 @@ def moved(mesh, ulysses, lengths=(64, 960)):
         with entered(scope):
             return joint_attention(q, k, v)
 
-    text = jax.jit(run, out_shardings=[tokens] * 2).lower(shapes, shapes, shapes).compile().as_text()
+    program = jax.jit(run, out_shardings=[tokens] * 2).lower(shapes, shapes, shapes).compile()
     found = {}
-    for line in text.splitlines():
+    for line in program.as_text().splitlines():
         for kind in ("all-to-all", "all-gather", "all-reduce", "collective-permute"):
             if f" {kind}(" in line:
                 sizes = re.findall(r"f32\[([\d,]+)\]", line.split(f" {kind}(")[0])

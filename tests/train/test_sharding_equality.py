@@ -57,7 +57,7 @@ def weights(family):
 
 
 def train(family, shape, ulysses=-1, accumulate=1):
-    """(metrics of the first update, gradients of D and G in it, weights after STEPS), on the host."""
+    """(metrics of the first update, gradients of D and G in it, weights after STEPS)."""
     config, start = equality_config(family, ulysses, accumulate), weights(family)
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:math.prod(shape)])
     setup = set_up(config, mesh, min_elements=1)
