@@ -8,9 +8,10 @@ from tiny import emoji_config, random_weights, tiny_batch, tiny_config
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
 from apt_jax.nn import lora
-from apt_jax.parallel.mesh import make_mesh
-from apt_jax.train.loop import train
-from apt_jax.train.state import set_up
+from apt_jax.parallel.mesh import make_mesh, replicated
+from apt_jax.train.loop import put_batch, train
+from apt_jax.train.state import frozen_inputs, init_state, set_up
+from apt_jax.train.steps import build_update
 from apt_jax.weights import (
     adapted_run,
     base_of_adapters,
@@ -171,3 +172,28 @@ def test_wrong_settings(fields, says):
 def test_adapters_of_a_run_without_any(base):
     with pytest.raises(UserError, match="no run that trained adapters"):
         load_adapters(base)
+
+
+def test_a_cut_mesh_trains_the_same_adapters(base):
+    """One update over context and tensor axes equals that of one device."""
+    config = emoji_config("consistency", **RANK, init__diffusion=base)
+    found = []
+    for sizes, devices in (({"replica": 1, "fsdp": 1}, 1),
+                           ({"replica": 1, "fsdp": 2, "context": 2, "tensor": 2}, 8)):
+        mesh = make_mesh(sizes, jax.devices()[:devices])
+        setup = set_up(config, mesh, min_elements=1)
+        frozen = frozen_inputs(config, setup, np.zeros((3, 384), np.float32),
+                               np.ones(3, bool), replicated(mesh))
+        state = init_state(config, setup)
+        state["generator"] = jax.device_put(random_like(setup.abstract["generator"], 5),
+                                            setup.shardings["generator"])
+        update = build_update(config, setup.nets, setup.optimizers, mesh, setup.shardings)
+        batch = tiny_batch(8)
+        batch["text"] = np.tile(batch["text"], (1, 1, 384 // batch["text"].shape[-1]))
+        state, metrics = update(state, frozen, put_batch(batch, mesh))
+        found.append(jax.device_get((state["generator"], metrics["gradient_norm"])))
+    (one, norm), (cut, cut_norm) = found
+    assert cut_norm == pytest.approx(norm, rel=1e-4) and norm > 0
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(cut), strict=True):
+        # The first update of RMSProp is the sign of the gradient: where that is nearly 0, either.
+        assert np.mean(~np.isclose(a, b, atol=1e-5)) < 0.02
