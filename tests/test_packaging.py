@@ -223,7 +223,7 @@ def test_files_are_small_and_name_no_machine():
 
 def test_makefile_and_scripts():
     make = (ROOT / "Makefile").read_text()
-    for target in ("demo:", "demo-full:", "demo-long:", "test:", "fixtures:", "clean:", "help:"):
+    for target in ("demo:", "demo-full:", "demo-long:", "demo-wan:", "test:", "fixtures:", "clean:", "help:"):
         assert f"\n{target}" in make
     for script in (".ci/run", "launch/venv.sh"):
         assert os.access(ROOT / script, os.X_OK), script

@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ARGUMENTS = {
     "qwen_image": (":consistency", ":apt"),
     "wan_14b": (":consistency", ":image", ":video"),
+    "wan_tiny": (":consistency", ":image", ":video"),
     "emoji_64": (":pretrain", ":consistency", ":image", ":video"),
     **{f"demo_{stage}": ("", ":long") for stage in ("pretrain", "consistency", "image", "video")},
 }

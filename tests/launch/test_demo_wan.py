@@ -52,9 +52,10 @@ def test_the_network_is_the_pipelines(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "tests" / "convert"), *sys.path])
     import tiny_pipelines
 
-    from apt_jax.convert.tables.wan import model_from
+    from apt_jax.convert.tables.wan import CLASS, model_from
 
-    theirs = model_from(dict(tiny_pipelines.wan_transformer().config), "the demo's")
+    card = {**tiny_pipelines.wan_transformer().config, "_class_name": CLASS}
+    theirs = model_from(card, "the demo's")
     model = load_config(f"{ROOT / 'configs' / 'wan_tiny.py'}:video").model.to_dict()
     assert {key: model[key] for key in theirs} == theirs
 
