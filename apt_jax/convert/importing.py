@@ -30,6 +30,7 @@ from apt_jax.convert.lora import Merged, read_lora
 from apt_jax.convert.source import CONFIG, INDEX, Source, files_of, licence_of, locate, sha256
 from apt_jax.errors import UserError
 from apt_jax.tensor_files import TensorSet, open_folder, read_json, write_files, write_json
+from apt_jax.weights import KIND
 
 PIPELINE = "pipeline"
 TRANSFORMER, SOURCE = "transformer", "source"
@@ -134,6 +135,10 @@ def _open(name: str, component: Component, folder: Path) -> _Work:
     except BaseException:
         tensors.__exit__()
         raise
+    if component.kind == KIND:
+        # Sampling computes as the weights are stored; a training config says for itself.
+        usual = engine.record_dtypes(tensors)[engine.DEFAULT]
+        config |= {"dtype": "float32" if usual in ("F32", "F64") else "bfloat16", "remat": "none"}
     return _Work(name, component, config, plan, tensors)
 
 

@@ -80,6 +80,7 @@ def test_what_an_import_writes(wan_source, wan_components):
 def test_weights_load_from_the_folder_or_its_transformer(wan_source, wan_components):
     model, params = load_generator(wan_components)
     assert model.family == "wan" and model.width == 24 and model.patch == (1, 2, 2)
+    assert model.dtype == "bfloat16"  # as most of the source's tensors
     again = load_generator(wan_components / "transformer")[1]
     jax.tree.map(np.testing.assert_array_equal, params, again)
     value = wan_source[1]["blocks.2.attn1.to_k.weight"]
