@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -135,10 +136,26 @@ def dispatch(arguments: Sequence[str]) -> int:
     return int(module.run(args) or 0)
 
 
+class _Stderr(logging.Handler):
+    """Messages as they are, on whatever sys.stderr is when they come."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _show_log() -> None:
+    """What the package logs (warnings, an automatic choice) is for whoever typed the command."""
+    log = logging.getLogger("apt_jax")
+    if not log.handlers:
+        log.addHandler(_Stderr())
+        log.setLevel(logging.INFO)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Status: 0 done, 2 a wrong input (one line on stderr), 130 interrupted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _show_log()
     try:
         return dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:

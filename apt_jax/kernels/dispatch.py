@@ -128,7 +128,8 @@ def select(backend: str, r: Request) -> str:
                             "takes what can")
         return "oracle" if r.queries < FEW_QUERIES else backend
     found = _automatic(r)
-    _note(found, r.hardware.name, str(r.dtype), r.head_dim)
+    if r.hardware.platform != "cpu":  # there is nothing to choose on a CPU
+        _note(found, r.hardware.name, str(r.dtype), r.head_dim)
     return found
 
 
