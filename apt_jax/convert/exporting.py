@@ -20,7 +20,7 @@ from apt_jax.convert.families import DIFFUSERS, Family, family_of_model, transfo
 from apt_jax.convert.folders import bring, check_space, new_folder
 from apt_jax.convert.provenance import component_folder, history
 from apt_jax.convert.scheduler import CLASS as SCHEDULER
-from apt_jax.convert.scheduler import scheduler_config
+from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, files_of
 from apt_jax.errors import UserError
 from apt_jax.tensor_files import DTYPES, NAMES, SHARD_BYTES, disk_errors, read_json, write_files
@@ -28,7 +28,6 @@ from apt_jax.tensor_files import write_json
 from apt_jax.weights import CHECKPOINTS, TRANSFORMER, open_generator
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-SCHEDULER_FILE = "scheduler_config.json"
 TORCH_MODULE = "mmdit_shared.py"
 
 

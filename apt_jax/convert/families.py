@@ -44,7 +44,8 @@ class Family:
     name: as config.json of a component folder says; pipeline: diffusers' class;
     model_family: config.model.family; table: the transformer's module in tables/;
     parts: the entries of model_index.json; tokenizer: files of which the tokenizer's folder
-    must have one; task: the hub's name of what the pipeline does.
+    must have one; task: the hub's name of what the pipeline does; sample: how its many-step sampler
+    is usually run, as fields of config.sample.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     table: ModuleType
     tokenizer: tuple[str, ...]
     task: str
+    sample: Mapping[str, float]
     parts: tuple[str, ...] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def check_tokenizer(self, folder: Path) -> None:
@@ -63,9 +65,12 @@ class Family:
 
 
 FAMILIES = (
-    Family("wan", "WanPipeline", "wan", wan, ("tokenizer.json",), "text-to-video"),
+    Family("wan", "WanPipeline", "wan", wan, ("tokenizer.json",), "text-to-video",
+           {"guidance": 5.0, "steps": 50, "shift": 3.0}),
+    # Its shift grows with the picture; this is that of 1024 x 1024.
     Family("qwen_image", "QwenImagePipeline", "mmdit", qwen_image,
-           ("tokenizer.json", "vocab.json"), "text-to-image"),
+           ("tokenizer.json", "vocab.json"), "text-to-image",
+           {"guidance": 4.0, "steps": 50, "shift": 2.0}),
 )
 
 

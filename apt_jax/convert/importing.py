@@ -27,6 +27,7 @@ from apt_jax.convert.families import (
 from apt_jax.convert.folders import bring, check_space, new_folder
 from apt_jax.convert.lora import FILE as LORA_FILE
 from apt_jax.convert.lora import Merged, read_lora
+from apt_jax.convert.scheduler import SCHEDULER_FILE
 from apt_jax.convert.source import CONFIG, INDEX, Source, files_of, licence_of, locate, sha256
 from apt_jax.errors import UserError
 from apt_jax.tensor_files import TensorSet, open_folder, read_json, write_files, write_json
@@ -82,6 +83,7 @@ def import_folder(source: str, to: str | Path, *, revision: str | None = None,
                 "source": {**found.origin, "licence": licence_of(found.folder), "files": files,
                            **extra},
                 "components": _components(part, folders),
+                "sample": _sample(family, folders),
             })
     finally:
         for work in works:
@@ -185,6 +187,17 @@ def _write(part: Path, found: Source, family: Family, works: list[_Work],
             continue  # examples, assets
         bring(found.folder / relative, part / SOURCE / relative, copy)
     return files
+
+
+def _sample(family: Family, folders: dict[str, Path]) -> dict[str, float]:
+    """Defaults of the many-step sampler; a fixed shift of the source's own scheduler is taken."""
+    settings = dict(family.sample)
+    file = folders["scheduler"] / SCHEDULER_FILE if "scheduler" in folders else None
+    if file is not None and file.is_file():
+        shift = read_json(file).get("flow_shift")
+        if isinstance(shift, (int, float)) and shift > 0:
+            settings["shift"] = float(shift)
+    return settings
 
 
 def _components(part: Path, folders: dict[str, Path]) -> dict[str, str]:

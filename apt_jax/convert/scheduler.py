@@ -15,6 +15,7 @@ from apt_jax.errors import UserError
 
 CLASS = "FlowMatchEulerDiscreteScheduler"
 TRAIN_STEPS = 1000
+SCHEDULER_FILE = "scheduler_config.json"
 
 
 def two_step_shift(family: str, t: float) -> float:

@@ -86,6 +86,7 @@ def write_pipeline(folder: Path, model: dict = WAN, **more) -> dict[str, np.ndar
         "d_ff": UMT5["mlp_width"], "feed_forward_proj": "gated-gelu", "use_cache": True})
     write_tensors(folder / "text_encoder", "model", umt5_plan(UMT5).theirs)
     write_json(folder / "tokenizer" / "tokenizer.json", {"model": {}})
-    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "UniPC"})
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "UniPC",
+                                                                  "flow_shift": 7})
     (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# Base\n")
     return tensors

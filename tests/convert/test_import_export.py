@@ -63,6 +63,7 @@ def test_what_an_import_writes(wan_source, wan_components):
                                   "text_encoder": "text_encoder", "tokenizer": "tokenizer",
                                   "scheduler": "source/scheduler"}
     assert card["source"]["licence"] == "apache-2.0"
+    assert card["sample"] == {"guidance": 5.0, "steps": 50, "shift": 7.0}
     assert card["source"]["folder"] == str(wan_source[0])
     files = card["source"]["files"]
     assert set(files) == {name for name in tree(wan_source[0]) if name.endswith(".safetensors")}
