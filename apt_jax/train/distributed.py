@@ -29,6 +29,7 @@ from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import BATCH_AXES
 
 JOBSET_PORT = 8476
+JOIN_SECONDS = 900  # hosts of a cluster may still be fetching their image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +126,19 @@ def _jobset(env: Mapping[str, str]) -> Job | None:
 def start(job: Job | None) -> None:
     """Joins the job: afterwards jax.devices() are all devices of all processes.
 
-    Must run before anything asks jax for a device. UserError if the others cannot be reached.
+    Must run before anything asks jax for a device. Without the others jax aborts the process after
+    JOIN_SECONDS, for its launcher to start it again. UserError for a job that jax does not take.
     """
     if job is None or jax.distributed.is_initialized():
         return
     try:
         if job.coordinator is None:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=JOIN_SECONDS)
         else:
             jax.distributed.initialize(
                 job.coordinator, job.processes, job.process,
-                None if job.devices is None else list(job.devices))
+                None if job.devices is None else list(job.devices),
+                initialization_timeout=JOIN_SECONDS)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"process {job.process} of {job.processes} cannot join the job at "
