@@ -126,6 +126,8 @@ FIELDS: tuple[Field, ...] = (
     _f("optimizer.b2", 0.999, "adamw's second decay", low=0, high=1),
     _f("optimizer.weight_decay", 0.0, "adamw's decoupled decay", low=0),
     _f("optimizer.warmup_steps", 0, "steps of linear warm-up", low=0),
+    _f("optimizer.final_rate", 1.0, "part of the learning rate left at the last step; it falls "
+       "linearly (1: constant, as in the paper)", low=0, high=1),
     # -- loop
     _f("train.steps", 1000, "updates (adversarial: one D and one G step each)", low=1),
     _f("train.batch_size", 64, "samples of one update over all devices", low=1),

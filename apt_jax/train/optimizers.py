@@ -37,12 +37,21 @@ def stop_frozen(params: Any) -> Any:
         params)
 
 
-def _rule(optimizer: Any, rate: float) -> optax.GradientTransformation:
-    warmup = int(optimizer.warmup_steps)
-    schedule = rate
-    if warmup:
-        def schedule(count):
-            return rate * jnp.minimum(1.0, (count + 1) / warmup)
+def _schedule(config: Any, rate: float) -> Any:
+    """rate, or a function of the update: linear warm-up, linear fall to final_rate times rate."""
+    warmup, final = int(config.optimizer.warmup_steps), float(config.optimizer.final_rate)
+    if not warmup and final == 1.0:
+        return rate
+
+    def schedule(count):
+        up = jnp.minimum(1.0, (count + 1) / warmup) if warmup else 1.0
+        return rate * up * (1.0 - (1.0 - final) * count / max(1, config.train.steps - 1))
+
+    return schedule
+
+
+def _rule(config: Any, rate: float) -> optax.GradientTransformation:
+    optimizer, schedule = config.optimizer, _schedule(config, rate)
     if optimizer.name == "rmsprop":
         # Equals torch.optim.RMSprop: epsilon is added to the root, not under it. No momentum, no
         # bias correction, so the first update is lr / sqrt(1 - decay) = 3.16 lr. No clipping.
@@ -55,7 +64,7 @@ def _rule(optimizer: Any, rate: float) -> optax.GradientTransformation:
 
 def generator_optimizer(config: Any) -> optax.GradientTransformation:
     """The optimiser of the generator (in every stage)."""
-    return _rule(config.optimizer, config.optimizer.learning_rate)
+    return _rule(config, config.optimizer.learning_rate)
 
 
 def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
@@ -63,13 +72,13 @@ def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
     rate = config.optimizer.discriminator_learning_rate or config.optimizer.learning_rate
     mode = config.discriminator.backbone
     if mode == "train":
-        return _rule(config.optimizer, rate)
+        return _rule(config, rate)
     if mode == "frozen":
         backbone = optax.set_to_zero()
     elif mode == "rate":
-        backbone = _rule(config.optimizer, rate * config.discriminator.backbone_rate)
+        backbone = _rule(config, rate * config.discriminator.backbone_rate)
     else:
         raise UserError(f"discriminator.backbone = {mode!r} is unknown; "
                         "use 'train', 'frozen' or 'rate'")
-    return optax.multi_transform({HEADS: _rule(config.optimizer, rate), BACKBONE: backbone},
+    return optax.multi_transform({HEADS: _rule(config, rate), BACKBONE: backbone},
                                  discriminator_labels)

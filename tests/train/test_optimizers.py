@@ -51,6 +51,18 @@ def test_adamw_warms_up_and_decays():
     np.testing.assert_allclose(sizes, np.array([0.25, 0.5, 0.75, 1, 1]) * 1.1e-2, rtol=1e-4)
 
 
+def test_the_rate_falls_linearly_to_its_last_part():
+    config = tiny_config(optimizer__name="adamw", optimizer__learning_rate=1e-2,
+                         optimizer__final_rate=0.2, train__steps=5)
+    tx = generator_optimizer(config)
+    params = jnp.ones(1)
+    state, sizes = tx.init(params), []
+    for _ in range(5):
+        updates, state = tx.update(jnp.ones(1), state, params)
+        sizes.append(-float(updates[0]))
+    np.testing.assert_allclose(sizes, np.array([1, 0.8, 0.6, 0.4, 0.2]) * 1e-2, rtol=1e-4)
+
+
 PARAMS = {"backbone": {"blocks": {"w": np.ones((2, 3), np.float32)}},
           "heads": {"q": np.ones((2, 3), np.float32)}, "logit": np.ones(3, np.float32)}
 
