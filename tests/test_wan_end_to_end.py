@@ -164,7 +164,7 @@ def test_training_changed_the_weights(folders):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_pytorch_draws_what_sample_draws(folders, pipe, decode, steps, tmp_path, capsys):
-    """Latents and decoded frames from prompts and the same noise, to 1e-3; the files to one level."""
+    """Latents and decoded frames from prompts and the same noise, to 1e-3; files to one level."""
     name, _, trained, _ = folders
     frames = FAMILIES[name]["frames"]
     run("sample", "--checkpoint", trained, "--height", HEIGHT, "--width", WIDTH, "--frames", frames,

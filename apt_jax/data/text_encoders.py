@@ -94,9 +94,7 @@ class UMT5Encoder:
         text = np.zeros((len(captions), max_tokens, self.width), np.float32)
         mask = np.zeros((len(captions), max_tokens), bool)
         longer = map(len, self._tokenizer.rows(list(captions), max_tokens + 1))
-        if cut := [c for c, n in zip(captions, longer) if n > max_tokens]:
-            log.warning("%d of %d captions are longer than %d tokens and were cut, the first: "
-                        "%.60r", len(cut), len(captions), max_tokens, cut[0])
+        _tell([c for c, n in zip(captions, longer) if n > max_tokens], len(captions), max_tokens)
         for start in range(0, len(captions), _BATCH):
             part = list(captions[start : start + _BATCH])
             ids, valid = self._tokenizer(part + [""] * (_BATCH - len(part)), max_tokens)
@@ -105,6 +103,13 @@ class UMT5Encoder:
                 n = int(valid[i].sum())
                 text[start + i, :n], mask[start + i, :n] = states[i, :n], True
         return text, mask
+
+
+def _tell(cut: Sequence[str], total: int, max_tokens: int) -> None:
+    """Warns of captions that were cut."""
+    if cut:
+        log.warning("%d of %d captions are longer than %d tokens and were cut, the first: %.60r",
+                    len(cut), total, max_tokens, cut[0])
 
 
 def _read_params(folder: pathlib.Path, shardings: Any, abstract: Any, dtype: Any) -> Any:
@@ -196,12 +201,20 @@ class QwenEncoder:
         return run
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(text float32 [B, L, D], mask bool [B, L]) with L = max_tokens; padding is zero."""
+        """(text float32 [B, L, D], mask bool [B, L]) with L = max_tokens; padding is zero.
+
+        A caption over max_tokens, counting the end of the template, is cut.
+        """
         text = np.zeros((len(captions), max_tokens, self.width), np.float32)
         mask = np.zeros((len(captions), max_tokens), bool)
+        limit, cut = min(max_tokens, self.LIMIT), []
         for start in range(0, len(captions), _BATCH):
-            rows = self._run(list(captions[start : start + _BATCH]), min(max_tokens, self.LIMIT))
-            for i, states in enumerate(rows):
-                n = min(len(states), max_tokens)
-                text[start + i, :n], mask[start + i, :n] = states[:n], True
+            # One token more tells what is cut; no state before it knows of it.
+            rows = self._run(list(captions[start : start + _BATCH]), limit + 1)
+            for i, states in enumerate(rows, start):
+                n = min(len(states), limit)
+                text[i, :n], mask[i, :n] = states[:n], True
+                if len(states) > limit:
+                    cut.append(captions[i])
+        _tell(cut, len(captions), max_tokens)
         return text, mask

@@ -48,7 +48,7 @@ def test_wans_states_are_its_pipelines(wan):
     assert mask.sum(1).tolist() == [4, 1, 4]
 
 
-def test_qwens_states_are_its_pipelines(tmp_path):
+def test_qwens_states_are_its_pipelines(tmp_path, caplog):
     from diffusers import QwenImagePipeline
 
     theirs = tiny_pipelines.save_qwen(tmp_path / "theirs")
@@ -64,3 +64,7 @@ def test_qwens_states_are_its_pipelines(tmp_path):
     np.testing.assert_array_equal(mask, valid.numpy().astype(bool))
     close(text, want.numpy())
     assert not text[~mask].any()
+    assert not caplog.records
+    cut, mask = encoder.encode(prompts, int(valid[0].sum()) - 1)  # of the longest
+    assert "1 of 3 captions are longer" in caplog.text and mask[0].all()
+    close(cut, want.numpy()[:, :cut.shape[1]] * mask[..., None])
