@@ -32,7 +32,6 @@ from apt_jax.weights.common import (
     PIPELINE,
     TRANSFORMER,
     WEIGHTS_FILE,
-    Leaves,
     check_keys,
     flatten,
     has_weights,
@@ -42,7 +41,7 @@ from apt_jax.weights.common import (
     read_card,
     unflatten,
 )
-from apt_jax.weights.runs import load_run
+from apt_jax.weights.runs import load_run, open_run
 
 
 def save_generator(folder: str | Path, model_config: Mapping[str, Any], params: Any,
@@ -124,8 +123,7 @@ def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, 
     """A generator's config.model and its leaves, to be read one at a time.
 
     The leaves have `shapes()` -> {"a/b": shape} and `read(name, layer=None)` -> numpy array in the
-    dtype it is stored in; those of a run are read at once. Arguments and errors as for
-    `load_generator`.
+    dtype it is stored in. Arguments and errors as for `load_generator`.
     """
     text = str(path)
     if text.startswith(BUNDLED):
@@ -137,8 +135,7 @@ def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, 
         with _open_folder(folder) as opened:
             yield opened
     elif is_run(folder):
-        model, params = load_generator(folder, which)
-        yield model, Leaves(flatten(params))
+        yield open_run(folder, which)
     else:
         raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {CHECKPOINTS}/; give a run "
                         "folder that has saved a checkpoint, or a weights folder")

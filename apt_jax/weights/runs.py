@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from apt_jax.weights.common import (
     flatten,
     is_run,
     make_abstract,
+    unflatten,
 )
 
 
@@ -38,12 +40,57 @@ def load_run(folder: Path, which: str, shardings: Any
 
 def newest(folder: Path, which: str, abstract: Any, shardings: Any = None) -> dict[str, Any]:
     """The parameters `abstract` of the newest checkpoint that can be read."""
+    return _try_steps(folder, lambda step: _read_checkpoint(step, which, abstract, shardings))
+
+
+def open_run(folder: Path, which: str) -> tuple[ml_collections.ConfigDict, Any]:
+    """config.model and the leaves of a run, each read from the checkpoint when it is asked for.
+
+    The host holds one leaf at a time, but for an adapted run, which is merged whole.
+    """
+    config = load_json(folder / CONFIG_FILE)
+    lora = config.get("lora")
+    if lora and lora.rank:
+        return config.model, Leaves(flatten(_merged(folder, config, which, None)))
+    abstract = flatten(make_abstract(config.model))
+
+    def opened(step: Path) -> CheckpointLeaves:
+        leaves = CheckpointLeaves(step, which, abstract)
+        leaves.read(min(abstract, key=lambda name: abstract[name].size))  # torn ones fail here
+        return leaves
+
+    return config.model, _try_steps(folder, opened)
+
+
+class CheckpointLeaves:
+    """The parameters of one checkpoint, to be read like those of a file."""
+
+    def __init__(self, step: Path, which: str, abstract: dict[str, Any]):
+        self._step, self._which, self._abstract = step, which, abstract
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(leaf.shape) for name, leaf in self._abstract.items()}
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A leaf, or one layer of it; the leaf last read is kept."""
+        if self._last is None or self._last[0] != name:
+            self._last = None  # freed before the next one comes
+            one = unflatten({name: self._abstract[name]})
+            value = flatten(_read_checkpoint(self._step, self._which, one, None))[name]
+            self._last = (name, np.asarray(value))
+        value = self._last[1]
+        return value if layer is None else value[layer]
+
+
+def _try_steps(folder: Path, read: Callable[[Path], Any]) -> Any:
+    """`read` of the newest checkpoint that does not fail."""
     steps = sorted((int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdigit()),
                    reverse=True)
     problem = "it holds none"
     for step in steps:
         try:
-            return _read_checkpoint(folder / CHECKPOINTS / str(step), which, abstract, shardings)
+            return read(folder / CHECKPOINTS / str(step))
         except UserError:
             raise
         except Exception as error:  # whatever a torn checkpoint makes the reader raise

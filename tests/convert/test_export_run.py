@@ -1,5 +1,7 @@
-"""Exporting runs: which weights, which base, what the card tells. (Runs whose checkpoints are made
-up; tests/test_wan_end_to_end.py exports real ones.)"""
+"""Exporting runs: which weights, which base, what the card tells.
+
+The runs were not trained: their checkpoints hold random weights.
+"""
 
 import json
 
@@ -14,7 +16,7 @@ from apt_jax.convert.provenance import history
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
 from apt_jax.tensor_files import open_folder
-from apt_jax.weights import runs
+from apt_jax.weights import load_generator, open_generator
 
 STEM = "diffusion_pytorch_model"
 
@@ -23,6 +25,16 @@ def params(which, seed=0):
     rng = np.random.default_rng([seed, which == "ema"])
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32),
                         make_generator(synthetic.WAN).abstract())
+
+
+def save_checkpoint(folder, config, step=3):
+    """What train/checkpoint.py writes, of the generator and its average alone."""
+    from apt_jax.train.checkpoint import Checkpoints
+
+    state = {"generator": params("raw"), "generator_ema": params("ema")}
+    checkpoints = Checkpoints(folder, config)
+    checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), {}, 0.0)
+    checkpoints.close()
 
 
 def make_run(folder, stage, **init):
@@ -35,15 +47,15 @@ def make_run(folder, stage, **init):
     config.data.frames = (1, 21)
     for key, value in init.items():
         config.init[key] = str(value)
-    (folder / "checkpoints").mkdir(parents=True)
+    folder.mkdir()
     save_json(config, folder / "config.json")
+    save_checkpoint(folder, config)
     return folder
 
 
 @pytest.fixture
-def chain(wan_components, tmp_path, monkeypatch):
+def chain(wan_components, tmp_path):
     """A consistency run from the component folder, and an adversarial one from that run."""
-    monkeypatch.setattr(runs, "newest", lambda folder, which, *_: params(which))
     first = make_run(tmp_path / "consistency_wan", "consistency", diffusion=wan_components)
     return make_run(tmp_path / "apt_wan", "adversarial", generator=first,
                     diffusion=wan_components / "transformer")
@@ -76,6 +88,25 @@ def test_the_asked_weights_in_the_dtypes_of_the_base(chain, wan_source, tmp_path
     assert kinds == {"float32", "bfloat16"}
     shift = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"]
     assert shift == pytest.approx((999 * 0.6 / 0.4) ** 0.5, rel=1e-5)
+
+
+def test_leaves_are_read_one_by_one(chain):
+    """What an export reads of a run: any leaf, any layer, from the newest checkpoint that is
+    whole."""
+    import shutil
+
+    from apt_jax.weights import flatten
+
+    shutil.copytree(chain / "checkpoints" / "3", chain / "checkpoints" / "4")
+    shutil.rmtree(chain / "checkpoints" / "4" / "state" / "d")  # the arrays
+    with open_generator(chain, "raw") as (model, leaves):
+        want = flatten(params("raw"))
+        assert model.width == 24 and leaves.shapes() == {k: v.shape for k, v in want.items()}
+        for name in ("proj_out/bias", "backbone/blocks/attn/q/kernel",
+                     "backbone/blocks/mlp/up/bias"):
+            np.testing.assert_array_equal(leaves.read(name), want[name])
+            np.testing.assert_array_equal(leaves.read(name, 1), want[name][1])
+    jax.tree.map(np.testing.assert_array_equal, load_generator(chain, "raw")[1], params("raw"))
 
 
 def test_the_card_tells_the_recipe(chain, tmp_path):
