@@ -25,9 +25,14 @@ def test_libtpu_knows_the_flags_of_tpus():
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
-def test_without_libtpu_one_line_says_so():
+def test_without_libtpu_one_line_says_so(capsys):
+    """And a launch script gets all flags, to leave the judgement to the libtpu of the host."""
     with pytest.raises(UserError, match="pip install"):
         check.unknown_flags("tpu")
+    assert main(["tpu", "--check"]) == 2
+    assert main(["tpu", "--known"]) == 0
+    out, said = capsys.readouterr()
+    assert out.strip() == flags.environment_value("tpu") and said.count("pip install") == 2
 
 
 def test_unknown_flags_are_named_and_can_be_left_out(monkeypatch, capsys):

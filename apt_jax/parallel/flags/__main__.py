@@ -1,7 +1,8 @@
 """Print a platform's flags on one line.
 
-    python -m apt_jax.parallel.flags gpu            what to put into XLA_FLAGS (tpu: LIBTPU_INIT_ARGS)
-    python -m apt_jax.parallel.flags gpu --known    only those that the installed XLA knows
+    python -m apt_jax.parallel.flags gpu            for XLA_FLAGS (tpu: LIBTPU_INIT_ARGS)
+    python -m apt_jax.parallel.flags gpu --known    only those that the installed XLA knows; all
+                                                    where it cannot be asked
     python -m apt_jax.parallel.flags gpu --check    status 2 if it lacks one
 """
 
@@ -23,7 +24,14 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         flags = platform_flags(args.platform)
-        unknown = unknown_flags(args.platform) if args.known or args.check else []
+        unknown = []
+        if args.known or args.check:
+            try:
+                unknown = unknown_flags(args.platform)
+            except UserError as error:
+                if args.check:
+                    raise
+                print(f"flags: {error}", file=sys.stderr)
         if args.check and unknown:
             raise UserError(f"the installed XLA does not know {', '.join(unknown)}; take "
                             f"{'them' if len(unknown) > 1 else 'it'} out of {args.platform}.txt")

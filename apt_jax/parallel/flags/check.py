@@ -59,6 +59,9 @@ def _ask(platform: str, flags: Mapping[str, str]) -> str:
     for name in _VARIABLE.values():
         env.pop(name, None)
     env[_VARIABLE[platform]] = " ".join(f"--{name}={value}" for name, value in flags.items())
-    done = subprocess.run([sys.executable, "-c", _ASK[platform]], env=env, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS)
+    try:
+        done = subprocess.run([sys.executable, "-c", _ASK[platform]], env=env, text=True,
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_SECONDS} s"
     return "" if done.returncode == 0 else done.stderr or f"status {done.returncode}"
