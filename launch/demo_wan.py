@@ -65,15 +65,23 @@ def commands(workdir: Path) -> dict[str, list[str]]:
 
 def make_source(workdir: Path) -> None:
     """source/: a whole WanPipeline, 0.2 M random parameters, as diffusers saves it."""
-    import diffusers
-
     sys.path.insert(0, str(ROOT / "tests" / "convert"))  # the tests' tiny pipelines
     import tiny_pipelines
 
-    diffusers.logging.set_verbosity_error()
+    _hush()
 
     shutil.rmtree(workdir / "source", ignore_errors=True)
     tiny_pipelines.save_wan(workdir / "source")
+
+
+def _hush() -> None:
+    """No bars and remarks of the libraries between the lines of the story."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.logging, transformers.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def make_clips(workdir: Path) -> None:
@@ -140,17 +148,11 @@ class Story:
         self.step(name, shown, work)
 
 
-def pytorch_samples(workdir: Path, steps: int):
-    """The exported pipeline's latents [N, F', H', W', C] and frames uint8 [N, F, H, W, 3], from the
-    noise that apt-jax sample began with."""
+def pytorch_samples(pipe, noise, steps: int):
+    """The pipeline's latents [N, F', H', W', C] and frames uint8 [N, F, H, W, 3], from noise like
+    the latents."""
     import numpy as np
     import torch
-    from diffusers import WanPipeline
-    from safetensors.numpy import load_file
-
-    noise = load_file(workdir / f"samples_{steps}" / "latents.safetensors")["noise"]
-    pipe = WanPipeline.from_pretrained(workdir / "one-step")
-    pipe.set_progress_bar_config(disable=True)
 
     def draw(kind: str):
         return pipe(list(PROMPTS), height=HEIGHT, width=WIDTH, num_frames=FRAMES,
@@ -164,11 +166,15 @@ def pytorch_samples(workdir: Path, steps: int):
 def compare(workdir: Path) -> dict:
     """PyTorch's samples beside ours: the pictures, and the differences for the summary."""
     import numpy as np
+    from diffusers import WanPipeline
     from PIL import Image, ImageSequence
     from safetensors.numpy import load_file
 
     from apt_jax import media
 
+    _hush()
+    pipe = WanPipeline.from_pretrained(workdir / "one-step")
+    pipe.set_progress_bar_config(disable=True)
     clips, labels, found = [], [], {}
     for steps in STEPS:
         folder = workdir / f"samples_{steps}"
@@ -177,8 +183,9 @@ def compare(workdir: Path) -> dict:
                  for entry in entries)
         ours = np.stack([[np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(film)]
                          for film in films])
-        latents = load_file(folder / "latents.safetensors")["latents"]
-        torch_latents, theirs = pytorch_samples(workdir, steps)
+        saved = load_file(folder / "latents.safetensors")
+        latents = saved["latents"]
+        torch_latents, theirs = pytorch_samples(pipe, saved["noise"], steps)
         apart = np.abs(ours.astype(int) - theirs)  # in steps of 1 of 255
         found[str(steps)] = {
             "latents_relative": float(np.linalg.norm(torch_latents - latents)
@@ -211,18 +218,23 @@ def main(argv=None) -> int:
         return 2
     workdir.mkdir(parents=True, exist_ok=True)
     todo = commands(workdir)
+    print("A tiny Wan pipeline with random weights from diffusers through training and back. Most of "
+          "the time is\ncompilation.")
     story = Story(workdir, len(todo) + 3)
     story.step("a tiny WanPipeline with random weights",
                f"WanPipeline(...).save_pretrained('{workdir / 'source'}')",
                lambda: make_source(workdir))
-    story.step("clips and captions", f"ls {workdir / 'clips'}", lambda: make_clips(workdir))
+    story.step("clips, pictures and captions", f"ls {workdir / 'clips'}",
+               lambda: make_clips(workdir))
     for name, words in todo.items():
         story.command(name, words)
     found: dict = {}
     story.done.pop("PyTorch", None)  # compared anew each time
-    story.step("PyTorch", f"python: WanPipeline.from_pretrained('{workdir / 'one-step'}')"
-               "(prompt, num_inference_steps=1, guidance_scale=1.0, latents=...)",
-               lambda: found.update(compare(workdir)))
+    code = (f"pipe = WanPipeline.from_pretrained('{workdir / 'one-step'}')",
+            f"noise = load_file('{workdir / 'samples_1' / 'latents.safetensors'}')['noise']",
+            "pipe(prompts, num_inference_steps=1, guidance_scale=1.0,",
+            "     latents=noise.permute(0, 4, 1, 2, 3), ...)     # and with 2 steps")
+    story.step("PyTorch", "python\n    " + "\n    ".join(code), lambda: found.update(compare(workdir)))
     seconds = {name: entry["seconds"] for name, entry in story.done.items()}
     worst = max(entry["latents_relative"] for entry in found.values())
     levels = max(entry["frames_largest_of_255"] for entry in found.values())
