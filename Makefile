@@ -9,7 +9,7 @@ DEMO_ARGS ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 
-.PHONY: help demo demo-full demo-long demo-wan test test-mesh test-kill test-plan fixtures venv venv-test venv-wan clean distclean
+.PHONY: help demo demo-full demo-long demo-wan test test-mesh test-kill test-slurm test-plan fixtures venv venv-test venv-wan clean distclean
 
 help:
 	@echo "make demo        the whole method on the bundled data: writes runs/demo, prints the table"
@@ -19,6 +19,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make test-mesh   every mesh shape on eight virtual devices, four real processes: longer"
 	@echo "make test-kill   twenty random kills of a job of two processes, none lost"
+	@echo "make test-slurm  a real Slurm of this machine runs launch/slurm.sbatch; Debian, as root"
 	@echo "make test-plan   compiles for H100 and TPUs without one; own environment of several GB"
 	@echo "make fixtures    regenerate the PyTorch fixtures of the tests (needs torch and diffusers)"
 	@echo "make clean       remove build products and caches; distclean: the environments too"
@@ -56,6 +57,9 @@ test-mesh: venv-test
 
 test-kill: venv-test
 	APT_KILLS=20 $(VENV)/bin/python -m pytest tests/train/test_processes.py -m mesh -k killed $(PYTEST_ARGS)
+
+test-slurm: venv-test
+	$(VENV)/bin/python launch/test_slurm.py
 
 test-plan:
 	@launch/venv.sh "$(PYTHON)" "$(VENV)-plan" test plan,tokamax

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Submits launch/slurm.sbatch to a real Slurm: a cluster of one machine that this script starts.
 
-    sudo .venv/bin/python launch/test_slurm.py
+    make test-slurm        or: .venv/bin/python launch/test_slurm.py, as root
 
 Installs Debian's slurm-wlm and munge where they are missing, which needs root, starts munged,
 slurmctld and slurmd with keys, ports and files of their own in a scratch folder, and stops them at
