@@ -25,7 +25,7 @@ from apt_jax.train.loop import train
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("APT_KILLS", 1))
 SECONDS = 1200  # two cores, shared
-EXTRA = [] if KILLS == 1 else [f"--config.train.steps={STEPS + 8 * KILLS}"]
+MORE = [f"--config.train.steps={STEPS + 8 * (KILLS + 1)}"]  # some steps are left after each kill
 
 
 # The stage with one network compiles in a fraction of the time; `make test-mesh` has both.
@@ -72,12 +72,17 @@ class Launch:
         found = re.findall(r"process (\d+) of \d+: pid (\d+) on", self.text)
         return {int(number): int(pid) for number, pid in found}
 
-    def wait_for_step(self, step):
-        """Returns once metrics.jsonl tells of `step`."""
-        end, path = time.monotonic() + SECONDS, self.workdir / "metrics.jsonl"
-        while not (path.exists() and path.read_text().count("\n") >= step):
+    def step(self):
+        """The last step that metrics.jsonl tells of."""
+        path = self.workdir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def wait_for_step(self, step, seconds=None):
+        """Returns at `step`, or after so many seconds; without them it must come to it."""
+        begun = time.monotonic()
+        while self.step() < step and (seconds is None or time.monotonic() < begun + seconds):
             assert self.process.poll() is None, self.text
-            assert time.monotonic() < end, self.text
+            assert time.monotonic() < begun + SECONDS, self.text
             time.sleep(0.01)
 
     def end(self):
@@ -141,7 +146,7 @@ def test_processes_agree_with_one(processes, devices, mesh, stage, launch, weigh
 @pytest.mark.mesh
 def test_killed_processes_are_restarted_and_end_at_the_same_bits(launch, weights, tmp_path):
     """One of two is killed at a random moment, KILLS times over."""
-    mesh = ["--config.mesh.fsdp=1", "--config.mesh.context=2", *EXTRA]
+    mesh = ["--config.mesh.fsdp=1", "--config.mesh.context=2", *MORE]
     calm = launch(tmp_path / "calm", "adversarial", 2, 1, *mesh)
     assert calm.end() == 0, calm.text
     job = launch(tmp_path / "killed", "adversarial", 2, 1, *mesh, restarts=KILLS)
@@ -149,20 +154,41 @@ def test_killed_processes_are_restarted_and_end_at_the_same_bits(launch, weights
     total = logged(tmp_path / "calm")[-1]["step"]
     for kill in range(KILLS):
         step = max(1, round(total * (kill + random.random()) / (KILLS + 1)))
-        job.wait_for_step(step)
-        time.sleep(random.uniform(0, 0.5))
+        if kill and random.random() < 0.3:  # while it restores or compiles
+            job.wait_for_step(step, random.uniform(0, 10))
+        else:
+            job.wait_for_step(step)
+            time.sleep(random.uniform(0, 0.2))
         pids = job.pids()
         victim = random.choice(sorted(pids))
-        print(f"kill {kill}: process {victim} after step {step}")  # shown if the test fails
+        print(f"kill {kill + 1}: process {victim} after step {job.step()}", flush=True)
         os.kill(pids[victim], signal.SIGKILL)
         end = time.monotonic() + SECONDS
-        while job.pids() == pids:  # until all are up again
+        while set(job.pids().values()) & set(pids.values()):  # until all are up again
             assert job.process.poll() is None and time.monotonic() < end, job.text
             time.sleep(0.05)
     assert job.end() == 0, job.text
     config = get_config(f"adversarial,{weights}")
     assert_same(final_state(tmp_path / "killed", config), final_state(tmp_path / "calm", config))
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+
+
+@pytest.mark.mesh
+def test_a_process_that_hangs_is_ended_with_stacks_and_all_start_again(launch, weights,
+                                                                      one_process, tmp_path):
+    """Process 1 stops (SIGSTOP) for ever; 0 waits for it, prints where, and exits."""
+    steps = 40
+    job = launch(tmp_path, "pretrain", 2, 1, "--config.mesh.context=2",
+                 f"--config.train.steps={steps}", "--config.train.hang_seconds=20", restarts=3)
+    job.wait_for_step(2)
+    stopped = job.pids()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    assert job.end() == 0, job.text
+    assert "Timeout (0:00:20)!" in job.text and "in train" in job.text
+    assert "ended with status 1; starting all again" in job.text
+    assert stopped != job.pids()[1]
+    assert [row["step"] for row in logged(tmp_path)] == list(range(1, steps + 1))
+    assert_losses(losses(tmp_path), losses(one_process("pretrain")[0]))
 
 
 @pytest.mark.parametrize("stage", STAGES)
