@@ -57,7 +57,9 @@ def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
     context = max(1, config.mesh.context)
     ring = context // ulysses_size(context, heads, config.mesh.ulysses)
     g, d = config.model.depth, discriminator_taps(config.model, config.discriminator)[-1]
-    again = 0 if config.model.remat in KEEPING else 1
+    again = int(config.model.remat not in KEEPING)
+    if backend == "tokamax" and config.model.remat != "none":
+        again = 1  # it keeps its log-sum-exp to itself, under every policy
     forwards, backwards = {
         "one-step inference": (g, 0),
         "G step": ((g + d) * (1 + again), g + d),

@@ -29,16 +29,38 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) 
         k, v, visible = visible_first(k, v, key_mask)
     elif keys % CUDNN_TILE:
         visible = lengths(b, keys, q)
-    padded = [pad_tokens(x, CUDNN_TILE) for x in (q, k, v)]
-    if visible is None:
-        out = jax.nn.dot_product_attention(*padded, implementation="cudnn")
-    else:
-        # A length of zero is no softmax; the row is zeroed below.
-        out = jax.nn.dot_product_attention(
-            *padded, query_seq_lengths=lengths(b, queries, q),
-            key_value_seq_lengths=batched_with(jnp.maximum(visible, 1), q),
-            implementation="cudnn")
+    if visible is not None:  # a length of zero is no softmax; the row is zeroed below
+        visible = (lengths(b, queries, q), batched_with(jnp.maximum(visible, 1), q))
+    out = _cudnn(*(pad_tokens(x, CUDNN_TILE) for x in (q, k, v)), visible)
     return _finish(out, queries, key_mask)
+
+
+def _cudnn_call(q, k, v, visible):
+    if visible is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=visible[0], key_value_seq_lengths=visible[1],
+        implementation="cudnn")
+
+
+@jax.custom_vjp
+def _cudnn(q, k, v, visible):
+    """cuDNN's, its result and log-sum-exp named, so that a rematerialisation policy can keep them:
+    without a name for the second the kernel would run again for it."""
+    return _cudnn_call(q, k, v, visible)
+
+
+def _cudnn_forward(q, k, v, visible):
+    out, pull = jax.vjp(lambda q, k, v: _cudnn_call(q, k, v, visible), q, k, v)
+    kept, tree = jax.tree.flatten(pull)
+    named = checkpoint_name(out, "attention_out")
+    kept = [named if x is out else
+            checkpoint_name(x, "attention_lse") if x.ndim == 3 and x.dtype == jnp.float32 else x
+            for x in kept]
+    return named, jax.tree.unflatten(tree, kept)
+
+
+_cudnn.defvjp(_cudnn_forward, lambda pull, gradient: (*pull(gradient), None))
 
 
 def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
@@ -56,7 +78,8 @@ def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
         *(pad_tokens(x, TOKAMAX_TILE) for x in (q, k, v)),
         key_value_seq_lengths=None if visible is None else jnp.maximum(visible, 1),
         implementation="mosaic")
-    return _finish(out, queries, key_mask)
+    # Its log-sum-exp has no name: what keeps attention's result does not spare its second run.
+    return _finish(checkpoint_name(out, "attention_out"), queries, key_mask)
 
 
 @functools.cache
@@ -98,14 +121,13 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None,
         block_kv_dkv=tile_k, block_kv_dkv_compute=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k)
     full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads)
     with jax.ensure_compile_time_eval():
-        attend = kernel.make_splash_mha_single_device(full, block_sizes=sizes, interpret=interpret)
+        attend = kernel.make_splash_mha_single_device(
+            full, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="attention_out")
     out = jax.vmap(attend)(q, k, v, segments)
     return _finish(jnp.swapaxes(out, 1, 2), queries, key_mask)
 
 
 def _finish(out: jax.Array, queries: int, key_mask: jax.Array | None) -> jax.Array:
-    """out without padded queries, zeros where no key was visible, named for rematerialisation."""
+    """out without padded queries, zeros where no key was visible."""
     out = out[:, :queries]
-    if key_mask is not None:
-        out = zero_without_keys(out, key_mask)
-    return checkpoint_name(out, "attention_out")
+    return out if key_mask is None else zero_without_keys(out, key_mask)

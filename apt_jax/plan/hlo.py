@@ -121,7 +121,7 @@ def parse_hlo(text: str) -> Program:
                 current = computations.setdefault(header.group(2), [])
                 if header.group(1):
                     entry = header.group(2)
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # attributes of TPU kernels wrap
             current = None
         elif (instruction := _instruction(line)) is not None:
             current.append(instruction)

@@ -52,6 +52,13 @@ def test_kernels_are_counted_as_often_as_loops_turn():
     assert count_kernels(HLO, ["apt_flash_forward"]).result == 32
 
 
+def test_a_kernel_whose_attributes_wrap_does_not_end_its_computation():
+    """Splash attention's lines go on below, beginning with two braces."""
+    wrapped = HLO.replace('custom_call_target="apt_flash_dq"',
+                          'custom_call_target="tpu", frontend_attributes={kernel_metadata={\n}}')
+    assert count_kernels(wrapped, ["apt_flash_forward"]).kernels == {"apt_flash_forward": 36}
+
+
 def test_what_is_wrong_with_a_program():
     assert complaint({"a": 1}, {"a": 1}, 99, 100) == ""
     assert complaint({"a": 0}, {"a": 1}, 99, 100) == "a runs 0 times, not 1"
