@@ -85,6 +85,8 @@ def test_expected_kernels_of_the_8b_programs(program, remat, wanted):
     forwards, backwards = wanted
     assert programs.expected_kernels(program, config, "pallas") == {
         "apt_flash_forward": forwards, "apt_flash_dkv": backwards, "apt_flash_dq": backwards}
+    if remat == "attention":  # tokamax keeps its log-sum-exp to itself and runs again
+        forwards += backwards
     assert programs.expected_kernels(program, config, "tokamax") == {
         "mosaic_gpu": forwards + 2 * backwards}
 
