@@ -37,9 +37,26 @@ sys.exit(code)
 """
 
 
-def peak(*arguments, cwd):
-    """Peak resident bytes of one apt-jax command, without torch in it."""
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True,
+LOAD = """
+import jax
+from apt_jax.models.presets import make_generator
+from apt_jax.parallel.mesh import make_mesh
+from apt_jax.parallel.sharding import infer_shardings
+from apt_jax.weights import load_generator, open_generator
+with open_generator("ours") as (model, _):
+    abstract = make_generator(model).abstract()
+shardings = infer_shardings(abstract, make_mesh({"replica": 1, "fsdp": 8}))
+_, params = load_generator("ours", shardings=shardings)
+assert sum(leaf.nbytes for leaf in jax.tree.leaves(params)) == sum(
+    4 * leaf.size for leaf in jax.tree.leaves(abstract))
+peak = next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]
+print("PEAK", int(peak) * 1024)
+"""
+
+
+def peak(*arguments, cwd, code=RUN):
+    """Peak resident bytes of one apt-jax command, without torch in it, or of other code."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
                           cwd=cwd)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("PEAK")[1])
@@ -102,3 +119,7 @@ def test_an_export_likewise_and_the_bytes_come_back(folder):
         assert set(before.tensors) == set(after.tensors) and len(after.files) > 3
         for name in before.tensors:
             assert before.read(name).tobytes() == after.read(name).tobytes(), name
+    # Onto eight devices, whose memory is this process's too: the float32 parameters, and little
+    # beside them.
+    used = peak(cwd=folder, code=LOAD)
+    assert 2 * total < used < 2 * total + 0.75 * GIB, f"{(used - 2 * total) / 1e9:.2f} GB beside"
