@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from apt_jax import api
 from apt_jax.cli import main as cli
@@ -71,7 +72,8 @@ def generator(base):
 
 def test_a_sample_is_the_decoded_latent(generator):
     """Sizes are given in pixels; noise, network and VAE work on the latents of that size."""
-    samples = generator.sample(["cat", "horse"], seed=3, frames=3, height=16, width=24)
+    samples = generator.sample(["cat", "horse"], seed=3, frames=3, height=16, width=24,
+                               latents=True)
     assert samples.frames.shape == (2, 3, 16, 24, 3) and samples.frames.dtype == np.uint8
     assert samples.settings["height"] == 16 and samples.settings["fps"] == 16
     assert samples.settings["batch"] == 1  # clips of a large model come one at a time
@@ -79,6 +81,8 @@ def test_a_sample_is_the_decoded_latent(generator):
     z = sample_noise(3, np.arange(2), (2, 4, 6, 4))
     text, mask = Encoder().encode(["cat", "horse"], 512)
     latents = one_step(lambda *a: generator.network(generator.params, *a), z, text, mask)
+    np.testing.assert_array_equal(samples.noise, z)
+    np.testing.assert_allclose(samples.latents, latents, atol=1e-5)
     decoder = generator.latents.decoder
     expected = to_uint8(jax.jit(decoder.vae.decode)(decoder.params, latents))
     assert np.abs(samples.frames.astype(int) - expected).max() <= 1
@@ -97,11 +101,15 @@ def test_on_a_mesh(generator, base):
 def test_the_command_line(generator, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(LatentSpace, "text_encoder", Encoder())
     code = cli.main(["sample", "--checkpoint", str(base), "--prompt", "cat", "--frames", "1",
-                     "--height", "16", "--width", "16", "--tiled", "--out", str(tmp_path)])
+                     "--height", "16", "--width", "16", "--tiled", "--save-latents", "--out",
+                     str(tmp_path)])
     out = capsys.readouterr()
     assert code == 0 and "wrote 1 images" in out.out
     assert "sampling: decoding: 1/1 frames" in out.err
     assert json.loads((tmp_path / "sample.json").read_text())["width"] == 16
+    saved = load_file(tmp_path / "latents.safetensors")
+    assert {k: v.shape for k, v in saved.items()} == dict.fromkeys(
+        ("noise", "latents"), (1, 1, 4, 4, 4))
 
 
 @pytest.mark.parametrize("size, words", [
