@@ -18,7 +18,7 @@ help:
 	@echo "make demo-wan    a tiny Wan pipeline from diffusers through training and back; needs PyTorch"
 	@echo "make test        all tests"
 	@echo "make test-mesh   every mesh shape on eight virtual devices, four real processes: longer"
-	@echo "make test-kill   twenty random kills of a job of two processes, none lost"
+	@echo "make test-kill   twenty random kills of jobs of two processes, none lost"
 	@echo "make test-slurm  a real Slurm of this machine runs launch/slurm.sbatch; Debian, as root"
 	@echo "make test-plan   compiles for H100 and TPUs without one; own environment of several GB"
 	@echo "make fixtures    regenerate the PyTorch fixtures of the tests (needs torch and diffusers)"
@@ -56,7 +56,7 @@ test-mesh: venv-test
 	$(VENV)/bin/python -m pytest -m mesh $(PYTEST_ARGS)
 
 test-kill: venv-test
-	APT_KILLS=20 $(VENV)/bin/python -m pytest tests/train/test_processes.py -m mesh -k killed $(PYTEST_ARGS)
+	APT_KILLS=10 $(VENV)/bin/python -m pytest tests/train/test_processes.py -m mesh -k killed $(PYTEST_ARGS)
 
 test-slurm: venv-test
 	$(VENV)/bin/python launch/test_slurm.py
