@@ -19,7 +19,7 @@ def get_config():
     config.clips = 8
     config.max_enlarge = 0.0
     config.holdout = 0.0
-    config.max_tokens = 32
+    config.max_tokens = 128
     config.shard_records = 16
     config.dtype = "float32"
     return config
