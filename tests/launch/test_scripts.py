@@ -78,9 +78,10 @@ exit $1"""
     assert ("scontrol requeue 7" in stand_ins.calls()) == queued
 
 
-def test_slurm_saves_when_the_time_is_up(stand_ins, tmp_path):
+@pytest.mark.parametrize("status", [75, 137])  # 137: one was slow to leave
+def test_slurm_saves_when_the_time_is_up(stand_ins, tmp_path, status):
     """SIGUSR1 makes it signal the tasks, then it waits for them to leave."""
-    process = sbatch(stand_ins, tmp_path, f"touch {tmp_path}/up; sleep 2; exit 75")
+    process = sbatch(stand_ins, tmp_path, f"touch {tmp_path}/up; sleep 2; exit {status}")
     end = time.monotonic() + 60
     while not (tmp_path / "up").exists():
         assert time.monotonic() < end
