@@ -66,7 +66,7 @@ CASES: dict[str, AttentionCase] = {c.name: c for c in (
     # 81 x 480 x 832
     AttentionCase("wan_480p_self", 32_760, 32_760, 12, 128),
     AttentionCase("wan_480p_cross", 32_760, 512, 12, 128),
-    AttentionCase("prime_head_64", 4_099, 4_099, 16, 64, hidden=17, batch=2),
+    AttentionCase("prime_head_64", 16_411, 16_411, 16, 64, hidden=17, batch=2),
     AttentionCase("one_query", 1, 46_800, 24, 128, plain=True),
 )}
 
