@@ -48,13 +48,13 @@ FAMILIES = {
         "model": ["depth=3", "mlp_ratio=1.6666666666666667", "frequency_width=32"],
         "stages": [("wan_1_3b_consistency.py", ["data.frames=2"]),
                    ("wan_1_3b_apt_video.py", ["data.frames=2"])],
-        "more": ["train.clip_batch_size=8"], "taps": "1,2,3", "frames": 5, "tokens": 16,
+        "more": ["train.clip_batch_size=8"], "taps": "3", "frames": 5, "tokens": 16,
     },
     "qwen": {
         "data": ("qwen_image_data.py", []),
         "model": ["depth=2"],
         "stages": [("qwen_image.py:consistency", []), ("qwen_image.py:apt", [])],
-        "more": [], "taps": "1,2", "frames": 1, "tokens": 320,  # a token a byte, and the template
+        "more": [], "taps": "2", "frames": 1, "tokens": 320,  # a token a byte, and the template
     },
 }
 
