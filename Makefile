@@ -3,6 +3,8 @@
 PYTHON ?= python3
 EXTRAS ?=
 PYTEST_ARGS ?=
+# Test processes of `make test`; a compile keeps one core busy, so as many as there are cores.
+JOBS ?= 2
 DEMO_ARGS ?=
 
 # The default python3 gets .venv; any other interpreter gets an environment of its own.
@@ -26,7 +28,7 @@ help:
 	@echo ""
 	@echo "PYTHON=python3.13   another interpreter, with its own environment (.venv-3.13)"
 	@echo "EXTRAS=cuda         install this extra of setup.py too"
-	@echo "DEMO_ARGS=...       more flags for launch/demo.py;  PYTEST_ARGS=... for pytest"
+	@echo "DEMO_ARGS=...       more flags for launch/demo.py;  PYTEST_ARGS=... for pytest;  JOBS=2 test processes"
 
 venv:
 	@launch/venv.sh "$(PYTHON)" "$(VENV)" demo "$(EXTRAS)"
@@ -50,7 +52,7 @@ demo-wan: venv-wan
 	@$(VENV)/bin/python launch/demo_wan.py --workdir runs/demo-wan $(DEMO_ARGS)
 
 test: venv-test
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-mesh: venv-test
 	$(VENV)/bin/python -m pytest -m mesh $(PYTEST_ARGS)
