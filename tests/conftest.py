@@ -37,3 +37,9 @@ hypothesis.settings.register_profile(
     "apt", deadline=None, derandomize=True, max_examples=50, print_blob=True
 )
 hypothesis.settings.load_profile("apt")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no process ends with one alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
