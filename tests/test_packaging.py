@@ -83,6 +83,12 @@ def imports_of(path: Path) -> set[str]:
     return {part.split(".")[1] for part in parts if part.startswith("apt_jax.")}
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their bare names; of two alike it runs one and refuses the other."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
