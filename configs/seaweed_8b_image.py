@@ -7,8 +7,8 @@ runs/seaweed_8b_consistency, and a data set of captioned latents (128x128, 16 ch
 data/latents_1024. Cost in the paper: 128 to 256 H100. Gives there: a COCO-5K FID of 27.9 in one
 step, where the consistency model has 119.6 and 25 diffusion steps 26.9.
 
-The batch of 9062 = 2 x 23 x 197 divides no fleet of 128 or 256; there take the next that does,
---config.train.batch_size=9216 --config.train.accumulate=9.
+The batch of 9062 = 2 x 23 x 197 divides no fleet: it is filled up with a few samples that the loss
+does not count.
 """
 
 from seaweed_common import seaweed_config
@@ -25,6 +25,7 @@ def get_config():
     config.objective.adversarial.time_shift = 1.0
     config.optimizer.learning_rate = 5e-6
     config.train.batch_size = 9062
-    config.train.accumulate = 23
+    config.train.accumulate = 0  # one image of 4,096 tokens at a time on every device
+    config.mesh.replica = config.mesh.fsdp = -1  # copies of at most 128 devices
     config.train.steps = 350  # then take the EMA
     return config

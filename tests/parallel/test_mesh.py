@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt_jax.config import load_config
 from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import (
     AXES,
@@ -70,6 +71,8 @@ def test_batch_must_split_over_devices_and_microbatches():
     assert check_batch(mesh, 32, accumulate=4) == 32
     assert check_batch(mesh, 9062, accumulate=2) == 9072  # the paper's, ten of them empty
     assert check_batch(mesh, 9062, accumulate=0) == 9064
+    config = load_config("configs/seaweed_8b_image.py", [])
+    assert check_batch(mesh, config.train.batch_size, config.train.accumulate) == 9064
     with pytest.raises(UserError, match="nearest size that works is 32"):
         check_batch(mesh, 40, accumulate=4)
     with pytest.raises(UserError, match="nearest size that works is 8"):
