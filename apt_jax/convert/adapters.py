@@ -33,7 +33,7 @@ def export_adapters(checkpoint: str, to: str | Path, *, weights: str = "ema",
                             "pipeline, without --adapters")
     base = read_json(past.base / CONFIG)["source"] if past.base else {}
     family = family_of_model(config.model)
-    with new_folder(to, overwrite) as part:
+    with new_folder(to, overwrite, (checkpoint, past.base)) as part:
         write_lora(part, transformer_plan(config.model), flatten(adapters),
                    adapter_scale(config.lora))
         (part / "README.md").write_text(lora_card(

@@ -79,7 +79,7 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         say(f"transformer: {len(specs)} tensors, {size / 1e9:.2f} GB")
         check_space(to, size)
         pipeline = bool(folder and (folder / "source" / INDEX).is_file())
-        with new_folder(to, overwrite) as part:
+        with new_folder(to, overwrite, (checkpoint, folder)) as part:
             if pipeline:
                 _other_components(part, folder, copy)
                 (part / "scheduler").mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +13,19 @@ from apt_jax.tensor_files import disk_errors
 
 
 @contextmanager
-def new_folder(target: Path | str, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: Path | str, overwrite: bool = False,
+               inputs: Sequence[Path | str | None] = ()) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is removed if not.
 
+    inputs: what is read meanwhile; the target must not replace any of it.
     UserError when the target holds something and `overwrite` is not set, or the disk is full.
     """
     target = Path(target)
+    place = target.resolve()
+    for source in filter(None, inputs):
+        read = Path(source).resolve()
+        if read.exists() and (place == read or place in read.parents):
+            raise UserError(f"--to {target} would replace {source}, which is read; give another --to")
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
         raise UserError(f"{target} is there already; give another --to, or --overwrite")
     part = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -76,7 +76,7 @@ def import_folder(source: str, to: str | Path, *, revision: str | None = None,
                 works.append(_open(name, component, folders[name]))
         extra = _merge(works[0], lora, lora_scale) if lora else {}
         check_space(to, sum(t.nbytes for w in works for t in w.tensors.tensors.values()))
-        with new_folder(to, overwrite) as part:
+        with new_folder(to, overwrite, (source, lora)) as part:
             files = _write(part, found, family, works, folders, copy, say)
             write_json(part / CONFIG, {
                 "kind": PIPELINE, "family": family.name,
