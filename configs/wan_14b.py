@@ -16,7 +16,7 @@ blocks 18, 29 and 40 of 40. A clip's hidden states take 31 GB a pass, so eight G
 over those eight times eight.
 """
 
-from wan_common import LATENT_FRAMES, adversarial, wan_config
+from wan_common import LATENT_FRAMES, adversarial, consistency, wan_config
 
 STAGES = ("consistency", "image", "video")
 RUNS = "runs/wan_14b"
@@ -35,19 +35,10 @@ def get_config(stage="video"):
     config.sample.shift = 5.0
 
     if stage == "consistency":
-        config.stage = "consistency"
-        config.data.frames = (1, LATENT_FRAMES)
-        config.objective.consistency.steps = 32
+        consistency(config)
         config.objective.consistency.shift = 5.0
         config.objective.consistency.guidance = 5.0
-        config.optimizer.name = "adamw"
-        config.optimizer.learning_rate = 1e-5
-        config.optimizer.weight_decay = 0.01
-        config.train.steps = 5000
-        config.train.batch_size = 1024
-        config.train.clip_batch_size = 256
         config.train.accumulate = 4  # 64 clips at a time: one on each 8 of 512 GPUs
-        config.train.checkpoint_every = 250
         return config
     adversarial(config)
     config.discriminator.taps = (18, 29, 40)

@@ -14,24 +14,14 @@ steps are small where it needs them. Guidance is 6, the model card's, within the
 of the paper. On fewer GPUs: --config.train.accumulate=32 for 8.
 """
 
-from wan_common import LATENT_FRAMES, wan_config
+from wan_common import consistency, wan_config
 
 
 def get_config():
-    config = wan_config()
+    config = consistency(wan_config())
     config.name = "wan_1_3b_consistency"
-    config.stage = "consistency"
-    config.data.frames = (1, LATENT_FRAMES)
-    config.objective.consistency.steps = 32
     config.objective.consistency.shift = 8.0
     config.objective.consistency.guidance = 6.0
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-5
-    config.optimizer.weight_decay = 0.01
-    config.train.steps = 5000
-    config.train.batch_size = 1024
-    config.train.clip_batch_size = 256
     config.train.accumulate = 4  # 64 clips at a time: one on each of 64 GPUs
-    config.train.checkpoint_every = 250
     config.train.ema_decay = 0.995
     return config

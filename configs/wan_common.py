@@ -61,6 +61,21 @@ def wan_config(network: str = "wan_1_3b"):
     return config
 
 
+def consistency(config):
+    """What the distillation of every size shares: the follow-up work's optimiser and length."""
+    config.stage = "consistency"
+    config.data.frames = (1, LATENT_FRAMES)
+    config.objective.consistency.steps = 32
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.weight_decay = 0.01
+    config.train.steps = 5000
+    config.train.batch_size = 1024
+    config.train.clip_batch_size = 256
+    config.train.checkpoint_every = 250
+    return config
+
+
 def adversarial(config):
     """What image and video APT share: the paper's optimiser, penalty and average."""
     config.stage = "adversarial"

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from apt_jax.data.quantise import TEXT_DTYPES, dequantise
-from apt_jax.data.records import HEAD, MAGIC
+from apt_jax.data.records import HEAD, MAGIC, read_head
 
 VERSION = 2
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -82,15 +82,9 @@ def pack(record: LatentRecord) -> bytes:
 
 def unpack(data: bytes) -> LatentRecord:
     """Bytes -> LatentRecord; ValueError that says what is wrong when they are no such record."""
-    if len(data) < HEAD.size:
-        raise ValueError("a record shorter than its head")
-    magic, version, length = HEAD.unpack_from(data)
-    if magic != MAGIC or version != VERSION:
-        raise ValueError(f"not a version {VERSION} record: {magic!r} version {version}")
-    start = HEAD.size + length
-    header = json.loads(data[HEAD.size : start])
-    if sorted(header) != sorted(_KEYS) or header["text_dtype"] not in TEXT_DTYPES:
-        raise ValueError(f"record header has keys {sorted(header)}")
+    header, start = read_head(data, VERSION, _KEYS)
+    if header["text_dtype"] not in TEXT_DTYPES:
+        raise ValueError(f"record header has text_dtype {header['text_dtype']!r}")
     tokens, width = header["tokens"], header["text_width"]
     quantised = header["text_dtype"] == "int8"
     kind = np.dtype(np.int8) if quantised else BFLOAT16

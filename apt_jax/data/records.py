@@ -123,17 +123,26 @@ def pack(record: Record) -> bytes:
     )
 
 
-def unpack(data: bytes) -> Record:
-    """Bytes -> Record; ValueError that says what is wrong when they are no record."""
+def read_head(data: bytes, version: int, keys: Iterable[str]) -> tuple[dict, int]:
+    """The header of a record of this version with exactly these keys, and where its data start.
+
+    ValueError that says what is wrong when the bytes are no such record.
+    """
     if len(data) < HEAD.size:
         raise ValueError("a record shorter than its head")
-    magic, version, length = HEAD.unpack_from(data)
-    if magic != MAGIC or version != VERSION:
-        raise ValueError(f"not a version {VERSION} record: {magic!r} version {version}")
+    magic, found, length = HEAD.unpack_from(data)
+    if magic != MAGIC or found != version:
+        raise ValueError(f"not a version {version} record: {magic!r} version {found}")
     start = HEAD.size + length
     header = json.loads(data[HEAD.size : start])
-    if sorted(header) != sorted(_KEYS):
+    if sorted(header) != sorted(keys):
         raise ValueError(f"record header has keys {sorted(header)}")
+    return header, start
+
+
+def unpack(data: bytes) -> Record:
+    """Bytes -> Record; ValueError that says what is wrong when they are no record."""
+    header, start = read_head(data, VERSION, _KEYS)
     tokens, width = header.pop("tokens"), header.pop("text_width")
     middle, end = start + tokens * width, start + tokens * (width + 4)
     if end > len(data):

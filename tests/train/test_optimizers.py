@@ -38,29 +38,28 @@ def test_first_rmsprop_update_is_3_16_learning_rates():
     np.testing.assert_allclose(np.abs(updates), 1e-3 / np.sqrt(0.1), rtol=1e-5)
 
 
-def test_adamw_warms_up_and_decays():
-    config = tiny_config(optimizer__name="adamw", optimizer__learning_rate=1e-2,
-                         optimizer__warmup_steps=4, optimizer__weight_decay=0.1)
+def five_updates(config):
+    """Sizes of the first five updates of one weight 1 whose gradient is 1."""
     tx = generator_optimizer(config)
     params = jnp.ones(1)
     state, sizes = tx.init(params), []
     for _ in range(5):
         updates, state = tx.update(jnp.ones(1), state, params)
         sizes.append(-float(updates[0]))
+    return sizes
+
+
+def test_adamw_warms_up_and_decays():
+    config = tiny_config(optimizer__name="adamw", optimizer__learning_rate=1e-2,
+                         optimizer__warmup_steps=4, optimizer__weight_decay=0.1)
     # Adam's update of a constant gradient is 1, the decay adds 0.1 times the weight.
-    np.testing.assert_allclose(sizes, np.array([0.25, 0.5, 0.75, 1, 1]) * 1.1e-2, rtol=1e-4)
+    np.testing.assert_allclose(five_updates(config), np.array([0.25, 0.5, 0.75, 1, 1]) * 1.1e-2, rtol=1e-4)
 
 
 def test_the_rate_falls_linearly_to_its_last_part():
     config = tiny_config(optimizer__name="adamw", optimizer__learning_rate=1e-2,
                          optimizer__final_rate=0.2, train__steps=5)
-    tx = generator_optimizer(config)
-    params = jnp.ones(1)
-    state, sizes = tx.init(params), []
-    for _ in range(5):
-        updates, state = tx.update(jnp.ones(1), state, params)
-        sizes.append(-float(updates[0]))
-    np.testing.assert_allclose(sizes, np.array([1, 0.8, 0.6, 0.4, 0.2]) * 1e-2, rtol=1e-4)
+    np.testing.assert_allclose(five_updates(config), np.array([1, 0.8, 0.6, 0.4, 0.2]) * 1e-2, rtol=1e-4)
 
 
 PARAMS = {"backbone": {"blocks": {"w": np.ones((2, 3), np.float32)}},
