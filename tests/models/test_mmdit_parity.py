@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from live import FIXTURES, live_reference
 from networks import mmdit, relative_error
 from reference_names import from_reference
 from safetensors import safe_open
 
 from apt_jax.models.mmdit import MMDiTConfig
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 FILES = sorted(FIXTURES.glob("qwen_image_*.safetensors"))
 TOLERANCE = 2e-5  # the promise is 1e-4
 
@@ -85,22 +83,9 @@ LIVE = [
 ]
 
 
-def live_reference():
-    """torch_reference.py, or a skip where torch is not installed."""
-    reason = "needs torch and diffusers; no CPU build of torch 2.13.0 at hand for this Python"
-    pytest.importorskip("torch", reason=reason)
-    pytest.importorskip("diffusers", reason=reason)
-    sys.path.insert(0, str(FIXTURES))
-    try:
-        import torch_reference as reference
-    finally:
-        sys.path.remove(str(FIXTURES))
-    return reference
-
-
 @pytest.mark.parametrize("sizes", LIVE, ids=["image", "clip", "wide_heads"])
 def test_equals_the_live_reference(sizes):
-    reference = live_reference()
+    reference = live_reference("torch_reference")
     case = reference.Case(**sizes)
     model, inputs = reference.random_model(case), reference.random_inputs(case)
     expected = reference.run(model, case, inputs)
@@ -116,7 +101,7 @@ def test_equals_the_live_reference(sizes):
 @pytest.mark.parametrize("sizes", LIVE[:2], ids=["image", "clip"])
 def test_bfloat16_is_no_further_off_than_the_references(sizes):
     """At times that bfloat16 holds exactly: the reference rounds them, which would count double."""
-    reference = live_reference()
+    reference = live_reference("torch_reference")
     case = reference.Case(**sizes)
     model, inputs = reference.random_model(case), reference.random_inputs(case)
     inputs["t"] = np.linspace(0.4375, 1, len(case.times), dtype=np.float32)

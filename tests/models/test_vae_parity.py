@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from live import FIXTURES, live_reference
 from networks import relative_error
 from safetensors import safe_open
 from vae_reference_names import from_reference, our_name
@@ -19,7 +18,6 @@ from apt_jax.models.vae import Tiling, VAEConfig, make_vae
 from apt_jax.models.vae.config import LATENTS_MEAN, LATENTS_STD
 from apt_jax.models.vae.io import flat_names
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 FILE = FIXTURES / "vae.safetensors"
 TOLERANCE = 2e-5  # the promise is 1e-3
 
@@ -88,15 +86,7 @@ def test_a_mistake_would_show(stored, vae):
 
 @pytest.fixture(scope="module")
 def reference():
-    reason = "needs torch and diffusers; no CPU build of torch 2.13.0 at hand for this Python"
-    pytest.importorskip("torch", reason=reason)
-    pytest.importorskip("diffusers", reason=reason)
-    sys.path.insert(0, str(FIXTURES))
-    try:
-        import vae_reference
-    finally:
-        sys.path.remove(str(FIXTURES))
-    return vae_reference
+    return live_reference("vae_reference")
 
 
 @pytest.mark.parametrize("name, base, blocks, size", [

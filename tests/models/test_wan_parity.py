@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from live import FIXTURES, live_reference
 from networks import relative_error
 from safetensors import safe_open
 from wan_names import from_reference
@@ -18,7 +17,6 @@ from wan_names import from_reference
 from apt_jax.models.wan import Wan, WanConfig
 from apt_jax.nn.functional import Network
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 FILES = sorted(FIXTURES.glob("wan_*.safetensors"))
 TOLERANCE = 2e-5  # the promise is 1e-4
 
@@ -111,14 +109,8 @@ LIVE = {
 def test_equals_the_live_reference(name, tmp_path):
     """float32 to 1e-4; bfloat16 no further from float32 than PyTorch's own bfloat16 (times 1.2),
     which keeps time embedding, norms and modulation in float32 when loaded as users load it."""
-    reason = "needs torch and diffusers; no CPU build of torch 2.13.0 at hand for this Python"
-    torch = pytest.importorskip("torch", reason=reason)
-    pytest.importorskip("diffusers", reason=reason)
-    sys.path.insert(0, str(FIXTURES))
-    try:
-        import wan_reference as reference
-    finally:
-        sys.path.remove(str(FIXTURES))
+    reference = live_reference("wan_reference")
+    import torch
 
     case = reference.Case(**LIVE[name])
     fields = dataclasses.asdict(case)
