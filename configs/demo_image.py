@@ -8,7 +8,7 @@ generator whose samples are sharp where those of the consistency model are blurr
 and measures it.
 """
 
-from demo_common import demo_config
+from demo_common import at_length, demo_config
 
 
 def get_config(length="short"):
@@ -24,5 +24,7 @@ def get_config(length="short"):
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
     config.train.batch_size, config.train.accumulate = 32, 2
-    config.train.steps = 700 if length == "short" else 6000
+    config.train.steps = 700 if length == "short" else 5000
+    if length == "long":
+        at_length(config)
     return config

@@ -18,6 +18,6 @@ def get_config(length="short"):
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
-    config.train.steps = 3600 if length == "short" else 20_000
+    config.train.steps = 3600 if length == "short" else 5000
     config.train.ema_decay = 0.999
     return config

@@ -8,7 +8,7 @@ the original diffusion weights. Cost: an update takes about a second on two core
 one-step generator of short clips.
 """
 
-from demo_common import demo_config
+from demo_common import at_length, demo_config
 
 
 def get_config(length="short"):
@@ -25,5 +25,7 @@ def get_config(length="short"):
     config.objective.adversarial.time_shift = 1.0
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.steps = 220 if length == "short" else 4000
+    config.train.steps = 220 if length == "short" else 1700
+    if length == "long":
+        at_length(config)
     return config
