@@ -1,4 +1,11 @@
-"""The one exception that is meant for a user's eyes."""
+"""What is meant for a user's eyes: the one exception, and how an OSError becomes it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -10,3 +17,42 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MEND = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or use another folder"),
+    errno.EROFS: "use a folder that can be written",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),
+                    "a file lies where a folder is needed, or the reverse; give another path"),
+    errno.ENAMETOOLONG: "give a shorter path",
+    **dict.fromkeys((errno.ENOENT, errno.ELOOP, errno.EINVAL), "check the path"),
+    **dict.fromkeys((errno.EBUSY, errno.EXDEV), "give a folder inside it, not a disk's root"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+}
+
+
+def disk_error(error: OSError, path: Any, doing: str = "written") -> UserError:
+    """An OSError of a disk as one line for the user.
+
+    Args:
+      path: what the user named; it stands where the error names no file, or a temporary one.
+      doing: what could not be done to it: "written" or "read".
+    """
+    if error.errno in _FULL:
+        return UserError(f"no space left while writing {path}; free some, or write to another disk")
+    name = error.filename if isinstance(error.filename, str) else None
+    where = path if not name or ".tmp" in name else name
+    mend = _MEND.get(error.errno, "check the disk, then repeat the command")
+    return UserError(f"{where} cannot be {doing} ({error.strerror or error}); {mend}")
+
+
+@contextmanager
+def disk_errors(path: Any, doing: str = "written") -> Iterator[None]:
+    """Turns the block's OSErrors into `disk_error`s; those of pipes and sockets go through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise disk_error(error, path, doing) from error

@@ -8,20 +8,18 @@ errors that name what is wrong.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
 
 # safetensors' dtype names; the order is that of the format's documentation.
 DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in {
@@ -48,21 +46,6 @@ class Tensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
-
-
-@contextmanager
-def disk_errors(path: Path | str):
-    """A full disk, or one that cannot be written, as one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"no space left while writing {path}; free some, or write to another "
-                            "disk (what was begun is removed)") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{path} cannot be written ({error.strerror}); write elsewhere"
-                            ) from None
-        raise
 
 
 def read_header(path: Path | str) -> dict[str, Tensor]:

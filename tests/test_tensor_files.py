@@ -11,7 +11,7 @@ from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
 from apt_jax import tensor_files
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
 from apt_jax.tensor_files import (
     Spec,
     TensorSet,
@@ -179,7 +179,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 @pytest.mark.parametrize(("code", "says"), [
     (errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"),
-    (errno.EROFS, "cannot be written"),
+    (errno.EROFS, r"model\.safetensors cannot be written"), (errno.EIO, "check the disk"),
+    (errno.ENOTDIR, "a file lies where a folder"), (errno.ENAMETOOLONG, "a shorter path"),
+    (errno.EMFILE, "ulimit"),
 ])
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, code, says):
     def refuse(_):
@@ -188,3 +190,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, code, says):
     monkeypatch.setattr(tensor_files.os, "fsync", refuse)
     with pytest.raises(UserError, match=says):
         write_files(tmp_path, "model", specs(ARRAYS), ARRAYS.values())
+
+
+def test_a_closed_pipe_is_no_fault_of_the_disk():
+    """`apt-jax ... | head` prints inside such blocks; the command line ends it quietly."""
+    with pytest.raises(BrokenPipeError), disk_errors("x"):
+        raise BrokenPipeError(errno.EPIPE, "no")

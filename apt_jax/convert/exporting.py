@@ -22,8 +22,8 @@ from apt_jax.convert.provenance import component_folder, history
 from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, files_of
-from apt_jax.errors import UserError
-from apt_jax.tensor_files import DTYPES, NAMES, SHARD_BYTES, disk_errors, read_json, write_files
+from apt_jax.errors import UserError, disk_errors
+from apt_jax.tensor_files import DTYPES, SHARD_BYTES, read_json, write_files
 from apt_jax.tensor_files import write_json
 from apt_jax.weights import CHECKPOINTS, TRANSFORMER, open_generator
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from apt_jax.errors import UserError
-from apt_jax.tensor_files import disk_errors
+from apt_jax.errors import UserError, disk_errors
 
 
 @contextmanager
