@@ -17,7 +17,7 @@ from apt_jax.config import base_config
 from apt_jax.convert import engine
 from apt_jax.convert.card import model_card
 from apt_jax.convert.families import DIFFUSERS, Family, family_of_model, transformer_plan
-from apt_jax.convert.folders import bring, check_space, new_folder
+from apt_jax.convert.folders import bring, new_folder
 from apt_jax.convert.provenance import component_folder, history
 from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
@@ -77,9 +77,8 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         specs = engine.their_specs(plan, dtypes)
         size = sum(spec.nbytes for spec in specs)
         say(f"transformer: {len(specs)} tensors, {size / 1e9:.2f} GB")
-        check_space(to, size)
         pipeline = bool(folder and (folder / "source" / INDEX).is_file())
-        with new_folder(to, overwrite, (checkpoint, folder)) as part:
+        with new_folder(to, overwrite, (checkpoint, folder), size) as part:
             if pipeline:
                 _other_components(part, folder, copy)
                 (part / "scheduler").mkdir()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from apt_jax.errors import UserError, disk_errors
@@ -13,42 +15,106 @@ from apt_jax.errors import UserError, disk_errors
 
 @contextmanager
 def new_folder(target: Path | str, overwrite: bool = False,
-               inputs: Sequence[Path | str | None] = ()) -> Iterator[Path]:
+               inputs: Sequence[Path | str | None] = (), needs: int = 0) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is removed if not.
 
-    inputs: what is read meanwhile; the target must not replace any of it.
-    UserError when the target holds something and `overwrite` is not set, or the disk is full.
+    Beside the target it is hidden and locked, so that what a killed process left is known from
+    what another one is still writing: the former is removed here.
+
+    Args:
+      inputs: what is read meanwhile; the target must not replace any of it.
+      needs: bytes that will be written.
+
+    Raises:
+      UserError: the target holds something and `overwrite` is not set, it is the working directory
+      or a disk's root, the disk has not the space or cannot be written.
     """
     target = Path(target)
-    place = target.resolve()
-    for source in filter(None, inputs):
-        read = Path(source).resolve()
-        if read.exists() and (place == read or place in read.parents):
-            raise UserError(f"--to {target} would replace {source}, which is read; give another --to")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise UserError(f"{target} is there already; give another --to, or --overwrite")
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with disk_errors(target):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
+        place = _place(target, overwrite, inputs)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(place)
+        _check_space(target, place.parent, needs)
+        part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        _remove(part)
         part.mkdir()
+        lock = _locked(part)
         try:
             yield part
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            if target.exists():
-                os.replace(target, old)
-            os.replace(part, target)
-            if old.exists():
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            _swap(part, place)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part)
+            os.close(lock)
 
 
-def check_space(target: Path | str, needs: int) -> None:
-    """UserError when the disk of `target` has fewer than `needs` bytes free."""
-    folder = Path(target).absolute()
-    while not folder.exists():
-        folder = folder.parent
+def _place(target: Path, overwrite: bool, inputs: Sequence[Path | str | None]) -> Path:
+    """Where the target is without links; UserError where nothing may be written."""
+    place, here = Path(os.path.realpath(target)), Path.cwd()  # resolve() raises for loops
+    for source in filter(None, inputs):
+        read = Path(os.path.realpath(source))
+        if read.exists() and (place == read or place in read.parents):
+            raise UserError(f"--to {target} would replace {source}, which is read; give another "
+                            "--to")
+    if place == here or place in here.parents:
+        raise UserError(f"--to {target} would replace the folder you are in; give a folder inside "
+                        "it, or go elsewhere first")
+    if place.is_mount():
+        raise UserError(f"--to {target} is the root of a disk, which cannot be replaced; give a "
+                        "folder inside it")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())) and not overwrite:
+        raise UserError(f"{target} is there already; give another --to, or --overwrite")
+    return place
+
+
+def _swap(part: Path, place: Path) -> None:
+    """Puts `part` in the place of what is there; that stays where the disk refuses."""
+    old = part.with_suffix(".old.tmp")
+    if place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(part, place)
+    except OSError:
+        if old.exists():
+            os.replace(old, place)
+        raise
+    _remove(old)
+
+
+def _locked(folder: Path) -> int:
+    """A handle that holds a folder's lock until it is closed, where the disk knows locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _remove_stale(place: Path) -> None:
+    """Removes the temporary folders of this target that no living process holds."""
+    ours = re.compile(rf"\.{re.escape(place.name)}\.\d+(\.old)?\.tmp")
+    for path in place.parent.iterdir():
+        if not ours.fullmatch(path.name):
+            continue
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        except OSError:  # in use, or on a disk without locks: nobody takes it for the result
+            pass
+        finally:
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_space(target: Path, folder: Path, needs: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needs:
         raise UserError(f"{target} needs {needs / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB "

@@ -24,7 +24,7 @@ from apt_jax.convert.families import (
     family_of_pipeline,
     family_of_transformer,
 )
-from apt_jax.convert.folders import bring, check_space, new_folder
+from apt_jax.convert.folders import bring, new_folder
 from apt_jax.convert.lora import FILE as LORA_FILE
 from apt_jax.convert.lora import Merged, read_lora
 from apt_jax.convert.scheduler import SCHEDULER_FILE
@@ -75,8 +75,8 @@ def import_folder(source: str, to: str | Path, *, revision: str | None = None,
             if name in folders:
                 works.append(_open(name, component, folders[name]))
         extra = _merge(works[0], lora, lora_scale) if lora else {}
-        check_space(to, sum(t.nbytes for w in works for t in w.tensors.tensors.values()))
-        with new_folder(to, overwrite, (source, lora)) as part:
+        needs = sum(t.nbytes for w in works for t in w.tensors.tensors.values())
+        with new_folder(to, overwrite, (source, lora), needs) as part:
             files = _write(part, found, family, works, folders, copy, say)
             write_json(part / CONFIG, {
                 "kind": PIPELINE, "family": family.name,

@@ -1,7 +1,14 @@
 """What is written whole or not at all never replaces what is read."""
 
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
 import pytest
 
+from apt_jax.convert import folders
 from apt_jax.convert.folders import new_folder
 from apt_jax.errors import UserError
 
@@ -31,3 +38,81 @@ def test_a_block_that_fails_leaves_nothing(tmp_path):
         with new_folder(tmp_path / "out", False):
             raise ValueError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("to", "says"), [
+    ("file/x", "cannot be written .*a file lies where a folder is needed"),
+    ("file", "is there already"),
+    ("n" * 300, "cannot be written .*shorter path"),
+    ("a" * 200 + "/" + "n" * 250, "cannot be written .*shorter path"),  # with the temporary suffix
+    (".", "the folder you are in"),
+    ("..", "the folder you are in"),
+    ("/", "the folder you are in"),
+    ("/proc", "root of a disk"),
+    ("/proc/x/y", "/proc/x cannot be written"),
+    ("loop/x", "cannot be written"),
+])
+def test_places_that_cannot_be_written(tmp_path, monkeypatch, to, says):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "file").write_text("mine")
+    (here / "loop").symlink_to("loop")
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match=says) as error:
+        with new_folder(to):
+            raise AssertionError("nothing may be written")
+    assert "\n" not in str(error.value) and ";" in str(error.value)
+    assert (here / "file").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "disk" / "out" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("disk/out")
+    with new_folder(tmp_path / "link", True) as part:
+        (part / "a").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "disk" / "out").iterdir()] == ["a"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    """One child is killed while it writes; another block of the same target is still at work."""
+    code = ("import os, signal; from apt_jax.convert.folders import new_folder\n"
+            f"with new_folder({str(tmp_path / 'out')!r}) as part:\n"
+            "    (part / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)")
+    done = subprocess.run([sys.executable, "-c", code])
+    (stale,) = tmp_path.iterdir()
+    assert done.returncode == -9 and stale.name.endswith(".tmp") and (stale / "half").exists()
+    with new_folder(tmp_path / "other") as beside, new_folder(tmp_path / "out") as part:
+        assert not stale.exists()
+        working = tmp_path / ".other.1.tmp"  # as a process of this number would name it
+        working.mkdir()
+        held = os.open(working, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (part / "a").write_text("new")
+        (beside / "a").write_text("new")
+    with new_folder(tmp_path / "other", True):
+        assert working.exists()
+    os.close(held)
+    with new_folder(tmp_path / "other", True):
+        assert not working.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_what_was_there_stays_where_the_last_step_fails(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    real = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(f".{os.getpid()}.tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(folders.os, "replace", refuse)
+    with pytest.raises(UserError, match="out cannot be written .*check the disk"):
+        with new_folder(tmp_path / "out", True):
+            pass
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine"]
