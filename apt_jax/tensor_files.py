@@ -76,18 +76,22 @@ def read_header(path: Path | str) -> dict[str, Tensor]:
         raise damaged("its header is no table of tensors")
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise damaged("its metadata are no table of texts")
             continue
-        try:
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            start, stop = entry["data_offsets"]
-            needs = math.prod(shape) * DTYPES[dtype].itemsize
-        except (KeyError, TypeError, ValueError):
-            raise damaged(f"the header's entry of {name} is not understood") from None
-        if stop - start != needs or start < 0:
+        if not _is_entry(entry):
+            raise damaged(f"the header's entry of {name} is not understood")
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} has the dtype {entry['dtype']}, which is not known "
+                            f"here; use a file with {', '.join(DTYPES)}")
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        needs = math.prod(shape) * dtype.itemsize
+        if stop - start != needs:
             raise damaged(f"{name} has {stop - start} bytes, its shape asks for {needs}")
         if base + stop > size:
             raise damaged(f"{name} ends at byte {base + stop} of {size}")
-        tensors[name] = Tensor(DTYPES[dtype], shape, path, base + start, base + stop)
+        tensors[name] = Tensor(dtype, shape, path, base + start, base + stop)
     end = 0
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
         if tensor.start != base + end:
@@ -96,6 +100,15 @@ def read_header(path: Path | str) -> dict[str, Tensor]:
     if base + end != size:
         raise damaged(f"{size - base - end} bytes too many")
     return tensors
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry has a name, counts and two offsets, whatever they say."""
+    if not isinstance(entry, dict):
+        return False
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    return (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)
+            and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets))
 
 
 class _Doubled(Exception):
@@ -154,16 +167,17 @@ class TensorSet:
             nbytes //= shape[0]
             shape, start = shape[1:], start + index * nbytes
         out = np.empty(nbytes, np.uint8)
-        if tensor.file not in self._open:
-            self._open[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         view, done = memoryview(out), 0
-        while done < nbytes:
-            count = os.preadv(self._open[tensor.file], [view[done:done + _READ_BYTES]],
-                              start + done)
-            if count == 0:
-                raise UserError(f"{tensor.file} became shorter while {name} was read; copy it "
-                                "again")
-            done += count
+        with disk_errors(tensor.file, "read"):
+            if tensor.file not in self._open:
+                self._open[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+            while done < nbytes:
+                count = os.preadv(self._open[tensor.file], [view[done:done + _READ_BYTES]],
+                                  start + done)
+                if count == 0:
+                    raise UserError(f"{tensor.file} became shorter while {name} was read; copy it "
+                                    "again")
+                done += count
         return out.view(tensor.dtype).reshape(shape)
 
 

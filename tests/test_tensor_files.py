@@ -107,7 +107,22 @@ def entry(start, stop, shape=(1,), dtype="F32"):
     (lambda p: raw(p, {"a": entry(0, 4)}, b"12345678"), "4 bytes too many"),
     (lambda p: raw(p, {"a": entry(0, 4), "b": entry(2, 6)}, b"123456"), "overlap or leave a gap"),
     (lambda p: raw(p, {"a": entry(0, 8)}, b"12345678"), "a has 8 bytes, its shape asks for 4"),
-    (lambda p: raw(p, {"a": entry(0, 4, dtype="F7")}, b"1234"), "entry of a is not understood"),
+    (lambda p: raw(p, {"a": entry(0, 4, dtype="F7")}, b"1234"), "a has the dtype F7"),
+    (lambda p: raw(p, {"a": entry(0, 4, dtype=["F32"])}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(0, 4, dtype={})}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(0, 4, (-1, -1))}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(0, 4, (True,))}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(0, 4, (1.0,))}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(0, 4, "1")}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(-4, 0)}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry("0", "4")}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"a": entry(4, 0)}, b"1234"), "a has -4 bytes"),
+    (lambda p: raw(p, {"a": {**entry(0, 4), "data_offsets": [0, 4, 8]}}, b"1234"),
+     "of a is not understood"),
+    (lambda p: raw(p, {"a": {"dtype": "F32", "shape": [1]}}, b"1234"), "of a is not understood"),
+    (lambda p: raw(p, {"__metadata__": [1]}), "no table of texts"),
+    (lambda p: raw(p, {"__metadata__": {"a": {}}}), "no table of texts"),
+    (lambda p: raw(p, b'{"a": {"shape": [' + b"9" * 5000 + b"]}}"), "not JSON"),
     (lambda p: raw(p, {"a": 3}, b"1234"), "entry of a is not understood"),
     (lambda p: raw(p, b'{"a": 1, "a": 2}'), "a is in it twice"),
 ])
@@ -190,6 +205,18 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, code, says):
     monkeypatch.setattr(tensor_files.os, "fsync", refuse)
     with pytest.raises(UserError, match=says):
         write_files(tmp_path, "model", specs(ARRAYS), ARRAYS.values())
+
+
+def test_a_disk_that_fails_while_it_is_read(tmp_path, monkeypatch):
+    save_file(ARRAYS, tmp_path / "x.safetensors")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tensor_files.os, "preadv", fail)
+    with TensorSet([tmp_path / "x.safetensors"]) as tensors:
+        with pytest.raises(UserError, match=r"x\.safetensors cannot be read \(Input/output"):
+            tensors.read("c")
 
 
 def test_a_closed_pipe_is_no_fault_of_the_disk():
