@@ -21,7 +21,7 @@ from apt_jax.convert.folders import bring, new_folder
 from apt_jax.convert.provenance import component_folder, history
 from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
-from apt_jax.convert.source import CONFIG, INDEX, files_of
+from apt_jax.convert.source import CONFIG, INDEX, check_weights, files_of
 from apt_jax.errors import UserError, disk_errors
 from apt_jax.tensor_files import DTYPES, SHARD_BYTES, read_json, write_files
 from apt_jax.tensor_files import write_json
@@ -78,6 +78,8 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         size = sum(spec.nbytes for spec in specs)
         say(f"transformer: {len(specs)} tensors, {size / 1e9:.2f} GB")
         pipeline = bool(folder and (folder / "source" / INDEX).is_file())
+        if pipeline:
+            _check_components(family, folder)
         with new_folder(to, overwrite, (checkpoint, folder), size) as part:
             if pipeline:
                 _other_components(part, folder, copy)
@@ -110,6 +112,20 @@ def _check_base(family: Family, model: Mapping[str, Any], card: Mapping[str, Any
         if here != there.get(key):
             raise UserError(f"the base {folder} has {key} = {there.get(key)!r}, the checkpoint "
                             f"{here!r}; give its own base with --base")
+
+
+def _check_components(family: Family, folder: Path) -> None:
+    """The components that the base passes on are still whole."""
+    source = folder / "source"
+    index = read_json(source / INDEX)
+    kept = [name for name, entry in index.items()
+            if isinstance(entry, list) and name in family.parts and name != TRANSFORMER]
+    for name in kept:
+        if not (source / name).is_dir():
+            raise UserError(f"{source} lacks the folder {name}, which {INDEX} names; import the "
+                            "base again")
+    family.check_tokenizer(source / "tokenizer")
+    check_weights(source, kept)
 
 
 def _dtypes(dtype: str, folder: Path | None) -> dict[str, str]:

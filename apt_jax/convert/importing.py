@@ -28,7 +28,16 @@ from apt_jax.convert.folders import bring, new_folder
 from apt_jax.convert.lora import FILE as LORA_FILE
 from apt_jax.convert.lora import Merged, read_lora
 from apt_jax.convert.scheduler import SCHEDULER_FILE
-from apt_jax.convert.source import CONFIG, INDEX, Source, files_of, licence_of, locate, sha256
+from apt_jax.convert.source import (
+    CONFIG,
+    INDEX,
+    Source,
+    check_weights,
+    files_of,
+    licence_of,
+    locate,
+    sha256,
+)
 from apt_jax.errors import UserError
 from apt_jax.tensor_files import TensorSet, open_folder, read_json, write_files, write_json
 from apt_jax.weights import KIND
@@ -113,6 +122,7 @@ def _family(found: Source) -> tuple[Family, dict[str, Path]]:
             if name not in folders:
                 raise UserError(f"{folder / INDEX} names no {name}; copy the file again")
         family.check_tokenizer(folders["tokenizer"])
+        check_weights(folder, folders)
         return family, folders
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)

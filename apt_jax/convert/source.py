@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apt_jax.errors import UserError
+from apt_jax.tensor_files import open_folder, read_header
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
+# how diffusers and transformers name the weight files of the networks that a pipeline must have
+_STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+          "text_encoder": "model"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = 2**22
 
@@ -64,6 +68,24 @@ def files_of(folder: Path, skip: Iterable[str] = ()) -> list[Path]:
         if path.is_file():
             found.append(relative)
     return found
+
+
+def check_weights(folder: Path, names: Iterable[str]) -> None:
+    """Checks the weights of a pipeline's components, also of those that are not converted.
+
+    Args:
+      folder: of the pipeline; names: its components, folders in it.
+
+    Raises:
+      UserError: a network without weights, a file that is cut or missing, an index that disagrees
+      with its files. Variants such as fp16 are checked like the rest.
+    """
+    for name in names:
+        if name in _STEMS:
+            open_folder(folder / name, _STEMS[name])
+        for file in files_of(folder / name):
+            if file.suffix == ".safetensors":
+                read_header(folder / name / file)
 
 
 def sha256(path: Path) -> str:

@@ -32,6 +32,22 @@ def copy(wan_source, tmp_path):
     return shutil.copytree(wan_source[0], tmp_path / "source")
 
 
+@pytest.fixture(scope="module")
+def qwen_source(tmp_path_factory):
+    """A Qwen-Image pipeline whose text encoder, which is not converted, has two files."""
+    folder = tmp_path_factory.mktemp("source") / "qwen"
+    synthetic.write_pipeline(folder, synthetic.QWEN)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    synthetic.write_tensors(folder / "text_encoder", "model",
+                            synthetic.umt5_plan(synthetic.UMT5).theirs, limit=13_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen_components(qwen_source, tmp_path_factory):
+    return import_folder(str(qwen_source), tmp_path_factory.mktemp("ckpt") / "qwen")
+
+
 def rewrite(path, change):
     value = json.loads(path.read_text())
     change(value)
@@ -188,15 +204,52 @@ def test_copies_where_asked(wan_source, tmp_path):
     assert (out / "source" / "vae" / f"{STEM}.safetensors").stat().st_nlink == 1
 
 
-def test_an_export_needs_its_own_base(wan_components, tmp_path):
-    synthetic.write_pipeline(tmp_path / "qwen", synthetic.QWEN)
-    qwen = import_folder(str(tmp_path / "qwen"), tmp_path / "ckpt")
-    assert json.loads((qwen / "config.json").read_text())["components"]["text_encoder"] \
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda f: cut(f / "model-00002-of-00002.safetensors"),
+     r"text_encoder/model-00002-of-00002\.safetensors is damaged or incomplete"),
+    (lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
+     r"text_encoder lacks model-00002-of-00002\.safetensors"),
+    (lambda f: rewrite(f / "model.safetensors.index.json",
+                       lambda v: v["weight_map"].pop("shared.weight")),
+     r"shared\.weight should be in no file"),
+    (lambda f: [p.unlink() for p in f.glob("model*")], "text_encoder has neither"),
+    (lambda f: (f / "model.fp16.safetensors").write_bytes(b"half"), r"model\.fp16\.safetensors is"),
+])
+def test_a_network_that_is_not_converted_is_checked_too(qwen_source, qwen_components, tmp_path,
+                                                          damage, says):
+    """Qwen-Image's text encoder goes through as it is: broken at import, or between the two."""
+    import shutil
+
+    broken = shutil.copytree(qwen_source, tmp_path / "broken")
+    damage(broken / "text_encoder")
+    with pytest.raises(UserError, match=says):
+        import_folder(str(broken), tmp_path / "out")
+    ours = shutil.copytree(qwen_components, tmp_path / "ours")
+    damage(ours / "source" / "text_encoder")
+    with pytest.raises(UserError, match=says):
+        export_folder(str(ours), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "ours"]
+
+
+def test_a_component_that_the_base_lost(qwen_components, tmp_path):
+    import shutil
+
+    ours = shutil.copytree(qwen_components, tmp_path / "ours")
+    (ours / "source" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer lacks tokenizer.json"):
+        export_folder(str(ours), tmp_path / "out")
+    shutil.rmtree(ours / "source" / "vae")
+    with pytest.raises(UserError, match="lacks the folder vae"):
+        export_folder(str(ours), tmp_path / "out")
+
+
+def test_an_export_needs_its_own_base(wan_components, qwen_source, qwen_components, tmp_path):
+    assert json.loads((qwen_components / "config.json").read_text())["components"]["text_encoder"] \
         == "source/text_encoder"
     with pytest.raises(UserError, match="of family qwen_image, the checkpoint of wan"):
-        export_folder(str(wan_components), tmp_path / "out", base=str(qwen))
+        export_folder(str(wan_components), tmp_path / "out", base=str(qwen_components))
     with pytest.raises(UserError, match="is no component folder"):
-        export_folder(str(wan_components), tmp_path / "out", base=str(tmp_path / "qwen"))
+        export_folder(str(wan_components), tmp_path / "out", base=str(qwen_source))
     synthetic.write_pipeline(tmp_path / "deep", {**synthetic.WAN, "depth": 2})
     deep = import_folder(str(tmp_path / "deep"), tmp_path / "deeper")
     with pytest.raises(UserError, match="has num_layers = 2, the checkpoint 3"):
