@@ -73,6 +73,8 @@ FIELDS: tuple[Field, ...] = (
        choices=("per_block", "shared")),
     _f("model.dtype", "float32", "dtype of the computation; masters stay float32",
        choices=("float32", "bfloat16")),
+    _f("model.matmul", "dtype", "matrix products of the blocks: in model.dtype, or in eight bits with "
+       "scales taken on the fly (fp8: e4m3 forward, e5m2 gradients)", choices=("dtype", "fp8")),
     _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
        "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "

@@ -11,6 +11,7 @@ from flax import nnx
 from apt_jax.errors import UserError
 from apt_jax.models import mmdit, wan
 from apt_jax.models.discriminator import Discriminator, default_taps
+from apt_jax.nn.fp8 import with_fp8
 from apt_jax.nn.functional import Network
 from apt_jax.nn.lora import adapted
 
@@ -54,6 +55,11 @@ def attention_of(model: Any) -> str:
     return model["attention"] if "attention" in model else "auto"
 
 
+def _with_matmul(make: Callable[..., nnx.Module], model: Any) -> Callable[..., nnx.Module]:
+    """In eight bits if config.model.matmul says so; weights that say nothing are older than it."""
+    return with_fp8(make) if "matmul" in model and model["matmul"] == "fp8" else make
+
+
 def adapter_scale(lora: Any) -> float:
     """What the adapters of config.lora are multiplied by: alpha over rank, alpha = 0 being rank."""
     return (lora["alpha"] or lora["rank"]) / lora["rank"]
@@ -68,7 +74,8 @@ def make_generator(model: Any, lora: Any = None) -> Network:
 
     lora: config.lora, for a network with adapters.
     """
-    config, make = model_config(model), _with_adapters(family_of(model).generator, lora)
+    config = model_config(model)
+    make = _with_adapters(_with_matmul(family_of(model).generator, model), lora)
     return Network.build(lambda rngs: make(config, rngs=rngs), attention=attention_of(model))
 
 
@@ -85,7 +92,7 @@ def make_discriminator(model: Any, discriminator: Any, lora: Any = None) -> Netw
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads
-    make = _with_adapters(family_of(model).backbone,
+    make = _with_adapters(_with_matmul(family_of(model).backbone, model),
                           lora if lora and lora["discriminator"] else None)
     return Network.build(
         lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),

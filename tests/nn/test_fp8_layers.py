@@ -1,0 +1,65 @@
+"""Networks whose blocks multiply in eight bits: which layers, the same parameters, stored or not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apt_jax.kernels.fp8 import E4M3
+from apt_jax.models.presets import make_discriminator, make_generator
+from apt_jax.nn.fp8 import SCALE, store, stored
+from apt_jax.nn.functional import Network
+
+MMDIT = dict(family="mmdit", in_channels=3, out_channels=3, patch=(1, 2, 2), width=32, depth=1,
+             heads=2, head_dim=16, rope_axes=(4, 6, 6), text_width=8, dtype="bfloat16")
+WAN = MMDIT | dict(family="wan", rope_axes=(8, 4, 4), text_tokens=4, frequency_width=16)
+
+
+def random(net: Network, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape), s.dtype),
+                        net.abstract())
+
+
+def inputs():
+    rng = np.random.default_rng(1)
+    return (jnp.asarray(rng.standard_normal((2, 1, 4, 4, 3)), jnp.float32),
+            jnp.asarray([0.2, 1.0], jnp.float32),
+            jnp.asarray(rng.standard_normal((2, 3, 8)), jnp.float32),
+            jnp.asarray([[True, True, False], [True] * 3]))
+
+
+@pytest.mark.parametrize("model, count", [(MMDIT, 8), (WAN, 10)])
+def test_stored_weights_are_the_same_network_in_eight_bits(model, count):
+    """8: two streams' qkv, out, up, down. 10: q, k, v, out of two attentions, up, down."""
+    plain, net = make_generator(model), make_generator(model | {"matmul": "fp8"})
+    assert jax.tree.map(lambda a: a.shape, plain.shapes) == jax.tree.map(
+        lambda a: a.shape, net.shapes)  # one set of weights for either
+    params = random(net)
+    served = stored(net)
+    kept = jax.jit(lambda p: store(served, p))(params)
+    assert jax.tree.structure(kept) == jax.tree.structure(served.abstract())
+
+    eight = {jax.tree_util.keystr(path, simple=True, separator="/") for path, leaf in
+             jax.tree_util.tree_leaves_with_path(kept) if leaf.dtype == E4M3}
+    assert len(eight) == count and all(name.startswith("backbone/blocks/") for name in eight)
+    assert not any("modulation" in name for name in eight)
+
+    ours = jax.jit(net)(params, *inputs())
+    assert (ours == jax.jit(served)(kept, *inputs())).all()
+    exact = jax.jit(make_generator(model | {"dtype": "float32"}))(params, *inputs())
+    error = float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact))
+    own = float(jnp.linalg.norm(jax.jit(plain)(params, *inputs()) - exact)
+                / jnp.linalg.norm(exact))
+    assert own < error < 0.2  # it is another computation than bfloat16, and near
+
+
+def test_the_discriminators_heads_stay_as_they_are():
+    net = make_discriminator(MMDIT | {"matmul": "fp8"}, {"taps": (1,), "heads": 0})
+    kept = store(stored(net), random(net))
+    scaled = [jax.tree_util.keystr(path) for path, _ in
+              jax.tree_util.tree_leaves_with_path(kept) if SCALE in jax.tree_util.keystr(path)]
+    assert len(scaled) == 8 and not any("heads" in name for name in scaled)
+    assert kept["heads"]["q"]["kernel"].dtype == jnp.bfloat16
