@@ -6,6 +6,7 @@ states are kept. They look like `captions.TextEncoder`: a name, a width, and enc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pathlib
@@ -62,12 +63,13 @@ class UMT5Encoder:
         self._tokenizer = PromptTokenizer(place)
 
     def __reduce__(self):
-        return UMT5Encoder, (self.folder, self.dtype)
+        return UMT5Encoder, (self.folder.absolute(), self.dtype)
 
     @functools.cached_property
     def name(self) -> str:
-        """Which weights, and in which precision."""
-        return f"umt5 {folder_digest(self.folder, whole=False)} {self.dtype}"
+        """Which weights and tokenizer, and in which precision."""
+        digest = folder_digest(self.folder, whole=False, beside=[self._tokenizer.path])
+        return f"umt5 {digest} {self.dtype}"
 
     @functools.cached_property
     def _run(self):
@@ -134,6 +136,17 @@ def _read_params(folder: pathlib.Path, shardings: Any, abstract: Any, dtype: Any
         return jax.tree_util.tree_map_with_path(leaf, abstract, shardings)
 
 
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path):
+    """Whatever transformers raises for files that it cannot use, as one line."""
+    try:
+        yield
+    except Exception as error:  # safetensors', tokenizers' and the libraries' own kinds, no base
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"transformers cannot read {folder} ({line}); copy it from the checkpoint "
+                        "again") from error
+
+
 class QwenEncoder:
     """Qwen-Image's text encoder, run by transformers (an optional extra, with PyTorch).
 
@@ -145,6 +158,10 @@ class QwenEncoder:
         "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
         "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
         "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+    # What decides the tokens. The first of them does alone; without it the second and third do.
+    TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+                 "special_tokens_map.json", "tokenizer_config.json")
+    UNUSED = ("visual.", "model.visual.", "lm_head.")  # tensors that no state depends on
     DROPPED = 34  # tokens of the template before the prompt
     LIMIT = 1024  # tokens of a prompt
 
@@ -159,14 +176,21 @@ class QwenEncoder:
         places = (self.folder.parent, self.folder.parent.parent, self.folder)
         self._tokens = next((p / "tokenizer" for p in places if (p / "tokenizer").is_dir()),
                             self.folder)
+        whole, *parts = self.TOKENIZER[:3]
+        lacks = [name for name in parts if not (self._tokens / name).is_file()]
+        if lacks and not (self._tokens / whole).is_file():
+            raise UserError(f"{self._tokens} has no Qwen tokenizer ({' and '.join(lacks)} missing, "
+                            f"and no {whole}); copy the tokenizer folder from the checkpoint again")
 
     def __reduce__(self):
-        return QwenEncoder, (self.folder, self.dtype)
+        return QwenEncoder, (self.folder.absolute(), self.dtype)
 
     @functools.cached_property
     def name(self) -> str:
-        """Which weights, and in which precision."""
-        return f"qwen2_5_vl {folder_digest(self.folder, whole=False)} {self.dtype}"
+        """Which weights and tokenizer, and in which precision."""
+        digest = folder_digest(self.folder, whole=False, beside=[
+            path for name in self.TOKENIZER if (path := self._tokens / name).is_file()])
+        return f"qwen2_5_vl {digest} {self.dtype}"
 
     @functools.cached_property
     def _run(self):
@@ -177,15 +201,18 @@ class QwenEncoder:
             raise UserError("Qwen-Image's text encoder runs on PyTorch; pip install "
                             "'apt_jax[convert]'") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
+        with _reading(self._tokens):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 self._tokens, local_files_only=True)
-            model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                self.folder, dtype=getattr(torch, self.dtype), local_files_only=True)
-        except (OSError, ValueError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise UserError(f"the text encoder in {self.folder} cannot be read ({line}); copy it "
-                            "and its tokenizer folder from the checkpoint again") from None
+        with _reading(self.folder):
+            model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                self.folder, dtype=getattr(torch, self.dtype), local_files_only=True,
+                output_loading_info=True)
+        # transformers draws what is missing at random, with a warning only.
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith(self.UNUSED))
+        if missing:
+            raise UserError(f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]}; "
+                            "copy it from the checkpoint again")
         model = model.to(device).eval()
 
         def run(prompts: list[str], limit: int) -> list[np.ndarray]:

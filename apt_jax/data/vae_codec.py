@@ -6,11 +6,15 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
+from apt_jax.tensor_files import TensorSet, find_files, read_json
+
+_END = 2048  # bytes
 
 
 class VaeCodec:
@@ -29,7 +33,7 @@ class VaeCodec:
         self.per_device, self.dtype = per_device, dtype
 
     def __reduce__(self):  # a Ray worker reads the weights itself
-        return VaeCodec, (self.folder, self.per_device, self.dtype)
+        return VaeCodec, (self.folder.absolute(), self.per_device, self.dtype)
 
     @functools.cached_property
     def name(self) -> str:
@@ -113,29 +117,39 @@ def vae_folder(folder: str | pathlib.Path) -> pathlib.Path:
 
 
 def _card(folder: pathlib.Path) -> dict:
-    from apt_jax.tensor_files import read_json
-
     value = read_json(folder / "config.json")
     if not isinstance(value, dict):
         raise UserError(f"{folder / 'config.json'} is no JSON object; import the checkpoint again")
     return value
 
 
-def folder_digest(folder: pathlib.Path, whole: bool) -> str:
-    """A short hash of a weights folder: of its config, and of its tensor files' bytes.
+def folder_digest(folder: pathlib.Path, whole: bool, beside: Sequence[pathlib.Path] = ()) -> str:
+    """A short hash of a weights folder: of its config, its tensors, and all of the files `beside`.
 
-    whole False hashes names, sizes and the first and last MiB of each file: large encoders.
+    whole False, for large encoders, hashes names, shapes and the first and last 2 KiB of every
+    tensor. UserError where a tensor file is damaged, incomplete or missing.
     """
     digest = hashlib.sha256(json.dumps(_card(folder), sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            if whole:
+    weights = TensorSet(find_files(folder))  # also looks at every header
+    with disk_errors(folder, "read"):
+        for path in (*(weights.files if whole else ()), *beside):
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
                 while part := file.read(2**22):
                     digest.update(part)
-            else:
-                digest.update(file.read(2**20))
-                file.seek(max(0, size - 2**20))
-                digest.update(file.read(2**20))
+        if not whole:
+            for name, tensor in sorted(weights.tensors.items()):
+                digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            _digest_ends(digest, weights)
     return digest.hexdigest()[:16]
+
+
+def _digest_ends(digest, weights: TensorSet) -> None:
+    """The first and last bytes of every tensor, file by file."""
+    for path in weights.files:
+        with open(path, "rb") as file:
+            for tensor in sorted((t for t in weights.tensors.values() if t.file == path),
+                                 key=lambda t: t.start):
+                for place in (tensor.start, max(tensor.start, tensor.stop - _END)):
+                    file.seek(place)
+                    digest.update(file.read(min(_END, tensor.stop - place)))

@@ -30,7 +30,7 @@ def clean_prompt(text: str) -> str:
 class PromptTokenizer:
     """The tokenizer of a checkpoint: folder/tokenizer/tokenizer.json or folder/tokenizer.json.
 
-    Raises UserError when there is none or it cannot be read.
+    path: the file. Raises UserError when there is none or it cannot be read.
     """
 
     def __init__(self, folder: str | Path, eos: str = "</s>"):
@@ -42,6 +42,7 @@ class PromptTokenizer:
         if path is None:
             raise UserError(f"{folder} has no tokenizer ({places[0]}); copy the checkpoint's "
                             "tokenizer folder there, or import it again")
+        self.path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for whatever is wrong

@@ -62,6 +62,13 @@ def test_names_tell_weights_and_precision_apart(checkpoint, codec, tmp_path):
     assert VaeCodec(other, 4, "float32").name == codec.name
     assert VaeCodec(other, 1, "bfloat16").name != codec.name
     first = load_text_encoder(other).name
+    words = other / "tokenizer" / "tokenizer.json"
+    text = words.read_text()
+    assert text.count('"cat":8') + text.count('"cat": 8') == 1
+    words.write_text(text.replace('"cat"', '"dog"'))
+    assert load_text_encoder(other).name != first  # another tokenizer gives other states
+    words.write_text(text)
+    assert load_text_encoder(other).name == first
     for part in ("vae", "text_encoder"):
         path = other / part / "model.safetensors"
         data = bytearray(path.read_bytes())
@@ -71,11 +78,13 @@ def test_names_tell_weights_and_precision_apart(checkpoint, codec, tmp_path):
     assert load_text_encoder(other).name != first
 
 
-def test_they_travel_without_their_weights(checkpoint, codec):
-    for thing in (codec, load_text_encoder(checkpoint)):
+def test_they_travel_without_their_weights(checkpoint, codec, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    for thing in (codec, VaeCodec(checkpoint.name), load_text_encoder(checkpoint.name)):
         kind, arguments = thing.__reduce__()
         assert kind(*arguments).name == thing.name
         assert all(isinstance(value, str | int | Path) for value in arguments)
+        assert arguments[0].is_absolute()  # a worker may begin in another folder
 
 
 def test_wrong_folders_are_one_line(checkpoint, tmp_path):
@@ -103,6 +112,9 @@ def test_a_missing_tokenizer_and_damaged_weights_are_one_line(checkpoint, tmp_pa
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors"):
         load_text_encoder(broken).encode(["a cat"], 4)
+    for thing in (load_text_encoder(broken), VaeCodec(broken)):
+        with pytest.raises(UserError, match="model.safetensors is damaged or incomplete"):
+            thing.name  # noqa: B018  what prepare asks for before it looks at any file
     with pytest.raises(UserError, match="model.safetensors"):
         VaeCodec(broken).encode(np.zeros((1, 1, 16, 16, 3), np.uint8))
     card = json.loads((broken / "text_encoder" / "config.json").read_text())

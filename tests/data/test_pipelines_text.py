@@ -1,10 +1,13 @@
 """Text states equal those of diffusers' own pipelines (live, needs torch and diffusers)."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -15,6 +18,7 @@ import tiny_pipelines  # noqa: E402
 
 from apt_jax.convert.importing import import_folder  # noqa: E402
 from apt_jax.data.text_encoders import QwenEncoder, UMT5Encoder, load_text_encoder  # noqa: E402
+from apt_jax.errors import UserError  # noqa: E402
 
 PROMPTS = ["a red cat surfing on the beach", "", "  the  blue\ncar &amp; dog running"]
 
@@ -48,11 +52,17 @@ def test_wans_states_are_its_pipelines(wan):
     assert mask.sum(1).tolist() == [4, 1, 4]
 
 
-def test_qwens_states_are_its_pipelines(tmp_path, caplog):
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    root = tmp_path_factory.mktemp("qwen")
+    theirs = tiny_pipelines.save_qwen(root / "theirs")
+    return theirs, import_folder(str(theirs), root / "ours")
+
+
+def test_qwens_states_are_its_pipelines(qwen, caplog):
     from diffusers import QwenImagePipeline
 
-    theirs = tiny_pipelines.save_qwen(tmp_path / "theirs")
-    ours = import_folder(str(theirs), tmp_path / "ours")
+    theirs, ours = qwen
     encoder = load_text_encoder(ours, "float32")
     assert isinstance(encoder, QwenEncoder) and encoder.width == tiny_pipelines.TEXT_WIDTH
     pipeline = QwenImagePipeline.from_pretrained(theirs)
@@ -68,3 +78,35 @@ def test_qwens_states_are_its_pipelines(tmp_path, caplog):
     cut, mask = encoder.encode(prompts, int(valid[0].sum()) - 1)  # of the longest
     assert "1 of 3 captions are longer" in caplog.text and mask[0].all()
     close(cut, want.numpy()[:, :cut.shape[1]] * mask[..., None])
+
+
+def test_damaged_qwen_weights_are_one_line(qwen, tmp_path):
+    folder = shutil.copytree(qwen[1], tmp_path / "ours") / "source" / "text_encoder"
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(UserError, match="model.safetensors is damaged or incomplete"):
+        load_text_encoder(folder).name  # noqa: B018  what prepare asks for first
+    with pytest.raises(UserError, match=r"cannot read .*text_encoder \(SafetensorError.*again$"):
+        load_text_encoder(folder).encode(["a cat"], 8)
+    del whole["model.layers.1.mlp.up_proj.weight"]  # transformers would draw it at random
+    save_file(whole, file, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 tensors, the first .*layers.1.mlp.up_proj"):
+        load_text_encoder(folder).encode(["a cat"], 8)
+
+
+def test_a_missing_qwen_tokenizer_is_one_line_and_another_one_is_noticed(qwen, tmp_path):
+    ours = shutil.copytree(qwen[1], tmp_path / "ours")
+    file = ours / "source" / "tokenizer" / "tokenizer.json"
+    name, text = load_text_encoder(ours).name, file.read_text()
+    value = json.loads(text)
+    value["added_tokens"][-1]["content"] += "x"
+    file.write_text(json.dumps(value))
+    assert load_text_encoder(ours).name != name
+    file.write_text(text[:100])
+    with pytest.raises(UserError, match="cannot read .*tokenizer .*again$"):
+        load_text_encoder(ours).encode(["a cat"], 8)
+    file.unlink()
+    (file.parent / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match="no Qwen tokenizer .merges.txt missing"):
+        load_text_encoder(ours)
