@@ -34,6 +34,7 @@ from apt_jax.models.presets import make_generator
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
+from apt_jax.serve import Server, server_of
 from apt_jax.weights import load_generator, open_generator
 
 FPS = 8.0  # of the clips that `save` and `show` write, unless their settings say otherwise
@@ -228,12 +229,7 @@ class Generator:
         """
         settings = self._resolve(mode, seed, frames, height, width, steps, guidance, time,
                                  fresh_noise)
-        shape = tuple(settings[side] for side in ("frames", "height", "width"))
-        decoder = None
-        if self.latents is None:
-            shape += (self.model["in_channels"],)
-        else:
-            shape, decoder = self.latents.shape(self.model, *shape), self.latents.decoder
+        shape, decoder = self._shape(settings), self.latents and self.latents.decoder
         size = min(batch or (64 if self.latents is None else 1), len(text))
         generation = self._generation(settings, size)
 
@@ -257,6 +253,21 @@ class Generator:
             return found
         noise = np.asarray(sample_noise(seed, jnp.arange(len(text)), shape))
         return dataclasses.replace(found, noise=noise, latents=np.concatenate(kept))
+
+    def server(self, **options: Any) -> Server:
+        """One-step generation of one size, compiled ahead of time: `serve.server_of`'s options."""
+        return server_of(self, **options)
+
+    def sample_shape(self, **sizes: int | None) -> tuple[int, int, int, int]:
+        """(F, H, W, C) that the network makes for frames, height, width in pixels."""
+        names = ("frames", "height", "width")
+        return self._shape(self._resolve("one_step", 0, *map(sizes.get, names), *[None] * 4))
+
+    def _shape(self, settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
+        size = tuple(settings[side] for side in ("frames", "height", "width"))
+        if self.latents is None:
+            return *size, self.model["in_channels"]
+        return self.latents.shape(self.model, *size)
 
     def _resolve(self, mode, seed, frames, height, width, steps, guidance, time, fresh_noise
                  ) -> dict[str, Any]:

@@ -55,6 +55,7 @@ LAYERS = (
     {"cli"},
     {"bench"},
     {"api", "plan"},
+    {"serve"},
     {"train", "eval"},
     {"convert"},
     {"objectives", "weights"},

@@ -1,0 +1,244 @@
+"""One-step generation as a service runs it: compiled ahead of time, and nothing waits for the host.
+
+    server = apt_jax.load("runs/video").server(batch=1, weights="fp8")
+    latents = server.draw(text, text_mask, seed=7)     # on the device, at once; the work goes on there
+    frames = np.asarray(server.decode(latents))        # uint8, waits
+
+Every stage is one program with fixed shapes: `draw` makes the noise, runs the network once and gives
+latents (G(z, c) = z - v(z, c, 1), Eq. 3-5); `encode` (token ids -> text states) and `decode` (latents
+-> bytes) are there where an encoder or a VAE is given. A call hands arrays of the device from one
+program to the next; the host only starts them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from apt_jax.diffusion.samplers import one_step
+from apt_jax.errors import UserError
+from apt_jax.eval.generate import sample_noise
+from apt_jax.kernels.scope import Scope
+from apt_jax.models.presets import make_generator
+from apt_jax.models.vae import VAE, Tiling
+from apt_jax.nn import fp8
+from apt_jax.nn.functional import Network, Params
+from apt_jax.parallel.mesh import replicated
+from apt_jax.parallel.sharding import infer_shardings
+
+# How weights are kept and what blocks multiply in. "" leaves both as the model's config says.
+WEIGHTS = ("", "float32", "bfloat16", "fp8")
+
+
+class Stage(NamedTuple):
+    """A jitted function and the abstract arguments that it is compiled for, parameters first."""
+
+    function: Any
+    args: tuple
+
+    def compile(self) -> Any:
+        """The program, for the devices that the arguments' shardings name."""
+        return self.function.lower(*self.args).compile()
+
+
+class Served(NamedTuple):
+    """A network for inference, and the abstract float32 parameters that its own are made of."""
+
+    net: Network
+    masters: Params
+
+    def store(self, params: Params) -> Params:
+        """Float parameters -> those that `net` is called with. Jittable."""
+        return fp8.store(self.net, params)
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of `store`'s result."""
+        return jax.eval_shape(self.store, self.masters)
+
+
+def served(model: Mapping[str, Any], weights: str = "", scope: Scope | None = None) -> Served:
+    """The generator of config.model with its weights kept as `weights` says.
+
+    "bfloat16" and "fp8" compute in bfloat16; fp8 keeps the blocks' matrices in eight bits with a
+    scale for each output, the others in bfloat16. Raises UserError for another name.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"weights = {weights!r} is not one of {', '.join(filter(None, WEIGHTS))}")
+    fields = dict(model)
+    if weights:
+        fields |= {"dtype": "bfloat16" if weights == "fp8" else weights,
+                   "matmul": "fp8" if weights == "fp8" else "dtype"}
+    net = make_generator(fields).on(scope)
+    return Served(fp8.stored(net) if fields.get("matmul") == "fp8" else net, net.abstract())
+
+
+# -- the stages --------------------------------------------------------------------------------------
+
+
+def draw_stage(net: Network, params: Params, shape: tuple[int, int, int, int], batch: int,
+               text: tuple[int, int], sharding: Sharding | None = None) -> Stage:
+    """(params, seed, first, text, mask) -> latents float32 [B, *shape].
+
+    Args:
+      params: abstract, with shardings where there is a mesh.
+      shape: (F, H, W, C) of one sample. text: tokens and width of its states.
+      sharding: of the other arguments and the result; None is one device, the default.
+
+    seed and first are int32 scalars: sample i starts from noise of (seed, first + i), as
+    `Generator.sample` draws it.
+    """
+    def draw(params, seed, first, text, mask):
+        z = sample_noise(seed, first + jnp.arange(batch, dtype=jnp.int32), shape)
+        return one_step(functools.partial(net, params), z, text, mask)
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    args = (params, array((), jnp.int32), array((), jnp.int32),
+            array((batch, *text), jnp.float32), array((batch, text[0]), jnp.bool_))
+    return Stage(jax.jit(draw, out_shardings=sharding), args)
+
+
+def encode_stage(net: Network, params: Params, batch: int, tokens: int,
+                 sharding: Sharding | None = None) -> Stage:
+    """(params, ids int32 [B, L], mask bool [B, L]) -> text states float32 [B, L, D], 0 where masked."""
+    def encode(params, ids, mask):
+        return jnp.where(mask[..., None], net(params, ids, mask), 0.0)
+
+    def array(dtype):
+        return jax.ShapeDtypeStruct((batch, tokens), dtype, sharding=sharding)
+
+    return Stage(jax.jit(encode, out_shardings=sharding),
+                 (params, array(jnp.int32), array(jnp.bool_)))
+
+
+def decode_stage(vae: VAE, params: Params, shape: tuple[int, int, int, int], batch: int, *,
+                 chunk: int = 1, tiling: Tiling | None = None, sharding: Sharding | None = None
+                 ) -> Stage:
+    """(params, latents float32 [B, *shape]) -> frames uint8 [B, F, H, W, 3], all on the device.
+
+    chunk: latents per step of the causal scan; tiling: diffusers' tiles.
+    """
+    def decode(params, latents):
+        y = vae.decode(params, latents, chunk=chunk, tiling=tiling).astype(jnp.float32)
+        return jnp.clip(jnp.rint((y + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+    latents = jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=sharding)
+    return Stage(jax.jit(decode, out_shardings=sharding), (params, latents))
+
+
+# -- the server --------------------------------------------------------------------------------------
+
+
+def abstract(params: Params) -> Params:
+    """Shapes, dtypes and places of arrays."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
+
+
+class Server:
+    """Programs for one size and batch, compiled when it is made, with their weights on the device.
+
+    Attributes: shape (F, H, W, C of one sample), batch, tokens (text states per prompt), network,
+    params.
+    """
+
+    def __init__(self, model: Mapping[str, Any], params: Params,
+                 shape: tuple[int, int, int, int], *, batch: int = 1, tokens: int = 256,
+                 weights: str = "bfloat16", scope: Scope | None = None,
+                 decoder: tuple[VAE, Params] | None = None, chunk: int = 1,
+                 tiling: Tiling | None = None):
+        """
+        Args:
+          model: config.model. params: its float32 (or bfloat16) parameters, on the scope's mesh.
+          shape: of one sample, latents or pixels. tokens: every prompt is filled up to so many.
+          weights: one of WEIGHTS. scope: `parallel.context.on_mesh`, None for one device.
+          decoder: a VAE and its parameters; without one `decode` turns pixels into bytes.
+          chunk, tiling: of the decoder (`decode_stage`).
+        """
+        if batch < 1 or tokens < 1:
+            raise UserError(f"batch = {batch} and tokens = {tokens} must be at least 1")
+        parts = served(model, weights, scope)
+        self.network, self.shape, self.batch, self.tokens = parts.net, shape, batch, tokens
+        self.width = model["text_width"]
+        place = _everywhere(scope)
+        self.params = jax.jit(parts.store, out_shardings=_kept(parts, scope))(params)
+        self._draw = draw_stage(parts.net, abstract(self.params), shape, batch,
+                                (tokens, self.width), place).compile()
+        if decoder is None:
+            self._vae, stage = {}, _pixels_stage(batch, shape, place)
+        else:
+            vae, weights_of_vae = decoder
+            self._vae = jax.jit(vae.cast, out_shardings=place)(weights_of_vae)
+            stage = decode_stage(vae, abstract(self._vae), shape, batch, chunk=chunk,
+                                 tiling=tiling, sharding=place)
+        self._decode = stage.compile()
+
+    def draw(self, text: Any, mask: Any, *, seed: int = 0, first: int = 0) -> jax.Array:
+        """Text states float [B, L <= tokens, D] and their mask bool [B, L] -> float32 [B, *shape] on
+        the device. Returns before the work is done. Sample i is `Generator.sample`'s of index
+        first + i. UserError for another batch, width or longer text."""
+        return self._draw(self.params, np.int32(seed), np.int32(first), *self._filled(text, mask))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """What `draw` gave -> frames uint8 [B, F, H, W, 3] on the device, before they are done.
+
+        A NaN becomes some byte: looking for it would wait for the device.
+        """
+        return self._decode(self._vae, latents)
+
+    def _filled(self, text: Any, mask: Any) -> tuple[Any, Any]:
+        b, length, width = np.shape(text)
+        if (b, width) != (self.batch, self.width) or length > self.tokens:
+            raise UserError(f"text states are {(b, length, width)}, this server takes a batch of "
+                            f"{self.batch}, up to {self.tokens} tokens, width {self.width}; make "
+                            "one for the size you need")
+        if length == self.tokens:
+            return text, mask
+        rest = self.tokens - length
+        return (np.pad(np.asarray(text, np.float32), ((0, 0), (0, rest), (0, 0))),
+                np.pad(np.asarray(mask, bool), ((0, 0), (0, rest))))
+
+
+def server_of(generator: Any, *, frames: int | None = None, height: int | None = None,
+              width: int | None = None, batch: int = 1, weights: str = "bfloat16",
+              tokens: int | None = None, chunk: int = 1, tiling: Tiling | None = None) -> Server:
+    """The server of an `api.Generator`.
+
+    Args:
+      frames, height, width: pixels of a sample; by default what the generator was trained on.
+      batch: samples of one call.
+      weights: "bfloat16", "fp8", "float32", or "" for the dtype of the generator's config, with
+        which `Server.draw` gives what `Generator.sample` gives.
+      tokens: every prompt's states are filled up to so many (default: the config's).
+      chunk, tiling: how the VAE decodes (`decode_stage`).
+    """
+    shape = generator.sample_shape(frames=frames, height=height, width=width)
+    decoder = generator.latents and generator.latents.decoder
+    return Server({**dict(generator.model), "attention": "auto"}, generator.params, shape,
+                  batch=batch, tokens=tokens or generator.config.data.max_text_tokens,
+                  weights=weights, scope=generator.network.scope, chunk=chunk, tiling=tiling,
+                  decoder=decoder and (decoder.vae, decoder.params))
+
+
+def _pixels_stage(batch: int, shape: tuple[int, ...], sharding: Sharding | None) -> Stage:
+    def to_bytes(_, x):
+        return jnp.clip(jnp.rint((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+    x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=sharding)
+    return Stage(jax.jit(to_bytes, out_shardings=sharding), ({}, x))
+
+
+def _everywhere(scope: Scope | None) -> Sharding | None:
+    return None if scope is None else replicated(scope.mesh)
+
+
+def _kept(parts: Served, scope: Scope | None) -> Any:
+    """Shardings of the stored parameters: as `parallel.sharding` cuts them; None on one device."""
+    return None if scope is None else infer_shardings(parts.abstract(), scope.mesh)

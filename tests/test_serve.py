@@ -1,0 +1,74 @@
+"""The one-step server: the numbers of `Generator.sample`, and every size fixed when it is made."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from apt_jax import api
+from apt_jax.errors import UserError
+from apt_jax.kernels.fp8 import E4M3
+from apt_jax.models.vae import VAEConfig, make_vae
+from apt_jax.serve import Server
+
+PROMPTS = ["red heart", "cat face"]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return api.load("bundled:base")
+
+
+@pytest.fixture(scope="module")
+def text(generator):
+    return generator.encode(PROMPTS)
+
+
+def test_a_server_gives_what_sampling_gives_and_waits_for_nothing(generator, text):
+    server = generator.server(batch=2, weights="")
+    with jax.transfer_guard_device_to_host("disallow"):
+        latents = server.draw(*map(jax.numpy.asarray, text), seed=3)
+        frames = server.decode(latents)
+    found = generator.sample(PROMPTS, seed=3, frames=latents.shape[1], latents=True)
+    np.testing.assert_allclose(latents, found.latents, atol=2e-6)
+    assert np.abs(np.asarray(frames, int) - found.frames).max() <= 1
+    later = server.draw(*text, seed=3, first=1)  # sample 1's noise comes first
+    assert not np.array_equal(later[0], latents[0])
+    single = server.draw(text[0][[1, 1]], text[1][[1, 1]], seed=3, first=1)
+    np.testing.assert_allclose(single[0], latents[1], atol=2e-6)
+
+
+def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator, text):
+    server = generator.server(frames=1, batch=2, weights="fp8")
+    kernels = server.params["backbone"]["blocks"]["video"]["qkv"]
+    assert kernels["kernel"].dtype == E4M3
+    ours = np.asarray(server.draw(text[0][:, :3], text[1][:, :3], seed=3))  # shorter: filled up
+    want = generator.sample(PROMPTS, seed=3, frames=1, latents=True).latents
+    assert 1e-3 < np.linalg.norm(ours - want) / np.linalg.norm(want) < 0.1
+
+
+def test_latents_are_decoded_on_the_device(generator, text):
+    config = VAEConfig(base=4, multipliers=(1, 1), blocks=1, temporal=(True,), latent_channels=3,
+                       mean=(0.0,) * 3, std=(1.0,) * 3)
+    vae = make_vae(config)
+    params = jax.jit(vae.init)(jax.random.key(0))
+    server = Server(generator.model, generator.params, (3, 4, 4, 3), tokens=8, weights="",
+                    decoder=(vae, params))
+    latents = server.draw(text[0][:1], text[1][:1])
+    want = np.asarray(jax.jit(vae.decode)(params, latents), np.float32)
+    got = np.asarray(server.decode(latents))
+    assert got.shape == (1, 5, 8, 8, 3) == want.shape
+    assert np.abs(got - np.clip(np.rint((want + 1) * 127.5), 0, 255)).max() <= 1
+
+
+def test_other_sizes_are_refused_in_a_line(generator, text):
+    with pytest.raises(UserError, match="weights = 'int4' is not one of"):
+        generator.server(weights="int4")
+    with pytest.raises(UserError, match="batch = 0"):
+        generator.server(batch=0)
+    server = generator.server(frames=1, batch=2, tokens=4, weights="")
+    with pytest.raises(UserError, match="up to 4 tokens"):
+        server.draw(*text)
+    with pytest.raises(UserError, match="a batch of 2"):
+        server.draw(text[0][:1, :4], text[1][:1, :4])
