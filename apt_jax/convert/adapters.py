@@ -8,7 +8,7 @@ from apt_jax.convert.card import lora_card
 from apt_jax.convert.families import family_of_model, transformer_plan
 from apt_jax.convert.folders import new_folder
 from apt_jax.convert.lora import write_lora
-from apt_jax.convert.provenance import history
+from apt_jax.convert.provenance import check_found, history
 from apt_jax.convert.source import CONFIG
 from apt_jax.errors import UserError
 from apt_jax.models.presets import adapter_scale
@@ -21,10 +21,12 @@ def export_adapters(checkpoint: str, to: str | Path, *, weights: str = "ema",
     """Writes the adapters of a run alone, with a README.md.
 
     They fit the weights that the run's adapters lie on, so these must be the imported base itself:
-    UserError where another stage's weights lie between.
+    UserError where another stage's weights lie between, or where that cannot be seen because a
+    stage is not here.
     """
     config, adapters = load_adapters(checkpoint, weights)
     past = history(checkpoint)
+    check_found(past, checkpoint)
     for stage in past.stages:
         if not stage.get("lora") or not stage.lora.rank or any(
                 stage.lora[key] != config.lora[key] for key in ("rank", "alpha")):
@@ -37,6 +39,6 @@ def export_adapters(checkpoint: str, to: str | Path, *, weights: str = "ema",
         write_lora(part, transformer_plan(config.model), flatten(adapters),
                    adapter_scale(config.lora))
         (part / "README.md").write_text(lora_card(
-            Path(to).resolve().name, family, base=base, stages=past.stages, weights=weights,
+            Path(to).resolve().name, family, base=base, past=past, weights=weights,
             command=command), encoding="utf-8")
     return Path(to)

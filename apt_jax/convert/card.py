@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.convert.families import Family
+from apt_jax.convert.provenance import History
 
 _USE = {
     "wan": '''from diffusers import WanPipeline
@@ -22,88 +23,120 @@ pipe("a cat surfing", num_inference_steps=1, true_cfg_scale=1.0).images[0].save(
 }
 _STAGES = {"pretrain": "flow matching", "consistency": "consistency distillation",
            "adversarial": "adversarial post-training (APT)"}
+_MANY = "A diffusion model takes many steps and guidance; one step or two were not trained for."
 
 
-def model_card(name: str, family: Family, *, base: Mapping[str, Any], stages: Sequence[Any],
+def model_card(name: str, family: Family, *, base: Mapping[str, Any], past: History,
                weights: str, command: str, two_step_time: float, dtype: str,
                pipeline: bool = True) -> str:
     """The card of an exported pipeline or transformer, as Markdown.
 
     Args:
-      base: "source" of the base's component folder: hub or folder, revision, licence.
-      stages: configs of the runs, the last first; () for imported weights that were not trained.
+      base: "source" of the base's component folder: hub or folder, revision, licence; {} for
+        weights that have none.
+      past: the runs, the last first; no stages for weights that were not trained here.
       weights: "ema" or "raw".
       command: what wrote the folder.
       two_step_time: t between two steps, as the scheduler has it.
       pipeline: the folder is a whole pipeline, not a transformer alone.
     """
     origin = _origin(base)
-    what = (f"A one-step generator trained from {origin}." if stages else
-            f"The weights of {origin}, unchanged, under a one-step scheduler.")
-    usage = _usage(name, family, stages, two_step_time, pipeline)
-    return _card(name, family, base, stages, what, usage, weights, dtype, command)
+    if not past.stages:
+        what = (f"The weights of {origin}, not trained further." if base else
+                "Weights that were not imported; how they were trained is not recorded.")
+    elif _distilled(past):
+        what = f"A one-step generator trained from {origin}."
+    else:
+        what = f"A diffusion model trained from {origin}."
+    usage = _usage(name, family, past, two_step_time, pipeline)
+    return _card(name, family, base, past, what, usage, weights, dtype, command)
 
 
-def lora_card(name: str, family: Family, *, base: Mapping[str, Any], stages: Sequence[Any],
+def lora_card(name: str, family: Family, *, base: Mapping[str, Any], past: History,
               weights: str, command: str) -> str:
     """The card of an exported LoRA; arguments as for `model_card`."""
-    what = f"A LoRA of rank {stages[0].lora.rank} that makes {_origin(base)} a one-step generator."
-    usage = [
-        "## Use", "", "```python", "from diffusers import FlowMatchEulerDiscreteScheduler", "",
-        f"# pipe: a {family.pipeline} of the base", f'pipe.load_lora_weights("{name}")',
-        "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)", "```", "",
-        "Then one inference step, without guidance. Its scale is in the weights: adapter scale 1.",
-        ""]
-    return _card(name, family, base, stages, what, usage, weights, "float32", command)
+    rank, pipe = past.stages[0].lora.rank, f"# pipe: a {family.pipeline} of the base"
+    load = f'pipe.load_lora_weights("{name}")'
+    scale = "Its scale is in the weights: adapter scale 1."
+    if _distilled(past):
+        what = f"A LoRA of rank {rank} that makes {_origin(base)} a one-step generator."
+        code = ["from diffusers import FlowMatchEulerDiscreteScheduler", "", pipe, load,
+                "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)"]
+        then = f"Then one inference step, without guidance. {scale}"
+    else:
+        what = f"A LoRA of rank {rank} on {_origin(base)}."
+        code, then = [pipe, load], f"Then sample as with the base. {scale}"
+    usage = ["## Use", "", "```python", *code, "```", "", then, ""]
+    return _card(name, family, base, past, what, usage, weights, "float32", command)
+
+
+def _distilled(past: History) -> bool:
+    """Whether one step was trained for: by the last stage, or by one that it went on from."""
+    return any(config.stage != "pretrain" for config in past.stages)
 
 
 def _origin(base: Mapping[str, Any]) -> str:
     # Of a local folder only the name: the card is read elsewhere.
-    origin = base.get("hub") or Path(base.get("folder") or "an unnamed base").name
+    folder = base.get("folder")
+    origin = base.get("hub") or (Path(folder).resolve().name if folder else "no imported base")
     return origin + (f", revision {base['revision']}" if base.get("revision") else "")
 
 
-def _card(name: str, family: Family, base: Mapping[str, Any], stages: Sequence[Any], what: str,
+def _card(name: str, family: Family, base: Mapping[str, Any], past: History, what: str,
           usage: Sequence[str], weights: str, dtype: str, command: str) -> str:
     licence = base.get("licence", "unknown")
     front = ["---", f"license: {licence}" if licence != "unknown" else "license: other",
-             "library_name: diffusers", f"pipeline_tag: {family.task}", "tags:", "- one-step",
-             "- apt"]
+             "library_name: diffusers", f"pipeline_tag: {family.task}", "tags:", "- apt_jax"]
+    front += ["- one-step"] * _distilled(past)
+    front += ["- apt"] * any(config.stage == "adversarial" for config in past.stages)
     if base.get("hub"):
         front.append(f"base_model: {base['hub']}")
     if base.get("lora"):
         what += (f" The LoRA {Path(base['lora']['file']).name} was merged into the base, "
                  f"{base['lora']['scale']:g} times.")
     lines = [*front, "---", "", f"# {name}", "", what, "", *usage, "## How it was made", ""]
-    for config in reversed(stages):
-        lines.append(f"- {_STAGES[config.stage]}: `{config.name}`, {_recipe(config)}")
-    if not stages:
-        lines.append("- no training")
+    lines += [f"- an earlier stage, {Path(missing).name}: not at hand when this was written"
+              for missing in past.missing]
+    for config, done in reversed(list(zip(past.stages, past.steps, strict=True))):
+        lines.append(f"- {_STAGES[config.stage]}: `{config.name}`, {_recipe(config, done)}")
+    if not past.stages:
+        lines.append("- no training" if base else "- not recorded")
+    average = {"ema": "the moving average, ", "raw": "raw, "}[weights] if past.stages else ""
     lines += [
-        "", f"Weights: {'the moving average' if weights == 'ema' else 'raw'}, {dtype}. Written by "
-        "apt_jax:", "", "```", command, "```", "",
-        "Method: Lin et al., Diffusion Adversarial Post-Training for One-Step Video Generation, "
-        "arXiv 2501.08316.", "",
-        "## Licence", "",
-        f"The base model's: {licence}." if licence != "unknown" else
-        f"That of the base model, {_origin(base)}; its folder states none that could be read.", "",
-    ]
-    if stages:
-        lines += ["## Configuration of the last stage", "", "```json", _config(stages[0]), "```",
-                  ""]
+        "", f"Weights: {average}{dtype}. Written by apt_jax:", "", "```", command, "```", ""]
+    if _distilled(past):
+        lines += ["Method: Lin et al., Diffusion Adversarial Post-Training for One-Step Video "
+                  "Generation, arXiv 2501.08316.", ""]
+    lines += ["## Licence", "", _licence(base, licence), ""]
+    if past.stages:
+        lines += ["## Configuration of the last stage", "", "```json", _config(past.stages[0]),
+                  "```", ""]
     return "\n".join(lines)
 
 
-def _usage(name: str, family: Family, stages: Sequence[Any], two_step_time: float,
+def _licence(base: Mapping[str, Any], licence: str) -> str:
+    if licence != "unknown":
+        return f"The base model's: {licence}."
+    if not base:
+        return "None is stated: no imported base is known."
+    return f"That of the base model, {_origin(base)}; its folder states none that could be read."
+
+
+def _usage(name: str, family: Family, past: History, two_step_time: float,
            pipeline: bool) -> list[str]:
+    if past.stages:
+        trained = "" if _distilled(past) else f" {_MANY}"
+    else:
+        trained = f" Whether one step gives a picture depends on these weights. {_MANY}"
     if not pipeline:
-        return ["This is the transformer alone; a sample is z - v(z, text, t = 1) from noise z.",
-                ""]
+        sample = "one step" if trained else "a sample"
+        return [f"This is the transformer alone; {sample} is z - v(z, text, t = 1) from noise z."
+                f"{trained}", ""]
+    more = trained or " More were not trained for. No guidance: leave the scale at 1."
     return ["## Use", "", "```python", "import torch",
-            _USE[family.name].format(name=name, size=_size(stages), fps=16), "```", "",
+            _USE[family.name].format(name=name, size=_size(past.stages), fps=16), "```", "",
             "One step computes z - v(z, text, t = 1). `num_inference_steps=2` evaluates the "
-            f"network again at t = {two_step_time:g}; more steps were not trained for. No "
-            "guidance: leave the scale at 1.", ""]
+            f"network again at t = {two_step_time:g}.{more}", ""]
 
 
 def _size(stages: Sequence[Any]) -> str:
@@ -111,9 +144,12 @@ def _size(stages: Sequence[Any]) -> str:
     return f"num_frames={1 + 4 * (max(stages[0].data.frames) - 1)}, " if stages else ""
 
 
-def _recipe(config: Any) -> str:
+def _recipe(config: Any, done: int | None) -> str:
+    """done: the step of the newest checkpoint."""
     o, t = config.optimizer, config.train
-    parts = [f"{t.steps} updates of {t.batch_size} samples", f"{o.name}, rate {o.learning_rate:g}"]
+    some = f"{done} of " if done is not None and done < t.steps else ""
+    parts = [f"{some}{t.steps} updates of {t.batch_size} samples",
+             f"{o.name}, rate {o.learning_rate:g}"]
     if config.stage == "adversarial":
         a = config.objective.adversarial
         if a.r1:

@@ -18,7 +18,7 @@ from apt_jax.convert import engine
 from apt_jax.convert.card import model_card
 from apt_jax.convert.families import DIFFUSERS, Family, family_of_model, transformer_plan
 from apt_jax.convert.folders import bring, new_folder
-from apt_jax.convert.provenance import component_folder, history
+from apt_jax.convert.provenance import check_found, component_folder, history
 from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, check_weights, files_of
@@ -54,11 +54,13 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
       `to`.
 
     Raises:
-      UserError: a checkpoint that is damaged or that no public class can hold, a base of another
-      model, a full disk. Nothing is left.
+      UserError: a checkpoint that is damaged or that no public class can hold, a base that is not
+      here or of another model, a full disk. Nothing is left.
     """
     past = history(checkpoint)
     folder = Path(base) if base else past.base
+    if folder is None:
+        check_found(past, checkpoint, ", or name the imported folder with --base")
     if base and component_folder(base) is None:
         raise UserError(f"--base {base} is no component folder; give one that apt-jax convert "
                         "import wrote")
@@ -95,7 +97,7 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
                 source = resources.files("apt_jax") / "assets" / TORCH_MODULE
                 _text(target / TORCH_MODULE, source.read_text("utf-8"))
             _text(part / "README.md", model_card(
-                Path(to).resolve().name, family, base=card.get("source", {}), stages=past.stages,
+                Path(to).resolve().name, family, base=card.get("source", {}), past=past,
                 weights=weights, command=command, two_step_time=t, dtype=_said(dtypes),
                 pipeline=pipeline))
     return Path(to)

@@ -39,7 +39,8 @@ def scheduler_config(family: str, t: float, fresh: bool = False) -> dict[str, An
     Args:
       family: "wan" or "qwen_image".
       t: the time between two steps.
-      fresh: fresh noise in the second step instead of the first one's.
+      fresh: fresh noise in the second step instead of the first one's; the pipelines let it come
+        from torch's global generator.
     """
     return {
         "_class_name": CLASS,

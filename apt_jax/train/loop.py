@@ -27,6 +27,7 @@ from apt_jax.train.preemption import Preemption
 from apt_jax.train.state import frozen_inputs, init_state, set_up
 from apt_jax.train.steps import build_update
 from apt_jax.train.watchdog import Watchdog
+from apt_jax.weights import record_directory
 
 BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
 
@@ -123,6 +124,7 @@ class _Run:
         before = restored.seconds if restored else 0.0
         if self.first:
             write_run_files(self.workdir, config)
+            record_directory(self.workdir, config)
         if step >= total:
             self.tell(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)

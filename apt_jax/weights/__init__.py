@@ -18,7 +18,13 @@ from apt_jax.weights.folders import (
     open_generator,
     save_generator,
 )
-from apt_jax.weights.runs import adapted_run, base_of_adapters, load_adapters
+from apt_jax.weights.runs import (
+    adapted_run,
+    base_of_adapters,
+    init_path,
+    load_adapters,
+    record_directory,
+)
 
 __all__ = [
     "CHECKPOINTS",
@@ -31,11 +37,13 @@ __all__ = [
     "export_run",
     "flatten",
     "generator_card",
+    "init_path",
     "load_adapters",
     "load_component",
     "load_generator",
     "open_generator",
     "read_card",
+    "record_directory",
     "save_generator",
     "unflatten",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from apt_jax.config import load_json
 from apt_jax.errors import UserError
+from apt_jax.tensor_files import read_json, write_json
 from apt_jax.weights.common import (
     BUNDLED,
     CHECKPOINTS,
@@ -23,6 +24,34 @@ from apt_jax.weights.common import (
     make_abstract,
     unflatten,
 )
+
+STARTED_FILE = "started_in.json"  # {"directory": ...}
+
+
+def record_directory(run: Path, config: Any) -> None:
+    """Notes in a run folder which directory its config's relative paths start from.
+
+    It is no part of the config, which has to be the same when a run goes on elsewhere. A record
+    stays where the paths are not found from here.
+    """
+    here = Path.cwd()
+    names = [name for name in (config.init.generator, config.init.diffusion)
+             if name and not name.startswith(BUNDLED)]
+    if all((here / name).exists() for name in names) or not (run / STARTED_FILE).exists():
+        write_json(run / STARTED_FILE, {"directory": str(here)})
+
+
+def init_path(run: Path, name: str) -> str:
+    """init.generator or init.diffusion of a run's config as a path from here.
+
+    It is `name` itself for "", bundled weights, and where training recorded no directory or the
+    recorded place is gone.
+    """
+    if not name or name.startswith(BUNDLED) or not (run / STARTED_FILE).is_file():
+        return name
+    directory = read_json(run / STARTED_FILE).get("directory", "")
+    there = Path(directory) / name
+    return str(there) if Path(directory) != Path.cwd() and there.exists() else name
 
 
 def load_run(folder: Path, which: str, shardings: Any
@@ -142,13 +171,13 @@ def base_of_adapters(source: str, which: str, lora: Any) -> tuple[str, str]:
     config = adapted_run(source, lora)
     if config is None:
         return source, which
-    return base_of_adapters(*_start_of(config), lora)
+    return base_of_adapters(*_start_of(Path(source), config), lora)
 
 
-def _start_of(config: Any) -> tuple[str, str]:
+def _start_of(folder: Path, config: Any) -> tuple[str, str]:
     if config.init.generator:
-        return config.init.generator, config.init.generator_weights
-    return config.init.diffusion, "ema"
+        return init_path(folder, config.init.generator), config.init.generator_weights
+    return init_path(folder, config.init.diffusion), "ema"
 
 
 def load_adapters(path: str | Path, which: str = "ema") -> tuple[Any, dict[str, Any]]:
@@ -175,7 +204,10 @@ def _merged(folder: Path, config: Any, which: str, shardings: Any) -> dict[str, 
     from apt_jax.weights.folders import load_generator
 
     _, adapters = load_adapters(folder, which)
-    base = base_of_adapters(*_start_of(config), config.lora)
+    base = base_of_adapters(*_start_of(folder, config), config.lora)
+    if not base[0].startswith(BUNDLED) and not Path(base[0]).is_dir():
+        raise UserError(f"{folder} has adapters on {base[0]}, which is not here; run the command "
+                        "in the folder where it was trained, or put those weights there")
     _, params = load_generator(*base, shardings)
     if isinstance(jax.tree.leaves(params)[0], jax.Array):
         adapters = jax.tree.map(jax.numpy.asarray, adapters)

@@ -65,7 +65,8 @@ def test_the_history_of_a_run(chain, wan_components):
     past = history(str(chain))
     assert [stage.name for stage in past.stages] == ["apt_wan", "consistency_wan"]
     assert past.base == wan_components
-    assert history("bundled:base") == ([], None)
+    assert past.steps == [3, 3] and not past.missing
+    assert history("bundled:base") == ([], [], None, [])
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
@@ -115,23 +116,78 @@ def test_the_card_tells_the_recipe(chain, tmp_path):
     for words in ("trained from tiny-wan", "consistency distillation: `consistency_wan`",
                   "adversarial post-training (APT): `apt_wan`", "R1 approximate, weight 100",
                   "the moving average", "bfloat16 (some tensors otherwise", "t = 0.6",
-                  "num_frames=81", "apt-jax convert export ...", '"stage": "adversarial"'):
+                  "num_frames=81", "apt-jax convert export ...", '"stage": "adversarial"',
+                  f"`apt_wan`, 3 of {base_config().train.steps} updates", "- one-step\n- apt\n",
+                  "More were not trained for. No guidance"):
         assert words in text, words
     assert text.index("consistency_wan") < text.index("apt_wan`")
     raw = export_folder(str(chain), tmp_path / "raw", weights="raw")
     assert "Weights: raw" in (raw / "README.md").read_text()
 
 
-def test_a_base_that_moved_is_given_by_hand(chain, wan_components, tmp_path):
+def test_the_card_of_weights_that_are_not_distilled(wan_components, tmp_path):
+    """Imported and not trained, and pre-trained: neither is said to be a one-step generator."""
+    run = make_run(tmp_path / "fine", "pretrain", generator=wan_components)
+    for checkpoint, words in ((run, "A diffusion model trained from tiny-wan"),
+                              (wan_components, "The weights of tiny-wan, not trained further")):
+        text = (export_folder(str(checkpoint), tmp_path / "out", overwrite=True)
+                / "README.md").read_text()
+        for needed in (words, "one step or two were not trained for", "license: apache-2.0"):
+            assert needed in text, needed
+        for untrue in ("one-step generator", "- one-step", "- apt\n", "2501.08316", "unchanged",
+                       "leave the scale at 1"):
+            assert untrue not in text, untrue
+        assert ("moving average" in text) == (checkpoint == run)
+
+
+def test_a_base_that_is_not_here(chain, wan_components, tmp_path):
+    """Named, and neither found nor given: nothing is written. Given: the rest is found."""
     import shutil
 
     moved = shutil.copytree(wan_components, tmp_path / "moved")
-    lone = make_run(tmp_path / "lone", "adversarial", generator=tmp_path / "gone",
-                    diffusion=tmp_path / "gone")
-    alone = export_folder(str(lone), tmp_path / "alone")
-    assert (alone / "config.json").is_file() and not (alone / "vae").exists()
-    assert "an unnamed base" in (alone / "README.md").read_text()
+    lone = make_run(tmp_path / "lone", "adversarial", generator=tmp_path / "gone" / "cd",
+                    diffusion=tmp_path / "gone" / "wan")
+    with pytest.raises(UserError, match=r"lone began with .*gone/cd, which is not here; .*--base"):
+        export_folder(str(lone), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     out = export_folder(str(lone), tmp_path / "out", base=str(moved))
     assert (out / "vae" / "config.json").is_file()
+    assert "an earlier stage, cd: not at hand" in (out / "README.md").read_text()
     with pytest.raises(UserError, match="dtype 'int4' is unknown"):
-        export_folder(str(lone), tmp_path / "no", dtype="int4")
+        export_folder(str(lone), tmp_path / "no", base=str(moved), dtype="int4")
+
+
+def test_a_run_that_never_had_a_base(tmp_path):
+    scratch = make_run(tmp_path / "scratch", "pretrain")
+    out = export_folder(str(scratch), tmp_path / "out")
+    assert (out / "config.json").is_file() and not (out / "vae").exists()
+    text = (out / "README.md").read_text()
+    assert "trained from no imported base" in text and "None is stated" in text
+
+
+def test_relative_paths_are_those_of_the_training(wan_components, tmp_path, monkeypatch):
+    """Trained in one folder, exported in another: the same base, by what training recorded."""
+    from apt_jax.config import load_json
+    from apt_jax.weights import record_directory
+
+    work = tmp_path / "work"
+    (work / "ckpt").mkdir(parents=True)
+    (work / "ckpt" / "wan").symlink_to(wan_components)
+    first = make_run(work / "cd", "consistency", diffusion="ckpt/wan")
+    last = make_run(work / "apt", "adversarial", generator="cd", diffusion="ckpt/wan")
+    monkeypatch.chdir(work)
+    here = history("apt")
+    assert [str(here.base), here.missing] == ["ckpt/wan", []]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"began with cd, which is not here"):
+        export_folder(str(last), tmp_path / "out")
+    monkeypatch.chdir(work)
+    for run in (first, last):
+        record_directory(run, load_json(run / "config.json"))
+    monkeypatch.chdir(tmp_path)
+    for run in (first, last):  # a look from a place where nothing is found changes nothing
+        record_directory(run, load_json(run / "config.json"))
+    past = history(last)
+    assert [stage.name for stage in past.stages] == ["apt", "cd"] and not past.missing
+    assert past.base.samefile(wan_components)
+    assert (export_folder(str(last), tmp_path / "out") / "vae" / "config.json").is_file()

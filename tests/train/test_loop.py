@@ -1,6 +1,7 @@
 """Whole runs of the loop on the bundled data, in this process."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -64,6 +65,7 @@ def test_a_run_folder_holds_everything(whole):
     folder, config, state = whole
     assert json.loads((folder / "config.json").read_text())["stage"] == "pretrain"
     assert "jax" in json.loads((folder / "versions.json").read_text())["packages"]
+    assert json.loads((folder / "started_in.json").read_text()) == {"directory": os.getcwd()}
     assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4]
     assert {"loss", "gradient_norm", "flow_loss", "seconds"} <= set(logged(folder)[0])
     assert list((folder / "tensorboard").iterdir())
