@@ -33,8 +33,9 @@ def two_step(
 ) -> jax.Array:
     """One step, back to time t in (0, 1) on the path to the same z, and one step from there.
 
-    With the same noise this is two Euler steps; `fresh` [like z] uses that noise instead. The paper
-    reports two steps (Table 4) without saying how: this is our choice.
+    With the same noise this is two Euler steps; `fresh` [like z] uses that noise instead, which the
+    caller draws (`eval.generate`: unit normal, stream 1 of the seed whose stream 0 gives z). The
+    paper reports two steps (Table 4) without saying how: this is our choice.
     """
     x = one_step(velocity, z, text, text_mask)
     times = _full(z, t)

@@ -62,7 +62,7 @@ def test_it_loads_with_the_same_weights(folders, pipe):
         assert pipe.transformer.config[key] == value, key
 
 
-def sample(name, pipe, z, text, mask, steps):
+def sample(name, pipe, z, text, mask, steps, **more):
     """The pipeline's latents [B, F, H, W, C] from noise z and given text states."""
     b, f, h, w, c = z.shape
     with torch.no_grad():
@@ -70,12 +70,12 @@ def sample(name, pipe, z, text, mask, steps):
             x = pipe(prompt_embeds=torch.tensor(text),
                      latents=torch.tensor(z).permute(0, 4, 1, 2, 3), height=8 * h,
                      width=8 * w, num_frames=1 + 4 * (f - 1), guidance_scale=1.0,
-                     num_inference_steps=steps, output_type="latent").frames
+                     num_inference_steps=steps, output_type="latent", **more).frames
             return x.permute(0, 2, 3, 4, 1).numpy()
         packed = pipe._pack_latents(torch.tensor(z).permute(0, 1, 4, 2, 3), b, c, h, w)
         x = pipe(prompt_embeds=torch.tensor(text), prompt_embeds_mask=torch.tensor(mask).long(),
                  latents=packed, height=8 * h, width=8 * w, true_cfg_scale=1.0,
-                 num_inference_steps=steps, output_type="latent").images
+                 num_inference_steps=steps, output_type="latent", **more).images
         return pipe._unpack_latents(x, 8 * h, 8 * w, 8).permute(0, 2, 3, 4, 1).numpy()
 
 
@@ -110,6 +110,29 @@ def test_its_samples_are_ours(folders, pipe, velocity, steps):
     assert relative(have, np.asarray(want)) < 1e-4
     if steps == 2:  # and the second step does something
         assert relative(sample(name, pipe, z, text, mask, 1), have) > 0.01
+
+
+def test_fresh_noise_comes_from_the_global_generator(folders, pipe, velocity, monkeypatch):
+    """torch.manual_seed fixes the second step's noise; a generator of the pipeline does not."""
+    name = folders[0]
+    z, text, mask = inputs(name)
+    monkeypatch.setattr(pipe, "scheduler", type(pipe.scheduler).from_config(
+        pipe.scheduler.config, stochastic_sampling=True))
+    b, f, h, w, c = z.shape
+    torch.manual_seed(5)
+    if name == "wan":
+        fresh = torch.randn(b, c, f, h, w).permute(0, 2, 3, 4, 1)
+    else:
+        fresh = pipe._unpack_latents(torch.randn(b, h * w // 4, 4 * c), 8 * h, 8 * w, 8)
+        fresh = fresh.permute(0, 2, 3, 4, 1)
+    keep = mask.sum(1).max()
+    given = [jnp.asarray(v) for v in (z, text[:, :keep], mask[:, :keep])]
+    want = np.asarray(two_step(velocity, *given, t=TWO_STEP_TIME, fresh=jnp.asarray(fresh)))
+    torch.manual_seed(5)
+    have = sample(name, pipe, z, text, mask, 2, generator=torch.Generator().manual_seed(9))
+    assert relative(have, want) < 1e-4
+    again = sample(name, pipe, z, text, mask, 2, generator=torch.Generator().manual_seed(9))
+    assert relative(again, want) > 1e-2
 
 
 def test_its_scheduler_lands_on_the_times(folders, pipe):
