@@ -86,8 +86,13 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, print what was made and what was left out."""
     from apt_jax.data import report
     from apt_jax.data.prepare import REPORT, SKIPPED, prepare
-    from apt_jax.errors import UserError
+    from apt_jax.data.work import tried_again
+    from apt_jax.errors import UserError, disk_errors
 
+    if not args.source or not args.out:
+        raise UserError("--source and --out must not be empty; name two folders")
+    if args.engine == "local" and (args.workers or args.ray_address):
+        raise UserError("--workers and --ray-address are for a Ray cluster; add --engine ray")
     if args.vae is None and (args.config or args.overrides):
         raise UserError("--config is about latents; add --vae and --text-encoder, or use the flags")
     if args.vae is not None and args.text_encoder is None:
@@ -112,10 +117,14 @@ def run(args: argparse.Namespace) -> int:
     for b in result.buckets:
         size = sum(s.bytes for s in b.shards) / 1e6
         print(f"{b.split:<10}{b.frames:>7}{f'{b.width}x{b.height}':>12}{b.records:>10}{size:>9.1f}")
-    if codec is not None:
+    if codec is not None and (out / REPORT).is_file():
         print(report.table(report.load(out / REPORT)))
     if result.skipped:
         print(f"{result.skipped} files were left out; the reasons are in {out / SKIPPED}")
+    with disk_errors(out, "read"):
+        again = tried_again(out)
+    if again:
+        print(f"{again} of them could not be read just now; give the same command again to try")
     print(f"train on it with --config.data.path={out}")
     return 0
 

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 
 from apt_jax.data.decode import MEDIA
+from apt_jax.data.reasons import passes
 
 SUFFIX = ".tar"
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -22,7 +23,10 @@ _TEXT_LIMIT = 2**20
 
 
 def list_tar(path: pathlib.Path) -> tuple[list[tuple], list[tuple[str, str]]]:
-    """([(member, caption, group, offset, size)], [(member or place, why it is left out)])."""
+    """([(member, caption, group, offset, size)], [(member or place, why it is left out)]).
+
+    OSError where the disk fails; damage is listed.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     skipped = []
     with open(path, "rb") as file:
@@ -69,11 +73,11 @@ def _sample(file, members: dict[str, tuple[int, int]]) -> tuple[list[tuple], lis
 
 def _caption(name: str, data: bytes) -> tuple[str | None, str | None]:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
         if name.lower().endswith(".txt"):
             return text, None
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, None
     if not isinstance(value, dict):
         return None, None
@@ -97,7 +101,9 @@ def _members(file, end: int) -> Iterator[tarfile.TarInfo | str]:
                     yield member
                     file.seek(min(start, end))
             break
-        except (tarfile.TarError, ValueError, OSError):
+        except (tarfile.TarError, ValueError, OSError) as error:
+            if passes(error):
+                raise
             start += _BLOCK  # a damaged extended header: try again behind it
     if gap := _damage(file, start, end):
         yield gap

@@ -104,6 +104,13 @@ def opened(file: File) -> str | io.BufferedIOBase:
     return str(file) if isinstance(file, pathlib.Path) else file.open()
 
 
+def bytes_of(file: File) -> int:
+    """Bytes of the media themselves."""
+    if isinstance(file, pathlib.Path):
+        return file.stat().st_size
+    return len(file.data) if isinstance(file, Blob) else file.size
+
+
 def is_video(file: File) -> bool:
     """Whether PyAV reads it (by its name)."""
     return file.suffix.lower() in VIDEOS
@@ -111,7 +118,10 @@ def is_video(file: File) -> bool:
 
 def probe(path: File) -> Media:
     """Look at a file without decoding more than it must. Raises whatever the decoder raises."""
-    return _probe_video(path) if is_video(path) else _probe_picture(path)
+    media = _probe_video(path) if is_video(path) else _probe_picture(path)
+    if min(media.frames, media.height, media.width) < 1:
+        raise ValueError(f"{media.frames} frames of {media.width}x{media.height}: nothing to see")
+    return media
 
 
 def read(

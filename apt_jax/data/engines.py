@@ -40,6 +40,8 @@ class LocalEngine:
 
 def open_engine(name: str, *worker: Any, threads: int, workers: int, address: str) -> Engine:
     """The engine of a name; `worker` are the arguments of `Worker`. UserError for another name."""
+    if workers < 0:
+        raise UserError(f"--workers {workers} is fewer than none; give how many, or leave it out")
     if name == "local":
         return LocalEngine(Worker(*worker, threads=threads))
     if name == "ray":

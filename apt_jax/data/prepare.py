@@ -22,10 +22,23 @@ import tqdm
 from apt_jax.data import manifest, report, sources
 from apt_jax.data.cutting import Plan, plan_latents, plan_pixels
 from apt_jax.data.engines import Engine, open_engine
+from apt_jax.data.reasons import Skipped
 from apt_jax.data.settings import Settings
-from apt_jax.data.work import REPORT, SKIPPED, WORK, close_work, open_work, read_rows, write_text
+from apt_jax.data.work import (
+    REPORT,
+    SCAN,
+    SKIPPED,
+    WORK,
+    close_work,
+    key_of,
+    mark_again,
+    open_work,
+    read_note,
+    read_rows,
+    write_text,
+)
 from apt_jax.data.worker import Codec, Encoder, Job
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_error, disk_errors
 
 __all__ = ["REPORT", "SKIPPED", "WORK", "Codec", "Encoder", "Settings", "prepare"]
 
@@ -46,6 +59,8 @@ def prepare(
 ) -> manifest.Manifest:
     """Prepare the folder (or archive) `source` into `out`; a rerun continues; returns the manifest.
 
+    A rerun also tries files again that could not be read for a passing reason (`reasons.passes`).
+
     encoder: the text encoder, MiniLM by default. codec: the VAE; None stores pixels. restart throws
     away what `out` holds. engine: "local", or "ray" with so many `workers` (0: one for each GPU, or
     one a node) on the cluster at `address` ("": start one here). With a codec, OUT/report.json says
@@ -54,13 +69,15 @@ def prepare(
     """
     settings.check(latents=codec is not None)
     source, out = pathlib.Path(source), pathlib.Path(out)
-    items, skipped = sources.find_items(source, out)
+    with disk_errors(source, "read"):
+        items, skipped = sources.find_items(source, out)
     if encoder is None:
         from apt_jax.data.captions import TextEncoder
 
         encoder = TextEncoder()
-    made = _made(source, items, settings, encoder, codec)
-    work = open_work(out, made, restart)
+    made = _made(items, settings, encoder, codec)
+    with disk_errors(out):
+        work = open_work(out, made, restart)
     if work is None:
         return manifest.load(out)
 
@@ -68,10 +85,10 @@ def prepare(
     running = open_engine(engine, source, out, settings, encoder, codec, threads=threads,
                           workers=workers, address=address)
     try:
-        plans, unfit = _scan(running, items, settings, codec, work / "scan.jsonl", progress)
+        plans, unfit = _scan(running, items, settings, codec, work / SCAN, progress)
         clock.lap("looking")
-        jobs = _jobs(plans, settings.shard_records)
-        shards, broken, stats = _write_shards(running, jobs, work, progress)
+        shards, broken, stats = _write_shards(
+            running, _jobs(plans, settings.shard_records), out, work, made, progress)
         clock.lap("writing")
         skipped = sorted(skipped + unfit + broken, key=lambda s: s.name)
         if not shards:
@@ -81,9 +98,26 @@ def prepare(
             )
         null, *negative = running.prompts([""] + [settings.negative_prompt]
                                           * (settings.negative_prompt is not None))
+        result = manifest.Manifest(
+            name=settings.name, encoder=encoder.name, text_width=encoder.width,
+            max_tokens=settings.max_tokens, null=null, negative=negative[0] if negative else None,
+            splits=_splits(shards), buckets=_buckets(shards, codec), skipped=len(skipped),
+            notices=_copy_notices(settings, out), made=made,
+            text_dtype="int8" if codec is None else settings.text_dtype,
+        )
+        lines = (json.dumps(s.to_json(), ensure_ascii=False) + "\n" for s in skipped)
+        write_text(out / SKIPPED, "".join(lines))
+        if codec is not None:
+            write_text(out / REPORT, report.dumps(report.build(
+                result, stats, skipped, clock, engine, len(items))))
+        again = any(s.passing for s in skipped)
+        if again:  # known before the data set looks whole
+            mark_again(out)
+        write_text(out / manifest.FILE, result.dumps())
+        close_work(out, again)
     except OSError as error:
-        raise UserError(f"{out}: {error.strerror or error}; make room or mend it, then repeat the "
-                        "same command to continue") from None
+        raise UserError(f"{disk_error(error, out)}; what is done is kept, and the "
+                        "same command continues") from error
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -92,30 +126,19 @@ def prepare(
                         "the frames") from None
     finally:
         running.close()
-    lines = (json.dumps(dataclasses.asdict(s), ensure_ascii=False) + "\n" for s in skipped)
-    (out / SKIPPED).write_text("".join(lines), "utf-8")
-    notices = []
-    for notice in map(pathlib.Path, settings.notices):
-        shutil.copyfile(notice, out / notice.name)
-        notices.append(notice.name)
-    result = manifest.Manifest(
-        name=settings.name, encoder=encoder.name, text_width=encoder.width,
-        max_tokens=settings.max_tokens, null=null, negative=negative[0] if negative else None,
-        splits=_splits(shards), buckets=_buckets(shards, codec), skipped=len(skipped),
-        notices=tuple(notices), made=made,
-        text_dtype="int8" if codec is None else settings.text_dtype,
-    )
-    if codec is not None:
-        write_text(out / REPORT, report.dumps(report.build(
-            result, stats, skipped, clock, engine, len(items))))
-    write_text(out / manifest.FILE, result.dumps())
-    close_work(out)
     return result
 
 
-def _made(source, items, settings: Settings, encoder: Encoder, codec: Codec | None) -> dict:
+def _copy_notices(settings: Settings, out: pathlib.Path) -> tuple[str, ...]:
+    for notice in map(pathlib.Path, settings.notices):
+        if not (out / notice.name).exists() or not notice.samefile(out / notice.name):
+            shutil.copyfile(notice, out / notice.name)
+    return tuple(pathlib.Path(notice).name for notice in settings.notices)
+
+
+def _made(items, settings: Settings, encoder: Encoder, codec: Codec | None) -> dict:
     """Everything that decides the output; two runs with the same may continue each other."""
-    rows = [(i.name, i.caption, i.group, sources.size_of(source, i)) for i in items]
+    rows = [(i.name, i.caption, i.group, i.size) for i in items]
     value = settings.made(latents=codec is not None) | {
         "encoder": encoder.name,
         "notices": [pathlib.Path(n).name for n in settings.notices],
@@ -136,16 +159,20 @@ def _scan(running: Engine, items, settings, codec, progress_file, progress):
     ) as bar:
         file.write("\n")
         for row in running.probe(fresh):
-            file.write(json.dumps(row) + "\n")
+            if not row.get("passing"):
+                file.write(json.dumps(row) + "\n")
             known[row["name"]] = row
             bar.update()
     plan_of = plan_pixels if codec is None else plan_latents
     plans, skipped = [], []
     for item in items:
         row = known[item.name]
-        found = row["error"] if "error" in row else plan_of(item, row, settings)
+        if "error" in row:
+            skipped.append(Skipped(item.name, row["error"], row.get("passing", False)))
+            continue
+        found = plan_of(item, row, settings)
         if isinstance(found, str):
-            skipped.append(sources.Skipped(item.name, found))
+            skipped.append(Skipped(item.name, found))
         else:
             plans += found
     return plans, skipped
@@ -165,21 +192,25 @@ def _jobs(plans: list[Plan], shard_records: int) -> list[Job]:
     return jobs
 
 
-def _write_shards(running: Engine, jobs: list[Job], work, progress):
+def _write_shards(running: Engine, jobs: list[Job], out, work, made, progress):
     """Write the shards that are not there yet; returns ([(bucket, Shard)], skipped, stats)."""
-    notes = {job.name: work / f"{job.name}.json" for job in jobs}
-    left = [job for job in jobs if not notes[job.name].is_file()]
+    keys = {job.name: key_of(made, job) for job in jobs}
+    notes = {job.name: read_note(work / f"{job.name}.json", keys[job.name]) for job in jobs}
+    left = [job for job in jobs if notes[job.name] is None]
     fresh = {job.name for job in left}
+    if fresh:  # where files are tried again the data set was whole before
+        (out / manifest.FILE).unlink(missing_ok=True)
     total = sum(len(job.plans) for job in jobs)
     kept = total - sum(len(job.plans) for job in left)  # by an earlier run
     with tqdm.tqdm(total=total, initial=kept, desc="writing", unit="file",
                    disable=not progress) as bar:
         for job, done in running.write(left, bar.update):
-            write_text(notes[job.name], json.dumps(done))
+            notes[job.name] = done
+            write_text(work / f"{job.name}.json", json.dumps(done | {"key": keys[job.name]}))
     shards, skipped, stats = [], [], []
     for job in jobs:
-        value = json.loads(notes[job.name].read_text("utf-8"))
-        skipped += [sources.Skipped(**s) for s in value["skipped"]]
+        value = notes[job.name]
+        skipped += [Skipped(**s) for s in value["skipped"]]
         stats.append(value["stats"] | {"now": job.name in fresh})
         if value["shard"]["records"]:
             shards.append((job.bucket, manifest.Shard(**value["shard"])))

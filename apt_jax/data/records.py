@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -177,6 +178,7 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> int:
         finally:
             with _disk_errors(path):
                 writer.close()
+        sync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -184,10 +186,34 @@ def write_shard(path: str | os.PathLike, records: Iterable[bytes]) -> int:
     return count
 
 
+def sync(path: pathlib.Path) -> None:
+    """Onto the disk: what is renamed after this is whole even when the power fails."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def is_whole(path: pathlib.Path, size: int, records: int) -> bool:
+    """Whether a shard has this size, opens, and holds this many records."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        if path.stat().st_size != size:
+            return False
+        reader = ArrayRecordReader(str(path))
+        try:
+            return reader.num_records() == records
+        finally:
+            reader.close()
+    except (OSError, RuntimeError):  # the reader's own words for damage
+        return False
+
+
 @contextlib.contextmanager
 def _disk_errors(path: pathlib.Path):
-    """What the writer raises for a full disk, with its reason in front of its own words."""
+    """What the writer raises as the OSError that it was."""
     try:
         yield
     except RuntimeError as error:
-        raise OSError(f"{path.name}: {str(error).split(';')[0]}") from None
+        text = str(error)
+        code = next((code for code in errno.errorcode if os.strerror(code) in text), errno.EIO)
+        raise OSError(code, os.strerror(code), str(path)) from error

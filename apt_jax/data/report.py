@@ -8,6 +8,7 @@ import pathlib
 import time
 
 from apt_jax.data.manifest import Manifest
+from apt_jax.errors import UserError
 
 
 class Clock:
@@ -28,7 +29,8 @@ def build(made: Manifest, stats: list[dict], skipped, clock: Clock, engine: str,
     """The report of a finished data set.
 
     stats: one of each shard, with "now" where this run wrote it: rates are those of this run, all
-    else counts the whole data set. bytes are those of the files read and of the shards.
+    else counts the whole data set. Bytes read are those of the media themselves, each once for
+    every shard that it is in; bytes written are those of the shards.
     """
     now = [s for s in stats if s["now"]]
     wall = clock.seconds["writing"]
@@ -58,7 +60,7 @@ def build(made: Manifest, stats: list[dict], skipped, clock: Clock, engine: str,
         },
         "worker_seconds": {k: round(total(k), 3) for k in ("waiting", "encoding", "text",
                                                            "seconds")},
-        "skipped": [{"name": s.name, "reason": s.reason} for s in skipped],
+        "skipped": [s.to_json() for s in skipped],
     }
 
 
@@ -68,8 +70,12 @@ def dumps(value: dict) -> str:
 
 
 def load(path: pathlib.Path) -> dict:
-    """The inverse of `dumps` on a file."""
-    return json.loads(path.read_text("utf-8"))
+    """The inverse of `dumps` on a file. UserError where that is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged, the data set beside it is whole; remove {path.name}"
+                        ) from None
 
 
 def table(value: dict, shown: int = 10) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 
 from apt_jax.data.presets import MULTIPLE
@@ -53,14 +54,14 @@ class Settings:
             "sizes": bool(self.sizes) and all(min(s) > 0 for s in self.sizes),
             "frames": bool(self.frames) and min(self.frames) > 0,
             "sampling": self.sampling in ("even", "consecutive"),
-            "fps": self.fps >= 0,
+            "fps": 0 <= self.fps < math.inf,
             "holdout": 0 <= self.holdout < 1,
             "quality": 1 <= self.quality <= 100,
             "max_tokens": 2 <= self.max_tokens <= (4096 if latents else 512),
             "shard_records": self.shard_records > 0,
             "clips": self.clips >= 0,
-            "min_fps": self.min_fps >= 0,
-            "max_enlarge": self.max_enlarge == 0 or self.max_enlarge >= 1,
+            "min_fps": 0 <= self.min_fps < math.inf,
+            "max_enlarge": self.max_enlarge == 0 or 1 <= self.max_enlarge < math.inf,
             "text_dtype": self.text_dtype in TEXT_DTYPES,
             "encode_batch": self.encode_batch > 0,
         }
@@ -69,6 +70,11 @@ class Settings:
                 raise UserError(
                     f"prepare: {key} = {getattr(self, key)!r} is not allowed; see --help"
                 )
+        names = [pathlib.Path(notice).name for notice in self.notices]
+        if len(set(names)) < len(names) or set(names) & {"manifest.json", "skipped.jsonl",
+                                                         "report.json"}:
+            raise UserError(f"prepare: notices named {', '.join(names)} would lie on each other or "
+                            "on files of the data set; rename them")
         for notice in self.notices:
             if not pathlib.Path(notice).is_file():
                 raise UserError(f"prepare: no file {notice}; give the path of a licence text")

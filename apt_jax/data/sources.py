@@ -7,19 +7,20 @@ group stay in one split; without a group the file's stem is the group.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import os
 import pathlib
+import stat
 
 from apt_jax.data import archives, tables
 from apt_jax.data.decode import MEDIA, File, Member
-from apt_jax.errors import UserError
+from apt_jax.data.metadata import TABLES, is_text, read_table
+from apt_jax.data.reasons import Skipped, passes
+from apt_jax.errors import UserError, disk_error, disk_errors
 
-TABLES = ("metadata.jsonl", "metadata.csv")
 ARCHIVES = (archives.SUFFIX, tables.SUFFIX)
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_TEXT_LIMIT = 2**20  # characters of a caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Item:
     """One file to prepare: its name relative to the folder (with '/'), caption and group.
 
     In an archive the name goes on after the archive's own; `place` is the offset of a tar member or
-    the number of a parquet row, `size` the member's bytes, `column` the parquet column of media.
+    the number of a parquet row, `column` the parquet column of media. `size` is the bytes of the
+    file or tar member, for a parquet row those of the whole parquet file.
     """
 
     name: str
@@ -39,14 +41,6 @@ class Item:
     column: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """A file that is left out, and why."""
-
-    name: str
-    reason: str
-
-
 def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], list[Skipped]]:
     """All captioned media files under root, sorted by name, and those that cannot be used.
 
@@ -55,32 +49,66 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
     folder.
     """
     if root.is_file() and root.suffix.lower() in ARCHIVES:
+        if not is_text(root.name):
+            raise UserError(f"{ascii(root.name)} is no UTF-8 name; rename the archive")
         items, skipped = _find_in_archives(root.parent, [root.name])
         return _some(root, items, skipped)
     if not root.is_dir():
         raise UserError(f"{root} is no folder; give the folder with the images and videos")
-    tables = [root / name for name in TABLES if (root / name).is_file()]
-    if len(tables) > 1:
+    tables_here = [root / name for name in TABLES if (root / name).is_file()]
+    if len(tables_here) > 1:
         raise UserError(f"{root} has both {' and '.join(TABLES)}; keep one of them")
-    listed = _read_table(tables[0]) if tables else {}
-    items, skipped = [], []
-    for name in sorted(set(listed) | set(_walk(root, ignore, MEDIA))):
-        path = root / name
-        caption, group = listed.get(name) or (_read_text(path), path.stem)
-        if not path.is_file():
-            skipped.append(Skipped(name, "no such file"))
-        elif not path.resolve().is_relative_to(root.resolve()):
-            skipped.append(Skipped(name, "a link out of the folder"))
-        elif path.suffix.lower() not in MEDIA:
-            skipped.append(Skipped(name, f"not one of {' '.join(MEDIA)}"))
-        elif caption is None:
-            skipped.append(Skipped(name, "no caption: not in the table and no .txt beside it"))
-        else:
-            items.append(Item(name, " ".join(caption.split()), group))
-    skipped += [Skipped(name, "a compressed tar; decompress it")
-                for name in _walk(root, ignore, _COMPRESSED)]
-    inside, left_out = _find_in_archives(root, sorted(_walk(root, ignore, ARCHIVES)))
+    listed = read_table(tables_here[0]) if tables_here else {}
+    names, skipped = _walk(root, ignore)
+    real_root = os.path.realpath(root)
+    items, containers = [], []
+    for name in sorted({*listed, *(n for n in names if n.lower().endswith(MEDIA))}):
+        found = _item(root, name, listed.get(name), real_root)
+        items.append(found) if isinstance(found, Item) else skipped.append(Skipped(name, found))
+    for name in sorted(n for n in names if n.lower().endswith(ARCHIVES)):
+        fault, _ = _state(root / name, name, "/")  # may be a link: tars lie on disks of their own
+        skipped.append(Skipped(name, fault)) if fault else containers.append(name)
+    skipped += [Skipped(name, "a compressed tar; decompress it") for name in names
+                if name.lower().endswith(_COMPRESSED)]
+    inside, left_out = _find_in_archives(root, containers)
     return _some(root, items + inside, skipped + left_out)
+
+
+def _item(root: pathlib.Path, name: str, listed: tuple[str, str] | None,
+          real_root: str) -> Item | str:
+    """The item of a file that is there, or why there is none."""
+    path = root / name
+    fault, size = _state(path, name, real_root)
+    if fault:
+        return fault
+    if path.suffix.lower() not in MEDIA:
+        return f"not one of {' '.join(MEDIA)}"
+    if listed:
+        caption, group = listed
+    else:
+        (caption, why), group = _caption_beside(path), path.stem
+        if caption is None:
+            return why
+    return Item(name, " ".join(caption.split()), group, size=size)
+
+
+def _state(path: pathlib.Path, name: str, real_root: str) -> tuple[str, int]:
+    """(why a path is no file of the folder, or "", its bytes)."""
+    if not is_text(name):
+        return "its name is not UTF-8; rename it", 0
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file", 0
+    except OSError as error:
+        if passes(error) and not isinstance(error, PermissionError):
+            raise disk_error(error, path, "read") from None
+        return f"cannot be read: {error.strerror}", 0
+    if not stat.S_ISREG(found.st_mode):
+        return "is no file", 0
+    if not pathlib.Path(os.path.realpath(path)).is_relative_to(real_root):
+        return "a link out of the folder", 0
+    return "", found.st_size
 
 
 def fetch(source: pathlib.Path, item: Item) -> File:
@@ -94,13 +122,6 @@ def fetch(source: pathlib.Path, item: Item) -> File:
     return Member(member, path, item.place, item.size)
 
 
-def size_of(source: pathlib.Path, item: Item) -> int:
-    """Bytes of an item's file (of the whole parquet file for a row of it)."""
-    if item.size:
-        return item.size
-    return (base(source) / (item.archive or item.name)).stat().st_size
-
-
 def base(source: pathlib.Path) -> pathlib.Path:
     """The folder that names are relative to: the source, or that of the one archive."""
     return source.parent if source.is_file() else source
@@ -109,82 +130,77 @@ def base(source: pathlib.Path) -> pathlib.Path:
 def _find_in_archives(root: pathlib.Path, names) -> tuple[list[Item], list[Skipped]]:
     items, skipped = [], []
     for name in names:
-        if (root / name).suffix.lower() == tables.SUFFIX:
-            rows, left_out = tables.list_table(root / name)
-            rows = [(*row[:4], 0, row[4]) for row in rows]  # members have sizes, rows columns
-        else:
-            rows, left_out = archives.list_tar(root / name)
-            rows = [(*row, "") for row in rows]
-        items += [Item(f"{name}/{member}", " ".join(caption.split()), group, name, *rest)
-                  for member, caption, group, *rest in rows]
+        path = root / name
+        with disk_errors(path, "read"):
+            if path.suffix.lower() == tables.SUFFIX:
+                size = path.stat().st_size
+                rows, left_out = tables.list_table(path)
+                rows = [(*row[:4], size, row[4]) for row in rows]
+            else:
+                rows, left_out = archives.list_tar(path)
+                rows = [(*row, "") for row in rows]  # a member has a size and no column
+        for member, caption, group, *rest in rows:
+            if is_text(member + caption + group):
+                items.append(Item(f"{name}/{member}", " ".join(caption.split()), group, name,
+                                  *rest))
+            else:
+                left_out.append((member, "its name or caption holds half a character"))
         skipped += [Skipped(f"{name}/{place}".rstrip("/"), reason) for place, reason in left_out]
     return items, skipped
 
 
 def _some(root, items, skipped):
+    # Names that are not UTF-8 are shown as they can be written.
+    skipped = [dataclasses.replace(s, name=s.name.encode("utf-8", "backslashreplace").decode())
+               for s in skipped]
     if not items:
-        reason = f"; the first of {len(skipped)} left out: {skipped[0]}" if skipped else ""
+        first = f"{skipped[0].name}: {skipped[0].reason}" if skipped else ""
+        reason = f"; the first of {len(skipped)} left out: {first}" if skipped else ""
         raise UserError(f"{root} holds no captioned image or video{reason}; add metadata.jsonl")
     return items, skipped
 
 
-def _walk(root: pathlib.Path, ignore: pathlib.Path, suffixes: tuple[str, ...]):
-    for folder, folders, files in os.walk(root):
-        here = pathlib.Path(folder)
-        folders[:] = sorted(
-            f for f in folders
-            if not f.startswith(".") and (here / f).resolve() != ignore.resolve()
-        )
-        for file in files:
-            if file.lower().endswith(suffixes) and not file.startswith("."):
-                yield (here / file).relative_to(root).as_posix()
+def _walk(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[str], list[Skipped]]:
+    """Names of all media and archives under root, and the folders that were not searched."""
+    names, skipped = [], []
+    wanted = (*MEDIA, *ARCHIVES, *_COMPRESSED)
+    real_ignore = os.path.realpath(ignore)
 
+    def relative(path: str) -> str:
+        return pathlib.Path(path).relative_to(root).as_posix()
 
-def _read_text(path: pathlib.Path) -> str | None:
-    beside = path.with_suffix(".txt")
-    try:
-        return beside.read_text("utf-8") if beside.is_file() else None
-    except UnicodeDecodeError:
-        return None
+    def unread(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise disk_error(error, root, "read")
+        skipped.append(Skipped(relative(error.filename), "a folder that cannot be read: "
+                                                         f"{error.strerror}"))
 
-
-def _read_table(table: pathlib.Path) -> dict[str, tuple[str, str]]:
-    """file name -> (caption, group)."""
-    rows = _jsonl_rows(table) if table.suffix == ".jsonl" else _csv_rows(table)
-    found: dict[str, tuple[str, str]] = {}
-    for number, row in rows:
-        where = f"{table} line {number}"
-        name, text, group = row.get("file_name"), row.get("text"), row.get("group")
-        if not isinstance(name, str) or not isinstance(text, str) or not name:
-            raise UserError(f"{where}: needs the columns file_name and text")
-        pure = pathlib.PurePosixPath(name)
-        if pure.is_absolute() or not pure.parts or ".." in pure.parts or set(name) & set("\\:\0"):
-            raise UserError(f"{where}: {name!r} points out of the folder; use names inside it")
-        name = pure.as_posix()
-        if name in found:
-            raise UserError(f"{where}: {name!r} is listed twice; keep one line for each file")
-        if group is not None and not isinstance(group, str | int):
-            raise UserError(f"{where}: group must be text")
-        found[name] = (text, pure.stem if group in (None, "") else str(group))
-    return found
-
-
-def _jsonl_rows(table: pathlib.Path):
-    with open(table, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
+    for here, folders, files in os.walk(root, onerror=unread):
+        search = []
+        for folder in sorted(f for f in folders if not f.startswith(".")):
+            path = os.path.join(here, folder)
+            if os.path.realpath(path) == real_ignore:
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(f"{table} line {number}: is not a JSON object; mend the line")
-            yield number, row
+            if os.path.islink(path):
+                skipped.append(Skipped(relative(path), "a link to a folder: links to folders are "
+                                                       "not followed"))
+            else:
+                search.append(folder)
+        folders[:] = search
+        names += [relative(os.path.join(here, file)) for file in files
+                  if file.lower().endswith(wanted) and not file.startswith(".")]
+    return names, skipped
 
 
-def _csv_rows(table: pathlib.Path):
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, row
+def _caption_beside(path: pathlib.Path) -> tuple[str | None, str]:
+    """(the text of the .txt beside a file, or None and why there is none)."""
+    beside = path.with_suffix(".txt")
+    with disk_errors(beside, "read"):
+        try:
+            with open(beside, encoding="utf-8-sig") as file:
+                return file.read(_TEXT_LIMIT), ""
+        except (FileNotFoundError, IsADirectoryError):
+            return None, "no caption: not in the table and no .txt beside it"
+        except (PermissionError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            return None, f"no caption: its .txt cannot be read ({reason})"

@@ -6,11 +6,14 @@ The format is told from the first bytes.
 
 from __future__ import annotations
 
+import bisect
 import collections
+import itertools
 import pathlib
 import threading
 
 from apt_jax.data.decode import Blob
+from apt_jax.data.reasons import passes
 from apt_jax.errors import UserError
 
 SUFFIX = ".parquet"
@@ -18,6 +21,7 @@ MEDIA_COLUMNS = ("video", "image", "mp4", "webm", "mov", "mkv", "jpg", "jpeg", "
                  "bytes", "content")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "txt")
 _KEPT = 2  # row groups in memory
+_OPEN = 4  # files held open, with their footers
 
 
 def _parquet():
@@ -31,7 +35,7 @@ def _parquet():
 def list_table(path: pathlib.Path) -> tuple[list[tuple[str, str, str, int, str]], list[tuple]]:
     """([(row name, caption, group, row, media column)], [(row name or '', why it is left out)]).
 
-    UserError where pyarrow is missing; a broken file is listed, not raised.
+    UserError where pyarrow is missing, OSError where the disk fails; a broken file is listed.
     """
     parquet = _parquet()
     try:
@@ -42,6 +46,8 @@ def list_table(path: pathlib.Path) -> tuple[list[tuple[str, str, str, int, str]]
     except UserError:
         raise
     except Exception as error:  # pyarrow's own kinds of damage, and missing columns
+        if passes(error):
+            raise
         return [], [("", " ".join(f"{type(error).__name__}: {error}".split())[:200])]
     found, skipped = [], []
     groups = rows.get("group") or [None] * len(rows[caption])
@@ -78,34 +84,56 @@ def _columns(schema) -> tuple[str, str]:
     return found[0], found[1]
 
 
-class _RowGroups:
-    """The last row groups read, so that the rows of a shard do not read theirs again and again."""
+class _Reader:
+    """Files held open and the last row groups read, so that rows in order read nothing twice."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._kept: collections.OrderedDict = collections.OrderedDict()
+        self._files: collections.OrderedDict = collections.OrderedDict()
+        self._groups: collections.OrderedDict = collections.OrderedDict()
 
     def row(self, path: pathlib.Path, number: int, column: str):
-        with self._lock, _parquet().ParquetFile(path) as file:
-            group, first = 0, 0
-            while number >= first + file.metadata.row_group(group).num_rows:
-                first += file.metadata.row_group(group).num_rows
-                group += 1
-            key = (str(path), path.stat().st_mtime_ns, group, column)
-            if key not in self._kept:
-                self._kept[key] = file.read_row_group(group, columns=[column]).column(0)
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return self._kept[key][number - first].as_py()
+        """The value of one cell."""
+        with self._lock:
+            now = path.stat()
+            key = (str(path), now.st_mtime_ns, now.st_size)
+            try:
+                file, ends = self._file(path, key)
+                group = bisect.bisect_right(ends, number)
+                values = self._group(file, (*key, group, column))
+                return values[number - (ends[group - 1] if group else 0)].as_py()
+            except BaseException:  # an open file whose disk failed is not to be trusted
+                if key in self._files:
+                    self._files.pop(key)[0].close()
+                raise
+
+    def _file(self, path: pathlib.Path, key: tuple):
+        """(the open file, the row after the last of each row group)."""
+        if key not in self._files:
+            file = _parquet().ParquetFile(path)
+            rows = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+            self._files[key] = file, list(itertools.accumulate(rows))
+            while len(self._files) > _OPEN:
+                self._files.popitem(last=False)[1][0].close()
+        self._files.move_to_end(key)
+        return self._files[key]
+
+    def _group(self, file, key: tuple):
+        if key not in self._groups:
+            *_, group, column = key
+            self._groups[key] = file.read_row_group(group, columns=[column]).column(0)
+            while len(self._groups) > _KEPT:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
 
 
-_row_groups = _RowGroups()
+_reader = _Reader()
 
 
 def read_row(path: pathlib.Path, name: str, number: int, column: str) -> Blob:
     """The media of a row that `list_table` found. ValueError if it is empty or of no known kind."""
-    value = _row_groups.row(path, number, column)
+    value = _reader.row(path, number, column)
     data = value.get("bytes") if isinstance(value, dict) else value
     if not data:
         raise ValueError(f"no bytes in column {column!r}")

@@ -1,22 +1,32 @@
 """The folder of unfinished work, OUT/.work: settings, looked-at files, notes of finished shards.
 
 What it holds is enough to go on after an interruption, and it is removed when the data set is
-whole. Every file in it is written under another name and renamed.
+whole; it stays where files could not be read for a passing reason, so that the same command tries
+them again. Every file in it is written under another name and renamed. What is damaged all the same
+is made again: a note counts only with the shard that it describes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
 
-from apt_jax.data import manifest
+from apt_jax.data import decode, manifest, records
+from apt_jax.data.reasons import Skipped
 from apt_jax.errors import UserError
+
+log = logging.getLogger("apt_jax")
 
 WORK = ".work"
 SKIPPED = "skipped.jsonl"
 REPORT = "report.json"
+SCAN = "scan.jsonl"
+_AGAIN = "again"  # there when the data set is whole but for files that are tried again
+_MEDIA_KEYS = tuple(decode.Media.__dataclass_fields__)
 
 
 def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | None:
@@ -25,13 +35,17 @@ def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | No
     if restart:
         _clear(out)
     if (out / manifest.FILE).is_file():
-        if manifest.load(out).made == made:
+        if manifest.load(out).made != made:
+            raise UserError(f"{out} holds another data set; choose another folder or add --restart")
+        if not (work / _AGAIN).is_file():
             shutil.rmtree(work, ignore_errors=True)
             return None
-        raise UserError(f"{out} holds another data set; choose another folder or add --restart")
     work.mkdir(parents=True, exist_ok=True)
     saved = work / "settings.json"
-    if saved.is_file() and json.loads(saved.read_text("utf-8")) != made:
+    begun = _settings(saved)
+    if begun is None:  # rows of the scan may be of other files; notes say what they are of
+        (work / SCAN).unlink(missing_ok=True)
+    elif begun != made:
         raise UserError(
             f"{out} was begun with other files or settings; repeat those, choose another folder "
             "or add --restart"
@@ -40,11 +54,38 @@ def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | No
     return work
 
 
-def close_work(out: pathlib.Path) -> None:
-    """Remove the folder, and the partial shards of workers that were killed."""
+def _settings(path: pathlib.Path) -> dict | None:
+    """What the work was begun with; None where that is not known."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        log.warning("%s is damaged: files are looked at again", path)
+        return None
+
+
+def close_work(out: pathlib.Path, again: bool = False) -> None:
+    """Remove the folder and the partial shards of workers that were killed; again keeps what is
+    needed to try some files another time."""
     for path in out.glob("*.arrayrecord.*.tmp"):
         path.unlink(missing_ok=True)
-    shutil.rmtree(out / WORK)
+    if not again:
+        (out / WORK / _AGAIN).unlink(missing_ok=True)  # before what it speaks of
+        shutil.rmtree(out / WORK)
+
+
+def mark_again(out: pathlib.Path) -> None:
+    """Say that the data set, which is about to be whole, has files to be tried again."""
+    write_text(out / WORK / _AGAIN, "")
+
+
+def tried_again(out: pathlib.Path) -> int:
+    """How many of the files that a finished data set lacks the same command tries again."""
+    if not (out / WORK / _AGAIN).is_file():
+        return 0
+    lines = (out / SKIPPED).read_text("utf-8").splitlines()
+    return sum(json.loads(line).get("passing", False) for line in lines)
 
 
 def _clear(out: pathlib.Path) -> None:
@@ -59,18 +100,52 @@ def _clear(out: pathlib.Path) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, "utf-8")
+        records.sync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)  # not the partial one
+        raise
 
 
 def read_rows(path: pathlib.Path) -> dict[str, dict]:
-    """Lines of JSON by their "name"; a line that an interruption cut short is passed over."""
+    """What was seen of files, by their names; lines that are cut or damaged are passed over."""
     known = {}
     if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-                known[row["name"]] = row
-            except (ValueError, TypeError, KeyError):
+            except ValueError:
                 continue
+            if isinstance(row, dict) and isinstance(row.get("name"), str) and (
+                    isinstance(row.get("error"), str)
+                    or all(isinstance(row.get(key), int | float) for key in _MEDIA_KEYS)):
+                known[row["name"]] = row
     return known
+
+
+def key_of(made: dict, job) -> str:
+    """Tells shards apart by all that decides their bytes: what was asked for, and their files."""
+    plans = [(p.item.name, p.wanted, p.fps, p.start) for p in job.plans]
+    return hashlib.sha256(json.dumps([made, job.bucket, plans]).encode()).hexdigest()
+
+
+def read_note(path: pathlib.Path, key: str) -> dict | None:
+    """The note of a finished shard: {"shard": .., "skipped": .., "stats": ..}.
+
+    None where there is none, or it is of another shard or damaged, or the shard itself is, or where
+    one of its files is to be tried again.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        shard = manifest.Shard(**value["shard"])
+        skipped = [Skipped(**entry) for entry in value["skipped"]]
+        if value["key"] != key or any(entry.passing for entry in skipped):
+            return None
+        dict(value["stats"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    whole = not shard.records or records.is_whole(
+        path.parent.parent / shard.file, shard.bytes, shard.records)
+    return value if whole else None

@@ -20,6 +20,7 @@ import numpy as np
 from apt_jax.data import decode, latent_records, manifest, records, resample, sources
 from apt_jax.data.cutting import Plan
 from apt_jax.data.quantise import quantise, store
+from apt_jax.data.reasons import Skipped, skipped
 from apt_jax.data.settings import Settings
 
 _CAPTIONS = 32  # captions of one call of the text encoder
@@ -74,13 +75,14 @@ class Worker:
         self._pool.shutdown(cancel_futures=True)
 
     def probe(self, items: Sequence[sources.Item]) -> Iterator[dict]:
-        """A row for each file: its name and what `decode.probe` saw, or "error"."""
+        """A row for each file: its name and what `decode.probe` saw, or "error" and "passing"."""
         def look(item: sources.Item) -> dict:
             try:
                 media = decode.probe(sources.fetch(self.source, item))
                 return {"name": item.name} | dataclasses.asdict(media)
             except Exception as error:  # any decoder, any damage: it is listed, the run goes on
-                return {"name": item.name, "error": reason_of(error)}
+                left = skipped(item.name, error)
+                return {"name": item.name, "error": left.reason, "passing": left.passing}
 
         yield from self._in_order(look, items)
 
@@ -98,39 +100,41 @@ class Worker:
 
         tick is called after every file. An OSError of the output (a full disk) goes through.
         """
-        skipped: list[dict] = []
+        left_out: list[Skipped] = []
+        sizes: dict[str, int] = {}  # of the files that are read, by name
         stats = {"files": len({p.item.name for p in job.plans}), "frames": 0, "bytes_in": 0,
                  "waiting": 0.0, "encoding": 0.0, "text": 0.0}
         begun = time.perf_counter()
         make = self._pixels if self.codec is None else self._latents
         path = self.out / job.name
-        count = records.write_shard(path, make(job, skipped, stats, tick))
+        count = records.write_shard(path, make(job, left_out, sizes, stats, tick))
         shard = manifest.Shard(path.name, count, path.stat().st_size, manifest.file_hash(path))
         if not count:
             path.unlink()
         stats |= {"records": count, "seconds": time.perf_counter() - begun,
-                  "bytes_in": sum(self._size(i) for i in {p.item for p in job.plans})}
-        return {"shard": dataclasses.asdict(shard), "skipped": skipped, "stats": stats}
+                  "bytes_in": sum(sizes.values())}
+        return {"shard": dataclasses.asdict(shard),
+                "skipped": [entry.to_json() for entry in left_out], "stats": stats}
 
     # -- records of a shard, one generator for each kind
 
-    def _pixels(self, job, skipped, stats, tick) -> Iterator[bytes]:
+    def _pixels(self, job, left_out, sizes, stats, tick) -> Iterator[bytes]:
         text, mask = self.encoder.encode(
             [plan.item.caption for plan in job.plans], self.settings.max_tokens)
         _, frames, height, width = job.bucket
 
-        def picture(plan: Plan) -> bytes | str:
+        def picture(plan: Plan) -> bytes | Skipped:
             try:
-                pixels = decode.read(sources.fetch(self.source, plan.item), plan.wanted, height,
-                                     width, self.settings.background)
+                pixels = decode.read(self._fetch(plan, sizes), plan.wanted, height, width,
+                                     self.settings.background)
             except Exception as error:  # as in probe
-                return reason_of(error)
+                return skipped(plan.item.name, error)
             return records.encode_frames(pixels, self.settings.quality)
 
         for index, (plan, made) in enumerate(zip(job.plans, self._in_order(picture, job.plans))):
             tick()
-            if isinstance(made, str):
-                skipped.append({"name": plan.item.name, "reason": made})
+            if isinstance(made, Skipped):
+                left_out.append(made)
                 continue
             stats["frames"] += frames
             values, scales = quantise(text[index, mask[index]])
@@ -139,20 +143,20 @@ class Worker:
                 plan.item.group, values, scales, made,
             ))
 
-    def _latents(self, job, skipped, stats, tick) -> Iterator[bytes]:
+    def _latents(self, job, left_out, sizes, stats, tick) -> Iterator[bytes]:
         began = time.perf_counter()
         states = self._states([plan.item.caption for plan in job.plans])
         stats["text"] += time.perf_counter() - began
         waiting: collections.deque = collections.deque()
-        for part in self._decoded(job, skipped, stats, tick):
+        for part in self._decoded(job, left_out, sizes, stats, tick):
             began = time.perf_counter()
             waiting.append(([plan for plan, _ in part],
                             self.codec.encode(np.stack([frames for _, frames in part]))))
             stats["encoding"] += time.perf_counter() - began
             if len(waiting) > 1:  # one batch is computed while the one before it is written
-                yield from self._packed(*waiting.popleft(), states, skipped, stats)
+                yield from self._packed(*waiting.popleft(), states, left_out, stats)
         while waiting:
-            yield from self._packed(*waiting.popleft(), states, skipped, stats)
+            yield from self._packed(*waiting.popleft(), states, left_out, stats)
 
     def _states(self, captions: Sequence[str]) -> dict[str, tuple]:
         """caption -> its trimmed states as they are stored; each caption is encoded once."""
@@ -165,17 +169,17 @@ class Worker:
                 found[caption] = store(states[valid], self.settings.text_dtype)
         return found
 
-    def _decoded(self, job, skipped, stats, tick) -> Iterator[list[tuple[Plan, np.ndarray]]]:
+    def _decoded(self, job, left_out, sizes, stats, tick
+                 ) -> Iterator[list[tuple[Plan, np.ndarray]]]:
         """Full batches of decoded plans, then the rest."""
         _, count, height, width = job.bucket
 
-        def clip(plan: Plan) -> np.ndarray | str:
+        def clip(plan: Plan) -> np.ndarray | Skipped:
             try:
-                return resample.read_clip(
-                    sources.fetch(self.source, plan.item), plan.start, plan.fps, count, height,
-                    width, self.settings.background)
+                return resample.read_clip(self._fetch(plan, sizes), plan.start, plan.fps, count,
+                                          height, width, self.settings.background)
             except Exception as error:  # as in probe
-                return reason_of(error)
+                return skipped(plan.item.name, error)
 
         part, rows = [], self._in_order(clip, job.plans)
         for plan in job.plans:
@@ -183,8 +187,8 @@ class Worker:
             made = next(rows)
             stats["waiting"] += time.perf_counter() - began
             tick()
-            if isinstance(made, str):
-                skipped.append({"name": plan.item.name, "reason": made})
+            if isinstance(made, Skipped):
+                left_out.append(made)
                 continue
             stats["frames"] += count
             part.append((plan, made))
@@ -194,14 +198,14 @@ class Worker:
         if part:
             yield part
 
-    def _packed(self, plans, encoded, states, skipped, stats) -> Iterator[bytes]:
+    def _packed(self, plans, encoded, states, left_out, stats) -> Iterator[bytes]:
         began = time.perf_counter()
         latents = np.asarray(encoded, latent_records.BFLOAT16)  # [B, F', H', W', C]
         stats["encoding"] += time.perf_counter() - began
         for plan, values in zip(plans, latents):
             if not np.isfinite(values.astype(np.float32)).all():
                 reason = f"the VAE's latents at {plan.start:.2f} s are not finite"
-                skipped.append({"name": plan.item.name, "reason": reason})
+                left_out.append(Skipped(plan.item.name, reason))
                 continue
             yield latent_records.pack(latent_records.LatentRecord(
                 round(plan.fps, 6), round(plan.start, 6), plan.item.caption, plan.item.name,
@@ -221,13 +225,7 @@ class Worker:
             for future in waiting:
                 future.cancel()
 
-    def _size(self, item: sources.Item) -> int:
-        try:
-            return sources.size_of(self.source, item)
-        except OSError:
-            return 0
-
-
-def reason_of(error: Exception) -> str:
-    """One line for the list of what was left out."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    def _fetch(self, plan: Plan, sizes: dict[str, int]) -> decode.File:
+        file = sources.fetch(self.source, plan.item)
+        sizes[plan.item.name] = decode.bytes_of(file)
+        return file

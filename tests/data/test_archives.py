@@ -1,5 +1,6 @@
 """WebDataset tars and parquet files: what is found, read, and left out where they are damaged."""
 
+import errno
 import io
 import json
 import tarfile
@@ -9,7 +10,7 @@ import pytest
 import tiny_media as tiny
 from PIL import Image
 
-from apt_jax.data import decode, prepare, sources, tables
+from apt_jax.data import cutting, decode, prepare, sources, tables, worker
 from apt_jax.data.archives import list_tar
 from apt_jax.data.pipeline import open_dataset
 from apt_jax.errors import UserError
@@ -181,6 +182,76 @@ def test_parquet_with_bytes_and_with_structs(tmp_path):
     assert made.splits == {"train": 6} and made.skipped == 3
     reasons = (tmp_path / "out" / prepare.SKIPPED).read_text()
     assert "no bytes in column" in reasons and "no known image or video format" in reasons
+
+
+def test_a_parquet_files_footer_is_read_once_and_few_stay_open(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    opened = []
+
+    class Counting(pyarrow.parquet.ParquetFile):
+        def __init__(self, path, *args, **options):
+            opened.append(path.name)
+            super().__init__(path, *args, **options)
+
+    for name in "abcdef":
+        write_parquet(tmp_path / f"{name}.parquet", {
+            "png": [png(i) for i in range(7)], "text": list("tuvwxyz")}, row_group_size=3)
+    _, _, items = find(tmp_path)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Counting)
+    monkeypatch.setattr(tables, "_reader", tables._Reader())
+    for item in items:
+        assert sources.fetch(tmp_path, item).data == png(item.place)
+    assert opened == [f"{name}.parquet" for name in "abcdef"]
+    assert len(tables._reader._files) == tables._OPEN < 6 and len(tables._reader._groups) == 2
+    write_parquet(tmp_path / "f.parquet", {"png": [png(9)], "text": ["t"]})  # another file now
+    assert sources.fetch(tmp_path, items[-7]).data == png(9)
+    with pytest.raises(ValueError):  # it has one row; its file is opened anew the next time
+        sources.fetch(tmp_path, items[-1])
+    assert sources.fetch(tmp_path, items[-7]).data == png(9) and len(opened) == 8
+
+
+def test_bytes_read_are_those_of_the_media(tmp_path):
+    pytest.importorskip("pyarrow")
+    source = tmp_path / "in"
+    source.mkdir()
+    pictures = [png(i) for i in range(4)]
+    write_parquet(source / "a.parquet", {"png": pictures[:2], "text": ["x", "y"]})
+    write_tar(source / "b.tar", [("0.png", pictures[2]), ("0.txt", b"x"), ("1.png", b""),
+                                 ("1.txt", b"x")])
+    (source / "c.png").write_bytes(pictures[3])
+    (source / "c.txt").write_text("x")
+    _, _, items = find(source)
+    assert {i.name: i.size for i in items} == {
+        "a.parquet/000000": (source / "a.parquet").stat().st_size,
+        "a.parquet/000001": (source / "a.parquet").stat().st_size,
+        "b.tar/0.png": len(pictures[2]), "b.tar/1.png": 0, "c.png": len(pictures[3])}
+    made = worker.Worker(source, tmp_path, SETTINGS, tiny.HashEncoder())
+    plans = [cutting.Plan(item, ("train", 1, 16, 16), (0,), 0.0) for item in items]
+    stats = made.write(worker.Job("x.arrayrecord", ("train", 1, 16, 16), tuple(plans)))["stats"]
+    made.close()
+    assert stats["bytes_in"] == sum(map(len, pictures)) and stats["records"] == 4
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_an_archive_that_cannot_be_read_just_now_stops_the_run(tmp_path, monkeypatch, name):
+    """Left out, it would be another data set; the next run would be refused."""
+    pytest.importorskip("pyarrow")
+    write_tar(tmp_path / "a.tar", samples(tmp_path))
+    write_parquet(tmp_path / "a.parquet", {"png": [png(0)], "text": ["x"]})
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    if name == "a.tar":
+        monkeypatch.setattr(tarfile.TarFile, "next", fail)
+    else:
+        import pyarrow.parquet
+
+        monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
+    with pytest.raises(UserError, match=f"{name} cannot be read .Input/output error"):
+        find(tmp_path)
 
 
 def test_broken_and_foreign_parquet_files_are_listed(tmp_path):

@@ -334,7 +334,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(
     for shard in (first, second):
         (out / f"{shard}.000000000001.tmp").symlink_to("/dev/full")
     monkeypatch.setattr(records.uuid, "uuid4", Named)
-    with pytest.raises(UserError, match="No space left.*repeat the same command") as caught:
+    with pytest.raises(UserError, match="no space left.*the same command continues") as caught:
         run(prepared / "in", out)
     assert "\n" not in str(caught.value) and not (out / manifest.FILE).exists()
     monkeypatch.undo()

@@ -1,0 +1,39 @@
+"""Why a file is left out: damaged for good, or not to be read just now and tried again."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+
+# What a disk, a network file system or a busy machine says of a file that may be whole.
+_PASSING = frozenset(getattr(errno, name) for name in (
+    "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EMFILE", "ENFILE", "ENOMEM",
+    "EACCES", "ENOENT", "ENODEV", "ENXIO", "EREMOTEIO", "ENOLINK", "ECOMM", "ENOTCONN",
+    "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+    "ENETUNREACH", "ENETRESET", "EKEYEXPIRED") if hasattr(errno, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A file that is left out, and why; passing: the next run tries it again."""
+
+    name: str
+    reason: str
+    passing: bool = False
+
+    def to_json(self) -> dict:
+        """Its entry in the lists of what was left out."""
+        value = {"name": self.name, "reason": self.reason}
+        return value | {"passing": True} if self.passing else value
+
+
+def skipped(name: str, error: Exception) -> Skipped:
+    """The entry of a file whose reading ended with this error."""
+    return Skipped(name, " ".join(f"{type(error).__name__}: {error}".split())[:200],
+                   passes(error))
+
+
+def passes(error: Exception) -> bool:
+    """Whether the same file may be read without this error later."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno in _PASSING)
