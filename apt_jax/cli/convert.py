@@ -11,8 +11,10 @@ Neither needs torch. What is written appears whole or not at all.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
+from collections.abc import Callable
 
 EXAMPLES = """\
   apt-jax convert import --source ./Wan2.1-T2V-1.3B-Diffusers --to ckpt/wan13b
@@ -59,48 +61,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="larger weights become several files with an index (default: 5)")
 
 
+_IMPORT = {"source": None, "revision": None, "lora": None, "lora_scale": 1.0}
+_EXPORT = {"checkpoint": None, "weights": "ema", "base": None, "dtype": "source",
+           "adapters": False, "two_step_time": None, "shard_gb": 5.0}
+_NOT_ADAPTERS = ("base", "dtype", "two_step_time", "shard_gb", "copy")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for a flag that is missing, or that the asked work would not heed."""
+    from apt_jax.errors import UserError
+
+    def given(flags):
+        return [f"--{name.replace('_', '-')}" for name, usual in flags.items()
+                if getattr(args, name) != usual]
+
+    here, there = (_IMPORT, _EXPORT) if args.direction == "import" else (_EXPORT, _IMPORT)
+    main = f"--{next(iter(here))}"
+    if foreign := given(there):
+        other = "export" if args.direction == "import" else "import"
+        raise UserError(f"{' and '.join(foreign)} are of apt-jax convert {other}; "
+                        f"{args.direction} takes {main}")
+    if not given(here) or given(here)[0] != main:
+        what = "a diffusers folder or a hub id" if main == "--source" else "a run folder"
+        raise UserError(f"apt-jax convert {args.direction} needs {main}; give {what}")
+    if args.adapters and (idle := given({name: _EXPORT.get(name, False)
+                                         for name in _NOT_ADAPTERS})):
+        raise UserError(f"{' and '.join(idle)} do not apply to --adapters, which writes the LoRA "
+                        "alone; leave them out")
+    if args.lora_scale != 1.0 and not args.lora:
+        raise UserError("--lora-scale says how strongly --lora is merged; give both")
+    if not math.isfinite(args.lora_scale):
+        raise UserError(f"--lora-scale {args.lora_scale} must be a finite number")
+    if not 0 < args.shard_gb < math.inf:
+        raise UserError(f"--shard-gb {args.shard_gb} must be a finite number above 0")
+
+
 def run(args: argparse.Namespace) -> int:
     """Converts, prints where the result is."""
-    from apt_jax.errors import UserError
+    from apt_jax.errors import disk_errors
 
     def say(text: str) -> None:
         if not args.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    _check(args)
+    with disk_errors(args.source or args.checkpoint, "read"):
+        _convert(args, say)
+    print(f"wrote {args.to}")
+    return 0
+
+
+def _convert(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     if args.direction == "import":
-        if not args.source:
-            raise UserError("apt-jax convert import needs --source; give a diffusers folder or a "
-                            "hub id")
-        if args.checkpoint or args.adapters:
-            raise UserError("--checkpoint and --adapters are of apt-jax convert export; import "
-                            "takes --source")
         from apt_jax.convert.importing import import_folder
 
         import_folder(args.source, args.to, revision=args.revision, overwrite=args.overwrite,
                       copy=args.copy, lora=args.lora, lora_scale=args.lora_scale, say=say)
-    else:
-        if not args.checkpoint:
-            raise UserError("apt-jax convert export needs --checkpoint; give a run folder")
-        if args.source or args.lora:
-            raise UserError("--source and --lora are of apt-jax convert import; export takes "
-                            "--checkpoint")
-        if args.shard_gb <= 0:
-            raise UserError(f"--shard-gb {args.shard_gb} must be above 0")
-        if args.adapters:
-            from apt_jax.convert.adapters import export_adapters
+    elif args.adapters:
+        from apt_jax.convert.adapters import export_adapters
 
-            export_adapters(args.checkpoint, args.to, weights=args.weights,
-                            overwrite=args.overwrite, command=_command(args))
-            print(f"wrote {args.to}")
-            return 0
+        export_adapters(args.checkpoint, args.to, weights=args.weights, overwrite=args.overwrite,
+                        command=_command(args))
+    else:
         from apt_jax.convert.exporting import export_folder
 
         export_folder(args.checkpoint, args.to, weights=args.weights, base=args.base,
                       dtype=args.dtype, two_step_time=args.two_step_time,
                       shard_bytes=int(args.shard_gb * 1e9), overwrite=args.overwrite,
                       copy=args.copy, command=_command(args), say=say)
-    print(f"wrote {args.to}")
-    return 0
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -34,7 +34,10 @@ def locate(source: str, revision: str | None = None) -> Source:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return Source(folder, {"folder": str(source), "revision": revision})
+        if revision:
+            raise UserError(f"--revision {revision} is of a hub id, and {source} is a folder here; "
+                            "leave it out")
+        return Source(folder, {"folder": str(source), "revision": None})
     if not _HUB_ID.fullmatch(source) or source.startswith((".", "/")):
         raise UserError(f"there is no folder {source}; give a diffusers folder or a hub id like "
                         "org/name")
