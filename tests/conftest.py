@@ -1,5 +1,6 @@
 """Test session set-up: eight virtual CPU devices, no noise. Runs before anything imports jax."""
 
+import importlib.metadata
 import os
 import sys
 
@@ -13,6 +14,13 @@ if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += (
         " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
+os.environ["XLA_FLAGS"] += (
+    " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_emitter_verification_level=0"
+)
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # One MLIR pipeline a fusion costs more than the rest of a compile: an adversarial step of the
+    # demo takes 22 s with them and 6 s without. Later versions have no other way.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 if "--xla_cpu_collective" not in os.environ["XLA_FLAGS"]:
     # Eight devices share two cores: on a busy machine they meet late, which is no deadlock.
     os.environ["XLA_FLAGS"] += (
