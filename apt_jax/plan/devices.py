@@ -14,7 +14,8 @@ from typing import Any
 from apt_jax.errors import UserError
 from apt_jax.plan.chips import Topology
 
-# GpuTargetConfig of the chip that the compiler should imagine (its public data sheet).
+# GpuTargetConfig of the chip that the compiler should imagine (its public data sheet). Without a CUDA
+# runtime of 12 or later it widens products of float8 to bfloat16.
 _SM90 = """\
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -26,6 +27,7 @@ gpu_device_info {{
   registers_per_block_limit: 65536
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{name}"
 """
 _NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
