@@ -9,10 +9,13 @@ import threading
 import time
 
 import pytest
+import tiny_checkpoint
 import tiny_media as tiny
 from test_latents import SETTINGS, all_records, files, media_folder
 
 from apt_jax.data import manifest, prepare
+from apt_jax.data.text_encoders import load_text_encoder
+from apt_jax.data.vae_codec import VaeCodec
 from apt_jax.errors import UserError
 
 if "ray" not in sys.modules:
@@ -105,6 +108,23 @@ def test_no_cluster_at_the_address_is_one_line():
 
     with pytest.raises(UserError, match="no Ray cluster at 127.0.0.1:1 .*ray start --head"):
         ray_engine._connect(ray, "127.0.0.1:1", 0)
+
+
+def test_a_checkpoint_named_from_here_is_found_by_a_worker_elsewhere(
+    cluster, tmp_path, monkeypatch
+):
+    """The VAE and text encoder themselves; what a worker writes is what this process writes."""
+    tiny_checkpoint.save_checkpoint(tmp_path / "ckpt")
+    tiny.image_folder(tmp_path / "in", 2)
+    monkeypatch.chdir(tmp_path)  # the cluster, and so its workers, began in another folder
+    settings = dataclasses.replace(SMALL, sizes=((16, 16),), image_sizes=(), frames=(1,),
+                                   holdout=0.0, shard_records=2, negative_prompt=None)
+    for engine in ("ray", "local"):
+        prepare.prepare("in", engine, settings, encoder=load_text_encoder("ckpt", "float32"),
+                        codec=VaeCodec("ckpt", dtype="float32"), progress=False, engine=engine,
+                        workers=int(engine == "ray"))
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert manifest.load("ray").splits == {"train": 2}
 
 
 class Deadly(tiny.PoolCodec):
