@@ -38,12 +38,12 @@ def build(what: str, config: Any, devices: Sequence[Any]) -> list[Program]:
     """The programs of "forward" (one-step generation) or "train" for one sample per copy of the mesh."""
     batch = batch_ways(make_mesh(config.mesh, devices))
     if what == "forward":
-        return [inference_program(config, list(devices), batch)]
+        return [inference_program(config, list(devices), batch, compute_copy=True)]
     if config.stage != "adversarial":
         raise UserError(f"bench train counts the kernels of adversarial training, and the config's "
                         f"stage is {config.stage!r}; give an image or video config")
     config.train.batch_size, config.train.accumulate = batch, 1
-    return training_programs(config, list(devices), batch)
+    return training_programs(config, list(devices))
 
 
 def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
@@ -109,15 +109,15 @@ def compile_program(program: Program, config: Any, backend: str, device: Any, la
 def time_program(program: Program, device: str, seconds: float) -> dict[str, Any]:
     """Runs a program that donates nothing on random arrays of its arguments' shapes."""
     def fill(leaf):
-        if leaf.dtype == jnp.bool_:
-            return jax.device_put(jnp.ones(leaf.shape, bool), leaf.sharding)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding)
         make = jax.jit(lambda key: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype),
                        out_shardings=leaf.sharding)
         return make(jax.random.key(leaf.size % 1009))
 
     args = jax.tree.map(fill, program.args)
     timing = measure(program.function, [args], jax.block_until_ready, seconds=seconds)
-    reference, abstract = program.reference()
+    reference, abstract = program.reference("none")
     flops, peak = count_flops(reference, *abstract).total, peak_of(device)
     return {**dataclasses.asdict(timing), "batch": args[1].shape[0], "tflop": flops / 1e12,
             "tflops": flops / timing.median / 1e12,

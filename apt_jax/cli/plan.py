@@ -1,7 +1,7 @@
 """Compile a config's programs for devices that are not there, and say what they need.
 
 The G step, the D step (or the step of the config's stage) and one-step inference are compiled by the
-real XLA for the topology, with one sample at a time for each group of devices that shares one. The
+real XLA for the topology, with the batch and the microbatches that training would have there. The
 tables show, per device: parameters, optimiser state, temporaries and the peak against the chip's
 memory; model FLOPs and the time they take at the chip's peak rate; the collectives by kind, axes and
 bytes, and which part of them compute hides. Times are models, for comparing; memory and traffic are
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-inference", action="store_true", help="leave out one-step inference")
     add("--sweep", action="store_true",
         help="try mesh shapes and remat policies, rank those that fit by modelled time")
-    add("--remats", nargs="+", default=["full"], metavar="NAME",
-        help="policies that --sweep tries (default: full)")
+    add("--remats", nargs="+", default=["full", "attention", "none"], metavar="NAME",
+        help="policies that --sweep tries (default: full attention none)")
     add("--flags", metavar="FILE", default="auto",
         help="XLA flags to compile with: a file, 'none', or 'auto' for the platform's own "
              "(default: auto)")
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
             tell("looking for a change that makes it fit")
             found = dataclasses.replace(found, remedy=planning.find_remedy(
-                config, topology, options=options, tell=tell))
+                config, topology, max(found.programs, key=lambda p: p.peak).name,
+                options=options, tell=tell))
         print(format_plan(found))
         value, fits = found.to_json(), found.fits
     if args.json:

@@ -45,9 +45,10 @@ class Generation:
         self.two_step_time, self.two_step_fresh = two_step_time, two_step_fresh
         self.seconds = 0.0
         self._warm: set[tuple] = set()  # shapes that were compiled
-        self._program = jax.jit(self._draw, static_argnames=("shape",))
+        self._program = jax.jit(self.draw, static_argnames=("shape",))
 
-    def _draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape):
+    def draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape):
+        """What is compiled: samples float32 [B, *shape] of rows `index` [B]; see __call__."""
         velocity = partial(self.net, params)
         z = sample_noise(seed, index, shape)
         if self.mode == "one_step":

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from apt_jax.plan.hlo import Instruction, Program
+from apt_jax.plan.chips import Chip
+from apt_jax.plan.hlo import Array, Instruction, Program
+from apt_jax.plan.timeline import Timeline, link_rate
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute",
          "ragged-all-to-all", "collective-broadcast")
-# What keeps a device busy while a transfer runs: products, kernels, loops, convolutions.
-_HEAVY_TARGETS = re.compile(r"gemm|cublas|cudnn|triton|mosaic|pallas|tpu_custom_call", re.I)
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]"
                    r"(?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
@@ -32,9 +32,10 @@ class Collective:
       bytes: of the whole result (all-gather), the whole input (reduce-scatter) or the array.
       wire: bytes that each device sends, on a ring.
       times: runs per call of the program.
-      overlapped: True when heavy work is scheduled between its start and its end.
-      in_loop: True for steady-state traffic inside a loop over layers or microbatches.
+      steady: it runs more often than there are microbatches: inside the loop over the layers.
       members: device numbers of the first group.
+      seconds: of one run on its links. hidden: part of that, 0 to 1, that the work beside it hides
+        (timeline.py); 0 where nothing was asked about time.
     """
 
     name: str
@@ -45,41 +46,76 @@ class Collective:
     bytes: int
     wire: float
     times: float
-    overlapped: bool
-    in_loop: bool
+    steady: bool
     members: tuple[int, ...] = ()
+    seconds: float = 0.0
+    hidden: float = 0.0
 
 
-def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """All collectives of a program compiled for a mesh of these axis sizes (row-major ids)."""
+def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | None = None,
+                microbatches: int = 1) -> list[Collective]:
+    """All collectives of a program compiled for a mesh of these axis sizes (row-major ids).
+
+    chip: weighs each transfer against the work beside it. microbatches: of one call.
+    """
     groups_of_axes = _axis_groups(mesh_shape)
-    found = []
+    devices = int(np.prod(list(mesh_shape.values())))
+    found: dict[tuple[str, str], Collective] = {}
+    starts: dict[tuple[str, str], str] = {}
     for computation, times in program.walk():
         instructions = program.computations[computation]
+        shapes = {i.name: i.result for i in instructions}
         for position, instruction in enumerate(instructions):
-            kind = instruction.opcode.removesuffix("-start")
+            key = computation, instruction.name
+            inner = program.wrapped(instruction) or instruction
+            kind = inner.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            done = None
-            if instruction.opcode.endswith("-start"):
-                done = _done(instructions, position)
+            if key in found:  # reached from a second place
+                again = found[key].times + times
+                found[key] = dataclasses.replace(found[key], times=again,
+                                                 steady=again > microbatches)
+                continue
+            begun = instruction.opcode.endswith("-start")
+            done = _done(instructions, position) if begun else None
+            if done is not None:
+                starts[computation, instructions[done].name] = instruction.name
+                arrays = instructions[done].result
+            elif inner is not instruction or not begun:
+                arrays = inner.result
+            else:  # a start's result lists its operands too
+                arrays = tuple(a for n in instruction.operand_names for a in shapes.get(n, ()))
+            members = _groups(inner, devices)
+            size = max((len(g) for g in members), default=1)
+            total = _bytes(arrays)
+            if begun and done is None and inner is instruction and kind == "all-gather":
+                total *= size  # of the operands
+            elif kind == "reduce-scatter" and not (begun and done is None and inner is instruction):
+                total *= size  # of the results
             if kind == "all-reduce" and "all-reduce-scatter" in computation:
                 kind = "reduce-scatter"  # how TPUs spell it: a fusion that keeps one slice
-            members = _groups(instruction, int(np.prod(list(mesh_shape.values()))))
-            size = max((len(g) for g in members), default=1)
-            arrays = (instructions[done] if done is not None else instruction).result
-            arrays = [a for a in arrays if a.dtype not in ("u32", "s32") or len(arrays) == 1]
-            total = sum(a.bytes for a in arrays)
-            if kind == "collective-permute" and done is None and len(arrays) > 1:
-                total //= 2
-            scatter_input = kind == "reduce-scatter" and instruction.opcode != "all-reduce"
-            total = total * size if scatter_input else total
-            found.append(Collective(
+            wire = _wire(kind, total, size)
+            found[key] = Collective(
                 instruction.name, kind, _axes(members, groups_of_axes, kind), size,
-                arrays[0].dtype if arrays else "?", total, _wire(kind, total, size), times,
-                done is not None and _busy(instructions[position + 1:done]), times > 1,
-                members[0] if members else ()))
-    return found
+                next((a.dtype for a in arrays), "?"), total, wire, times, times > microbatches,
+                members[0] if members else (),
+                wire / link_rate(members[0] if members else (), chip) if chip else 0.0)
+    if chip is None:
+        return list(found.values())
+    played = Timeline(program, chip,
+                      {key: (c.axes, c.seconds) for key, c in found.items()}, starts)
+    return [dataclasses.replace(c, hidden=_share(c.seconds, played.exposed.get(key, c.seconds)))
+            for key, c in found.items()]
+
+
+def _share(seconds: float, exposed: float) -> float:
+    return 1.0 - min(1.0, exposed / seconds) if seconds > 0 else 1.0
+
+
+def _bytes(arrays: Sequence[Array]) -> int:
+    """Of what travels: scalar integers beside other arrays are the transfer's own bookkeeping."""
+    own = [a for a in arrays if len(arrays) > 1 and not a.shape and a.dtype in ("u32", "s32")]
+    return sum(a.bytes for a in arrays) - sum(a.bytes for a in own)
 
 
 def _wire(kind: str, size: int, group: int) -> float:
@@ -90,23 +126,16 @@ def _wire(kind: str, size: int, group: int) -> float:
 
 
 def _done(instructions: Sequence[Instruction], start: int) -> int | None:
-    name = instructions[start].name
+    """Where the transfer begun at `start` ends; async-updates may lie between."""
+    names = {instructions[start].name}
     for i in range(start + 1, len(instructions)):
-        if instructions[i].opcode.endswith("-done") and name in instructions[i].operand_names:
+        if names.isdisjoint(instructions[i].operand_names):
+            continue
+        if instructions[i].opcode.endswith("-done"):
             return i
+        if instructions[i].opcode == "async-update":
+            names.add(instructions[i].name)
     return None
-
-
-def _busy(between: Sequence[Instruction]) -> bool:
-    for instruction in between:
-        if instruction.opcode in ("dot", "convolution", "while", "call"):
-            return True
-        if instruction.opcode == "custom-call" and _HEAVY_TARGETS.search(instruction.rest):
-            return True
-        if instruction.opcode == "fusion" and (
-                "kind=kOutput" in instruction.rest or _HEAVY_TARGETS.search(instruction.rest)):
-            return True
-    return False
 
 
 # -- which devices talk to each other
@@ -118,13 +147,7 @@ def _groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
         return _rings(re.findall(r"\{(\d+),(\d+)\}", pairs.group(1)))
     if mesh := _MESH.search(text):
-        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh.group(1)), strict=True)
-        shape = [int(n) for n in sizes]
-        ids = _iota(mesh.group(2), mesh.group(3), int(np.prod(shape))).reshape(shape)
-        chosen = [names.index(n) for n in re.findall(r"'([^']+)'", mesh.group(4)) if n in names]
-        others = [i for i in range(len(shape)) if i not in chosen]
-        size = int(np.prod([shape[i] for i in chosen]))
-        return [tuple(map(int, row)) for row in ids.transpose(others + chosen).reshape(-1, size)]
+        return _mesh_groups(mesh)
     start = text.find("replica_groups=")
     if start < 0:
         return [tuple(range(devices))]
@@ -139,6 +162,28 @@ def _groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
         ids = _iota(iota.group(2), iota.group(3), int(np.prod(rows)))
         return [tuple(map(int, row)) for row in ids.reshape(rows[0], -1)]
     return [tuple(range(devices))]
+
+
+def _mesh_groups(found: re.Match) -> list[tuple[int, ...]]:
+    """mesh['a'=4,'b'=2], device_ids=(...) {'b','a':(1)2}: of axis a the sub-axis of size 2 that
+    begins after the sizes whose product is 1."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
+    asked = [(name, int(before or 1), int(size or axes[name])) for name, before, size
+             in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found.group(4)) if name in axes]
+    dims: list[tuple[str, int, int]] = []  # (axis, product of the sizes before it, size)
+    for name, whole in axes.items():
+        cuts = {1, whole} | {edge for axis, before, size in asked if axis == name
+                             for edge in (before, before * size)}
+        edges = sorted(cuts)
+        dims += [(name, low, high // low) for low, high in itertools.pairwise(edges)] or [
+            (name, 1, 1)]
+    shape = [size for _, _, size in dims]
+    ids = _iota(found.group(2), found.group(3), int(np.prod(shape))).reshape(shape)
+    chosen = [i for name, before, size in asked for i, (axis, low, count) in enumerate(dims)
+              if axis == name and before <= low and low * count <= before * size]
+    others = [i for i in range(len(shape)) if i not in chosen]
+    size = int(np.prod([shape[i] for i in chosen]))
+    return [tuple(map(int, row)) for row in ids.transpose(others + chosen).reshape(-1, size)]
 
 
 def _iota(sizes: str | None, order: str | None, count: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 XLA's own analysis counts the body of a scan once; here a scanned layer counts as often as it runs.
 A product inside the named scope "attention" counts as attention, so the two costs of a transformer
-are told apart. Elementwise work is not counted: it is bound by memory, not by arithmetic.
+are told apart; one that jax made by transposing (the backward pass) counts as backward too.
+Elementwise work is not counted: it is bound by memory, not by arithmetic.
 """
 
 from __future__ import annotations
@@ -15,24 +16,32 @@ import jax
 from jax.extend import core
 
 ATTENTION_SCOPE = "attention"
+TRANSPOSED = "transpose("  # how jax's name stacks mark what the backward pass runs
 
 
 @dataclasses.dataclass
 class Flops:
-    """Floating point operations (a multiply-add is two)."""
+    """Floating point operations (a multiply-add is two); backward is a part of the three others."""
 
     matmul: float = 0.0
     attention: float = 0.0
     convolution: float = 0.0
+    backward: float = 0.0
 
     @property
     def total(self) -> float:
         return self.matmul + self.attention + self.convolution
 
+    @property
+    def forward(self) -> float:
+        """What no gradient asked for. Where layers are recomputed that counts as backward."""
+        return self.total - self.backward
+
     def add(self, other: Flops, times: float = 1.0) -> None:
         self.matmul += times * other.matmul
         self.attention += times * other.attention
         self.convolution += times * other.convolution
+        self.backward += times * other.backward
 
 
 class UncountedError(ValueError):
@@ -52,29 +61,34 @@ def count_flops(function: Any, *args: Any) -> Flops:
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def jaxpr_flops(jaxpr: Any) -> Flops:
-    """FLOPs of a jaxpr (open or closed)."""
+def jaxpr_flops(jaxpr: Any, backward: bool = False) -> Flops:
+    """FLOPs of a jaxpr (open or closed). backward: the whole of it belongs to a backward pass."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     found = Flops()
     for equation in jaxpr.eqns:
-        _count(equation, found)
+        _count(equation, found, backward)
     return found
 
 
-def _count(equation: Any, found: Flops) -> None:
+def _count(equation: Any, found: Flops, backward: bool) -> None:
     name, params = equation.primitive.name, equation.params
+    names = str(equation.source_info.name_stack)
+    backward = backward or TRANSPOSED in names
     if name == "dot_general":
         work = _dot(equation)
-        if ATTENTION_SCOPE in str(equation.source_info.name_stack):
+        if ATTENTION_SCOPE in names:
             found.attention += work
         else:
             found.matmul += work
+        found.backward += work if backward else 0.0
     elif name == "conv_general_dilated":
-        found.convolution += _convolution(equation)
+        work = _convolution(equation)
+        found.convolution += work
+        found.backward += work if backward else 0.0
     elif name == "scan":
-        found.add(jaxpr_flops(params["jaxpr"]), params["length"])
+        found.add(jaxpr_flops(params["jaxpr"], backward), params["length"])
     elif name == "cond":
-        branches = [jaxpr_flops(branch) for branch in params["branches"]]
+        branches = [jaxpr_flops(branch, backward) for branch in params["branches"]]
         found.add(max(branches, key=lambda f: f.total))
     elif name == "while":
         for part in ("cond_jaxpr", "body_jaxpr"):
@@ -83,13 +97,13 @@ def _count(equation: Any, found: Flops) -> None:
     elif name == "shard_map":
         manual = params.get("manual_axes") or params["mesh"].axis_names
         shards = math.prod(params["mesh"].shape[axis] for axis in manual)
-        found.add(jaxpr_flops(params["jaxpr"]), shards)
+        found.add(jaxpr_flops(params["jaxpr"], backward), shards)
     elif name == "pallas_call":
         raise UncountedError("a Pallas kernel's loops cannot be counted; trace with the oracle "
                              "attention (model.attention=oracle)")
     else:
         for inner in _inner(params):
-            found.add(jaxpr_flops(inner))
+            found.add(jaxpr_flops(inner, backward))
 
 
 def _inner(params: dict) -> list[Any]:

@@ -23,6 +23,8 @@ _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_c
                      r"%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"\}')
+# Names of the Python source, which may hold any word: never to be taken for what the program does.
+_METADATA = re.compile(r',? ?\bmetadata=\{((?:[^"{}]|"(?:[^"\\]|\\.)*")*)\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. `rest` is everything after the operands: attributes, metadata, backend config."""
+    """One line. `rest` is what follows the operands but for `metadata`: attributes, backend config."""
 
     name: str
     opcode: str
@@ -47,6 +49,7 @@ class Instruction:
     operands: str
     rest: str
     is_root: bool
+    metadata: str = ""
 
     @property
     def operand_names(self) -> list[str]:
@@ -69,21 +72,32 @@ class Program:
     computations: dict[str, list[Instruction]]
     entry: str
 
+    def wrapped(self, instruction: Instruction) -> Instruction | None:
+        """The one instruction that an async-start runs; None for any other and for a longer body."""
+        if instruction.opcode != "async-start" or "calls" not in instruction.called:
+            return None
+        body = [i for i in self.computations.get(instruction.called["calls"], ())
+                if i.opcode not in ("parameter", "tuple", "get-tuple-element", "bitcast")]
+        return body[0] if len(body) == 1 else None
+
     def walk(self) -> Iterator[tuple[str, float]]:
         """Every computation that runs with how often it does, per call of the program.
 
         A computation reached from two places comes twice. Loops without a known trip count and
-        without a constant bound count once.
+        without a constant bound count once. What an async-start wraps counts as the start itself.
         """
         stack = [(self.entry, 1.0)]
         while stack:
             name, times = stack.pop()
             yield name, times
             for instruction in self.computations[name]:
-                stack += [(n, times * k) for n, k in self._children(instruction)]
+                stack += [(n, times * k) for n, k in self.children(instruction)]
 
-    def _children(self, instruction: Instruction) -> list[tuple[str, float]]:
+    def children(self, instruction: Instruction) -> list[tuple[str, float]]:
+        """The computations that an instruction runs, and how often."""
         called = instruction.called
+        if self.wrapped(instruction) is not None:
+            return []
         if instruction.opcode == "while":
             trips = self.trip_count(instruction)
             return [(called[key], trips) for key in ("body", "condition") if key in called]
@@ -142,8 +156,12 @@ def _instruction(line: str) -> Instruction | None:
     result, rest = rest[:end], rest[end:].lstrip()
     opcode, _, after = rest.partition("(")
     close = _closing(rest, len(opcode))
-    return Instruction(head.group(2), opcode.strip(), _arrays(result),
-                       rest[len(opcode) + 1:close], rest[close + 1:], bool(head.group(1)))
+    operands, after, metadata = rest[len(opcode) + 1:close], rest[close + 1:], ""
+    if found := _METADATA.search(after):
+        metadata = found.group(1)
+        after = after[:found.start()] + after[found.end():]
+    return Instruction(head.group(2), opcode.strip(), _arrays(result), operands, after,
+                       bool(head.group(1)), metadata)
 
 
 def _closing(text: str, start: int) -> int:

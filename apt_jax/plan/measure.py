@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from apt_jax.plan.chips import Chip, Topology
+from apt_jax.plan.chips import Topology
 from apt_jax.plan.collectives import Collective, collectives
-from apt_jax.plan.flops import Flops, count_flops
+from apt_jax.plan.flops import Flops, UncountedError, count_flops
 from apt_jax.plan.hlo import parse_hlo
 from apt_jax.plan.programs import Program
+from apt_jax.plan.timeline import ATTENTION_EFFICIENCY, MATMUL_EFFICIENCY
 
-# Part of the peak that today's kernels reach on an H100 (700, 690 and 492 of 989 TFLOP/s, published);
-# taken for every chip. The backward pass does 2 of 3 parts of a training step's attention.
-MATMUL_EFFICIENCY = 0.71
-ATTENTION_EFFICIENCY = {"inference": 0.70, "training": 0.54}
 # An array that every device holds in full, or a float32 gather in the steady state, is worth a line
 # from this size on.
 NOTE_BYTES = 64 * 2**20
+HIDDEN = 0.95  # a collective of which less is hidden counts as exposed
+# What compilers say when a program does not fit: XLA:TPU names both figures, others that they tried.
+_NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|[Oo]ut of memory")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? ?\w*")
+_ALLOCATE = re.compile(r"allocat\w+ (?:of )?([\d.]+) ?([KMGT]?)i?B")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Traffic:
     count: float
     wire: float
     seconds: float
-    overlapped: float  # part of the wire bytes that compute hides
+    overlapped: float  # part of the seconds that the work beside it hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +54,20 @@ class Measurement:
       parts: bytes of each named part of the arguments.
       arguments, outputs, aliased, temporaries, code: the compiler's memory analysis.
       peak: what the device must hold: arguments + outputs - aliased + temporaries + code.
+      samples, microbatches: of one call; its microbatches run one after another.
       flops: model FLOPs of the whole batch (nothing recomputed).
-      executed: with what rematerialisation computes again.
+      executed: with what rematerialisation computes again; the kernels' own recomputation in their
+        backward pass is not in it.
       floor: seconds at the chip's peak rate.
       compute, exposed, step: modelled seconds of products, of traffic that nothing hides, together.
       notes: what deserves a look: float32 gathers, arrays held in full everywhere.
+      refused: what the compiler said where it found no room; the memory is then what it named, and
+        there are no collectives.
     """
 
     name: str
+    samples: int
+    microbatches: int
     parts: dict[str, int]
     arguments: int
     outputs: int
@@ -72,6 +82,7 @@ class Measurement:
     traffic: tuple[Traffic, ...]
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...]
+    refused: str = ""
 
     @property
     def peak(self) -> int:
@@ -80,6 +91,12 @@ class Measurement:
     @property
     def step(self) -> float:
         return self.compute + self.exposed
+
+    @property
+    def exposed_steady(self) -> tuple[Collective, ...]:
+        """Collectives in the loop over the layers that work does not hide, the longest wait first."""
+        waits = [c for c in self.collectives if c.steady and c.hidden < HIDDEN]
+        return tuple(sorted(waits, key=lambda c: -c.seconds * (1 - c.hidden) * c.times))
 
 
 def shard_bytes(tree: Any) -> int:
@@ -97,86 +114,108 @@ def measure(program: Program, topology: Topology, mesh: Mesh,
 
     options: XLA compiler options of this program.
     """
-    compiled = program.function.lower(*program.args).compile(compiler_options=options or None)
-    text = compiled.as_text()
-    memory = compiled.memory_analysis()
-    reference, args = program.reference()
-    flops = count_flops(reference, *args)
-    executed = _executed(program, flops)
     shape = dict(mesh.shape)
-    found = collectives(parse_hlo(text), shape)
+    text, refused, found = "", "", []
+    try:
+        compiled = program.function.lower(*program.args).compile(
+            compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        room = refusal(str(error))
+        if room is None:
+            raise
+        refused, used = room
+        arguments = shard_bytes(program.args)
+        memory = {"arguments": arguments, "outputs": 0, "aliased": 0, "code": 0,
+                  "temporaries": max(0, used - arguments)}
+    else:
+        text = compiled.as_text()
+        said = compiled.memory_analysis()
+        memory = {"arguments": said.argument_size_in_bytes, "outputs": said.output_size_in_bytes,
+                  "aliased": said.alias_size_in_bytes, "temporaries": said.temp_size_in_bytes,
+                  "code": said.generated_code_size_in_bytes}
+        found = collectives(parse_hlo(text), shape, topology.chip, program.microbatches)
+    flops, executed = work(program)
     chip, devices = topology.chip, topology.devices
-    training = program.name != "one-step inference"
     compute = (executed.matmul + executed.convolution) / (chip.flops * MATMUL_EFFICIENCY)
     compute += executed.attention / (
-        chip.flops * ATTENTION_EFFICIENCY["training" if training else "inference"])
-    compute /= devices
-    traffic = _traffic(found, chip)
-    hidden = sum(t.seconds * t.overlapped for t in traffic)
-    exposed = sum(t.seconds * (1 - t.overlapped) for t in traffic) + max(0.0, hidden - compute)
+        chip.flops * ATTENTION_EFFICIENCY["training" if program.training else "inference"])
     return Measurement(
-        name=program.name,
+        name=program.name, samples=program.samples, microbatches=program.microbatches,
         parts={name: shard_bytes(tree) for name, tree in program.parts.items()
                if jax.tree.leaves(tree)},
-        arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-        code=memory.generated_code_size_in_bytes, flops=flops, executed=executed,
-        floor=flops.total / (chip.flops * devices), compute=compute, exposed=exposed,
-        traffic=traffic, collectives=tuple(found), notes=tuple(_notes(program, found, shape)),
+        **memory, flops=flops, executed=executed,
+        floor=flops.total / (chip.flops * devices), compute=compute / devices,
+        exposed=sum(c.seconds * (1 - c.hidden) * c.times for c in found),
+        traffic=_traffic(found), collectives=tuple(found),
+        notes=tuple(_notes(program, found, shape)), refused=refused,
     ), text
 
 
-def _executed(program: Program, model: Flops) -> Flops:
-    """What runs, recomputation included, with the attention counted as the plain one does it."""
-    try:
-        return count_flops(program.function, *program.args)
-    except ValueError:  # a kernel inside: scale the model's work by what a layer's remat repeats
-        repeated = 4 / 3 if "step" in program.name else 1.0
-        return Flops(model.matmul * repeated, model.attention * repeated, model.convolution)
+def refusal(message: str) -> tuple[str, int] | None:
+    """(the compiler's sentence, the bytes it wanted; 0 where it named none) from an error that says
+    there is no room; None for any other error."""
+    if not _NO_ROOM.search(message):
+        return None
+    said = " ".join(message.split())
+    if found := _USED.search(said):
+        return found.group(0), int(float(found.group(1)) * _UNITS[found.group(2)])
+    if found := _ALLOCATE.search(said):
+        return found.group(0), int(float(found.group(1)) * _UNITS[found.group(2)])
+    return said[:120], 0
 
 
-def link_rate(collective: Collective, chip: Chip) -> float:
-    """Bytes/s that a device of this collective can send.
+def work(program: Program) -> tuple[Flops, Flops]:
+    """Model FLOPs of a call, and the executed ones: with the recomputation that the config asks for.
 
-    Inside a host (or a TPU slice) the fast network; between hosts every member of a group brings
-    its own port, so members that share a host add up, never beyond the fast network.
+    Both are counted with the plain attention standing for the kernel, whose loops cannot be read.
+    Where the executed program cannot be counted, the model's work is scaled by what the
+    recomputation of every layer repeats of a training step.
     """
-    if not chip.host_devices or not collective.members:
-        return chip.fast
-    hosts = defaultdict(int)
-    for member in collective.members:
-        hosts[member // chip.host_devices] += 1
-    if len(hosts) == 1:
-        return chip.fast
-    return min(chip.fast, chip.slow * max(hosts.values()))
+    function, args = program.reference("none")
+    flops = count_flops(function, *args)
+    if not program.training:
+        return flops, flops
+    try:
+        function, args = program.reference(None)
+        return flops, count_flops(function, *args)
+    except UncountedError:
+        return flops, Flops(*(value * 4 / 3 for value in dataclasses.astuple(flops)))
 
 
-def _traffic(found: list[Collective], chip: Chip) -> tuple[Traffic, ...]:
+def _traffic(found: list[Collective]) -> tuple[Traffic, ...]:
     groups: dict[tuple, list[Collective]] = defaultdict(list)
     for c in found:
         groups[c.kind, c.axes, c.dtype].append(c)
     rows = []
     for (kind, axes, dtype), members in groups.items():
         wire = sum(c.wire * c.times for c in members)
-        hidden = sum(c.wire * c.times for c in members if c.overlapped)
-        rows.append(Traffic(kind, axes, dtype, sum(c.times for c in members), wire,
-                            sum(c.wire * c.times / link_rate(c, chip) for c in members),
-                            hidden / wire if wire else 0.0))
+        seconds = sum(c.seconds * c.times for c in members)
+        hidden = sum(c.seconds * c.hidden * c.times for c in members)
+        rows.append(Traffic(kind, axes, dtype, sum(c.times for c in members), wire, seconds,
+                            hidden / seconds if seconds else 0.0))
     return tuple(sorted(rows, key=lambda t: -t.wire))
 
 
 def _notes(program: Program, found: list[Collective], shape: dict[str, int]) -> list[str]:
+    """float32 gathers, sums where a reduce-scatter would do or where only tokens should travel, and
+    arrays that every device holds in full, each from NOTE_BYTES on."""
     notes = []
     for c in found:
-        if c.kind == "all-gather" and c.dtype == "f32" and c.in_loop and c.bytes >= NOTE_BYTES:
-            notes.append(f"float32 all-gather over {c.axes}: {c.bytes / 2**20:.0f} MiB, "
-                         f"{c.times:g} times ({c.name})")
-        if (c.kind == "all-reduce" and "fsdp" in c.axes.split("+")
-                and c.bytes >= NOTE_BYTES):
-            notes.append(f"all-reduce over {c.axes} of {c.bytes / 2**20:.0f} MiB, {c.times:g} "
-                         f"times, where a reduce-scatter would do ({c.name})")
+        if c.bytes < NOTE_BYTES:
+            continue
+        what = f"of {c.bytes / 2**20:.0f} MiB, {c.times:g} times ({c.name})"
+        axes = set(c.axes.split("+"))
+        if c.kind == "all-gather" and c.dtype == "f32":
+            where = "in the layers" if c.steady else "outside the layers"
+            notes.append(f"float32 all-gather over {c.axes}, {where}, {what}")
+        if c.kind == "all-reduce" and "fsdp" in axes:
+            notes.append(f"all-reduce over {c.axes}, where a reduce-scatter would do, {what}")
+        elif c.kind == "all-reduce" and "context" in axes:
+            notes.append(f"all-reduce over {c.axes}, which the parameters are cut over too, {what}")
     if math.prod(shape.values()) > 1:
         for name, tree in program.parts.items():
+            if name == "batch":  # its few samples on many devices are no mistake
+                continue
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 size = math.prod(leaf.shape) * leaf.dtype.itemsize
                 if size >= NOTE_BYTES and leaf.sharding.is_fully_replicated:

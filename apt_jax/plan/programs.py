@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from apt_jax.diffusion.samplers import one_step
+from apt_jax.data.pipeline import size_of
 from apt_jax.errors import UserError
+from apt_jax.eval.generate import Generation
 from apt_jax.models.presets import make_generator
 from apt_jax.parallel.context import on_mesh
-from apt_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from apt_jax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up
-from apt_jax.train.steps import build_steps
+from apt_jax.train.steps import build_steps, microbatches
 
 STEP_NAMES = {"generator": "G step", "discriminator": "D step"}
 
@@ -31,24 +32,42 @@ STEP_NAMES = {"generator": "G step", "discriminator": "D step"}
 class Program:
     """One program: `function(*args)`, a jitted function and its abstract, sharded arguments.
 
-    reference is the same function on the same shapes with the plain attention and without
-    recomputation, for counting model FLOPs. parts names the argument trees, for accounting.
+    reference(remat) is the same function on the same shapes and one device with the plain attention,
+    whose work can be counted, and that rematerialisation policy (None: the config's own). parts
+    names the argument trees, for accounting. samples: of one call. microbatches: parts, one after
+    another, into which a call cuts them. training: it takes a gradient.
     """
 
     name: str
     function: Any
     args: tuple
-    reference: Callable[[], tuple[Any, tuple]]
+    reference: Callable[[str | None], tuple[Any, tuple]]
     parts: dict[str, Any]
+    samples: int
+    microbatches: int = 1
+    training: bool = True
 
 
-def reference_config(config: Any) -> Any:
-    """The same mathematics with the plain attention and nothing recomputed."""
+def reference_config(config: Any, remat: str | None = "none") -> Any:
+    """The same mathematics with the plain attention; remat: what is recomputed, None as it is."""
     plain = config.copy_and_resolve_references()
-    plain.model.remat = "none"
+    plain.model.remat = plain.model.remat if remat is None else remat
     if "attention" in plain.model:
         plain.model.attention = "oracle"
     return plain
+
+
+def asked_batch(config: Any) -> int:
+    """Samples of one update that the config asks for, of its largest sample."""
+    return size_of(max(config.data.frames), config.train.batch_size, config.train.clip_batch_size)
+
+
+def batch_of(config: Any, mesh: Mesh) -> int:
+    """Samples of one update as `train` runs it: filled up to what the devices and train.accumulate
+    split. Raises UserError where the loop would."""
+    clips = max(config.data.frames) > 1 and config.train.clip_batch_size > 0
+    return check_batch(mesh, asked_batch(config), config.train.accumulate,
+                       "train.clip_batch_size" if clips else "train.batch_size")
 
 
 def sample_shape(config: Any) -> tuple[int, int, int, int]:
@@ -90,16 +109,17 @@ def _frozen(config: Any, setup: Setup, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def training_programs(config: Any, devices: list, batch: int) -> list[Program]:
-    """The steps of config.stage on these devices with a global batch of `batch` samples."""
+def training_programs(config: Any, devices: list) -> list[Program]:
+    """The steps of config.stage on these devices: whole updates, all their microbatches."""
     mesh = make_mesh(config.mesh, devices)
+    batch = batch_of(config, mesh)
     setup = set_up(config, mesh)
     steps = build_steps(config, setup.nets, setup.optimizers, mesh, setup.shardings)
     state, frozen = setup.abstract, _frozen(config, setup, mesh)
     inputs = abstract_batch(config, mesh, batch)
 
-    def reference(name: str) -> tuple[Any, tuple]:
-        plain = reference_config(config)
+    def reference(name: str, remat: str | None) -> tuple[Any, tuple]:
+        plain = reference_config(config, remat)
         plain.train.accumulate = 1
         one = make_mesh({"replica": 1, "fsdp": 1}, devices[:1])
         small = set_up(plain, one)
@@ -109,7 +129,8 @@ def training_programs(config: Any, devices: list, batch: int) -> list[Program]:
 
     return [Program(STEP_NAMES[name], step, (state, frozen, inputs),
                     functools.partial(reference, name),
-                    {**_parts(state), "teacher": frozen.get("teacher", {}), "batch": inputs})
+                    {**_parts(state), "teacher": frozen.get("teacher", {}), "batch": inputs},
+                    batch, microbatches(config, batch, mesh))
             for name, step in steps.items()]
 
 
@@ -119,30 +140,41 @@ def _parts(state: dict[str, Any]) -> dict[str, Any]:
             "optimiser": [state["generator_opt"], state.get("discriminator_opt", {})]}
 
 
-def inference_program(config: Any, devices: list, batch: int) -> Program:
-    """One-step generation (Eq. 3-5) with weights in the compute dtype."""
-    mesh = make_mesh(config.mesh, devices)
-    dtype = jnp.dtype(config.model.dtype)
+def inference_program(config: Any, devices: list, batch: int = 0, compute_copy: bool = False
+                      ) -> Program:
+    """One-step generation (Eq. 3-5) as `apt-jax sample` runs it: float32 weights cut as in training,
+    the samples cut over the batch axes only where these divide them.
 
-    def build(config, mesh):
+    batch: samples of one call; 0 is the default of `sample`, one of latents and 64 of pixels.
+    compute_copy: the weights come in the dtype of the layers already.
+    """
+    batch = batch or (1 if config.model.in_channels != 3 else 64)
+
+    def build(config: Any, mesh: Mesh) -> tuple[Any, tuple]:
         net = make_generator(config.model).on(on_mesh(mesh, config.mesh.ulysses))
+        whole, length = replicated(mesh), text_length(config)
 
-        def cast(leaf):
-            return jax.ShapeDtypeStruct(leaf.shape, dtype if leaf.ndim > 1 else leaf.dtype)
+        def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-        abstract = jax.tree.map(cast, net.abstract())
+        abstract = net.abstract()
+        if compute_copy:
+            abstract = jax.eval_shape(net.compute_copy, abstract)
         params = abstract_like(abstract, infer_shardings(abstract, mesh))
-        inputs = abstract_batch(config, mesh, batch)
+        width, scalar = config.model.text_width, array((), jnp.float32)
+        draw = functools.partial(Generation(net, "one_step", batch=batch).draw,
+                                 shape=sample_shape(config))
+        return jax.jit(draw), (
+            params, array((batch,), jnp.int32), array((), jnp.int32),
+            array((batch, length, width), jnp.float32), array((batch, length), jnp.bool_),
+            array((length, width), jnp.float32), array((length,), jnp.bool_), scalar)
 
-        def draw(params, z, text, text_mask):
-            return one_step(functools.partial(net, params), z, text, text_mask)
-
-        function = jax.jit(draw, out_shardings=batch_sharding(mesh))
-        return function, (params, inputs["x"], inputs["text"], inputs["text_mask"])
-
+    mesh = make_mesh(config.mesh, devices)
     function, args = build(config, mesh)
 
-    def reference():
-        return build(reference_config(config), make_mesh({"replica": 1, "fsdp": 1}, devices[:1]))
+    def reference(remat: str | None) -> tuple[Any, tuple]:
+        return build(reference_config(config, remat),
+                     make_mesh({"replica": 1, "fsdp": 1}, devices[:1]))
 
-    return Program("one-step inference", function, args, reference, {"generator": args[0]})
+    return Program("one-step inference", function, args, reference, {"generator": args[0]}, batch,
+                   training=False)

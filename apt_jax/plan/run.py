@@ -8,23 +8,29 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from apt_jax.errors import UserError
 from apt_jax.kernels.choice import Hardware, choosing
-from apt_jax.parallel.mesh import batch_ways, make_mesh
+from apt_jax.parallel.mesh import make_mesh
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
 from apt_jax.plan.measure import Measurement, measure
-from apt_jax.plan.programs import Program, inference_program, sample_shape, training_programs
+from apt_jax.plan.programs import (
+    Program, asked_batch, batch_of, inference_program, sample_shape, training_programs,
+)
 
 log = logging.getLogger("apt_jax")
-# What the driver, the collective library and the allocator's rounding take of a device's memory.
+# What the driver, the collective library and the allocator's rounding take of a device's memory. The
+# launch files give jax the rest (XLA_PYTHON_CLIENT_MEM_FRACTION; it would take 0.75 by itself).
 RESERVE = 0.06
-# What a user can change, mildest first: (what to write, how).
-REMEDIES: tuple[tuple[str, str, Any], ...] = (
-    ("model.remat", "model.remat", "full"),
-    ("mesh.context", "mesh.context", 2),
-    ("mesh.context", "mesh.context", 4),
-    ("mesh.context", "mesh.context", 8),
+# What a user can change, mildest first.
+REMEDIES: tuple[tuple[str, Any], ...] = (
+    ("train.accumulate", 0),  # the same batch, one sample at a time
+    ("model.remat", "full"),
+    ("mesh.context", 2),
+    ("mesh.context", 4),
+    ("mesh.context", 8),
 )
 
 
@@ -32,7 +38,7 @@ REMEDIES: tuple[tuple[str, str, Any], ...] = (
 class Plan:
     """The programs of one config on one topology.
 
-    batch: samples of one microbatch over all devices. usable: bytes of a device that a program may
+    batch: samples of one update over all devices. usable: bytes of a device that a program may
     take. remedy: the smallest change found that fits, "" where it fits already or none was found.
     """
 
@@ -54,18 +60,29 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.usable
+        return all(map(self.fit, self.programs))
+
+    def fit(self, program: Measurement) -> bool:
+        return not program.refused and program.peak <= self.usable
+
+    @property
+    def microbatch(self) -> int:
+        """Samples at a time, over all devices, of the training steps."""
+        return self.batch // max(p.microbatches for p in self.programs)
 
     @property
     def step(self) -> float:
-        """Modelled seconds of one microbatch through every training step."""
-        return sum(p.step for p in self.programs if "step" in p.name and "one-" not in p.name)
+        """Modelled seconds of one update: every training step over the whole batch."""
+        return sum(p.step for p in self.programs if p.name != "one-step inference")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: "fits", "peak_gib", "flops_forward_tflop", per program and in all."""
         forward = next((p for p in self.programs if p.name == "one-step inference"), None)
         programs = {p.name: {
-            "fits": p.peak <= self.usable, "peak_gib": p.peak / GIB,
+            "fits": self.fit(p), "peak_gib": p.peak / GIB, "refused": p.refused,
+            "samples": p.samples, "microbatches": p.microbatches,
+            # of the forward passes of all networks that it evaluates, per sample
+            "flops_forward_tflop": p.flops.forward / p.samples / 1e12,
             "arguments_gib": p.arguments / GIB, "temporaries_gib": p.temporaries / GIB,
             "outputs_gib": p.outputs / GIB, "aliased_gib": p.aliased / GIB,
             "parts_gib": {k: v / GIB for k, v in p.parts.items()},
@@ -74,27 +91,34 @@ class Plan:
             "flops_attention_tflop": p.flops.attention / 1e12,
             "executed_tflop": p.executed.total / 1e12,
             "floor_seconds": p.floor, "step_seconds": p.step, "exposed_seconds": p.exposed,
-            "collectives": [dataclasses.asdict(t) for t in p.traffic], "notes": list(p.notes),
+            "collectives": [dataclasses.asdict(t) for t in p.traffic],
+            "steady_collectives": [
+                {"kind": c.kind, "axes": c.axes, "dtype": c.dtype, "bytes": c.bytes,
+                 "wire": c.wire, "times": c.times, "seconds": c.seconds, "hidden": c.hidden}
+                for c in p.collectives if c.steady],
+            "exposed_steady": [c.name for c in p.exposed_steady], "notes": list(p.notes),
         } for p in self.programs}
         return {
             "topology": self.topology.text, "devices": self.topology.devices, "mesh": self.mesh,
-            "batch": self.batch, "tokens": self.tokens, "parameters": self.parameters,
+            "batch": self.batch, "microbatch": self.microbatch, "tokens": self.tokens, "parameters": self.parameters,
             "fits": self.fits, "peak_gib": self.peak / GIB, "usable_gib": self.usable / GIB,
-            "flops_forward_tflop": (forward.flops.total / self.batch / 1e12 if forward else None),
+            "flops_forward_tflop": (  # of the generator, per sample
+                forward.flops.forward / forward.samples / 1e12 if forward else None),
             "step_seconds": self.step, "remedy": self.remedy, "programs": programs,
         }
 
 
-def build_programs(config: Any, devices: list, batch: int, inference: bool) -> list[Program]:
-    programs = training_programs(config, devices, batch)
+def build_programs(config: Any, devices: list, inference: bool) -> list[Program]:
+    """The programs of a run, those of training first."""
+    programs = training_programs(config, devices)
     if inference:
-        programs.append(inference_program(config, devices, batch))
+        programs.append(inference_program(config, devices))
     return programs
 
 
 def plan(config: Any, topology: Topology, *, inference: bool = True,
          options: dict[str, Any] | None = None, keep: Callable[[str, str], None] | None = None,
-         tell: Callable[[str], None] = lambda text: None) -> Plan:
+         tell: Callable[[str], None] = lambda text: None, first: str = "") -> Plan:
     """Compile the programs of a config for a topology and measure them.
 
     Args:
@@ -102,28 +126,28 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
       options: XLA compiler options.
       keep: called with (program's name, compiled text).
       tell: called with a line of progress.
+      first: the name of a program to begin with, the largest; where it does not fit, the others are
+        not compiled and not in the plan.
     """
     from apt_jax.models.presets import make_discriminator, make_generator
 
     config = for_chip(config, topology)
     devices = describe(topology)
     mesh = make_mesh(config.mesh, devices)
-    batch = batch_ways(mesh)
-    if config.train.accumulate != 1 and config.train.batch_size > batch:
-        # Two microbatches hold all that more of them hold: the sum of gradients, and one at work.
-        batch *= 2
-        config.train.accumulate = 2
-    else:
-        batch = max(batch, config.train.batch_size // batch * batch)
-    config.train.batch_size = batch
-    measured = []
-    for program in build_programs(config, devices, batch, inference):
+    batch = batch_of(config, mesh)
+    programs = build_programs(config, devices, inference)
+    programs.sort(key=lambda program: program.name != first)  # stable
+    measured: list[Measurement] = []
+    usable = topology.chip.memory * (1 - RESERVE)
+    for program in programs:
         tell(f"{topology.text}: compiling {program.name}")
         with choosing(hardware=Hardware.of(devices[0])):  # kernels for there, not for here
             found, text = measure(program, topology, mesh, options)
         measured.append(found)
         if keep is not None:
             keep(program.name, text)
+        if program.name == first and (found.refused or found.peak > usable):
+            break
     frames, height, width, _ = sample_shape(config)
     tokens = 1
     for side, patch in zip((frames, height, width), config.model.patch, strict=True):
@@ -143,38 +167,43 @@ def for_chip(config: Any, topology: Topology) -> Any:
     return config
 
 
-def find_remedy(config: Any, topology: Topology, **settings: Any) -> str:
-    """The first of REMEDIES (then of two at once) under which the config fits; "" if none does."""
+def find_remedy(config: Any, topology: Topology, worst: str = "", **settings: Any) -> str:
+    """The first of REMEDIES (then of two at once) under which the config fits; "" if none does.
+
+    worst: the program that needed most, tried first.
+    """
     for count in (1, 2):
         for changes in itertools.combinations(REMEDIES, count):
-            keys = [key for _, key, _ in changes]
+            keys = [key for key, _ in changes]
             if len(set(keys)) < count:
                 continue
             changed = config.copy_and_resolve_references()
-            fresh = False
-            for _, key, value in changes:
+            fresh = True
+            for key, value in changes:
                 group, field = key.split(".")
-                fresh |= changed[group][field] != value
+                fresh &= changed[group][field] != value
                 changed[group][field] = value
-            if not fresh:
+            if not fresh:  # a change that changes nothing
                 continue
             try:
-                found = plan(changed, topology, inference=False, **settings)
+                found = plan(changed, topology, inference=False, first=worst, **settings)
             except UserError:
                 continue  # a mesh that does not fit the devices or the heads
             if found.fits:
-                return " ".join(f"--config.{key}={value}" for _, key, value in changes)
+                return " ".join(f"--config.{key}={value}" for key, value in changes)
     return ""
 
 
 def mesh_shapes(config: Any, devices: int) -> Iterator[dict[str, int]]:
-    """Every mesh of the four axes that the devices and the model's heads allow."""
+    """Every mesh of the four axes that the devices, the model's heads and the batch allow."""
     heads = config.model.heads
     for tensor in (1, 2, 4, 8):
         for context in (1, 2, 4, 8, 16):
             if devices % (tensor * context) or heads % tensor:
                 continue
             rest = devices // (tensor * context)
+            if rest * (config.train.accumulate or 1) > asked_batch(config):
+                continue  # more ways than samples
             for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
                 if fsdp * context * tensor > 256:  # shards thinner than a row of the weights
                     continue
@@ -187,7 +216,7 @@ def sweep(config: Any, topology: Topology, remats: tuple[str, ...],
           ) -> list[tuple[str, Plan | str]]:
     """Plans of every mesh shape and rematerialisation policy, those that fit first, by step time
     per sample; the others with their peak, or with the reason why they could not be planned."""
-    results = []
+    results: list[tuple[str, Plan | str]] = []
     shapes = list(mesh_shapes(config, topology.devices))
     for number, (shape, remat) in enumerate(itertools.product(shapes, remats), 1):
         changed = config.copy_and_resolve_references()
@@ -199,13 +228,19 @@ def sweep(config: Any, topology: Topology, remats: tuple[str, ...],
         tell(f"[{number}/{len(shapes) * len(remats)}] {label}")
         try:
             results.append((label, plan(changed, topology, inference=False, **settings)))
-        except Exception as error:  # a mesh that the model or the compiler refuses
+        except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
+            # a mesh that the model or the compiler refuses
             results.append((label, " ".join(str(error).split())[:120]))
+    return rank(results)
 
-    def order(row):
+
+def rank(results: list[tuple[str, Plan | str]]) -> list[tuple[str, Plan | str]]:
+    """Plans that fit by modelled time per sample, then those that do not by their peak, then
+    errors."""
+    def order(row: tuple[str, Plan | str]) -> tuple[int, float]:
         _, found = row
         if isinstance(found, str):
             return (2, 0.0)
-        return (0, found.step / found.batch) if found.fits else (1, found.peak)
+        return (0, found.step / found.batch) if found.fits else (1, float(found.peak))
 
     return sorted(results, key=order)

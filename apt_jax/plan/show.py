@@ -6,6 +6,8 @@ from apt_jax.eval.table import lay_out
 from apt_jax.plan.chips import GIB
 from apt_jax.plan.run import RESERVE, Plan
 
+SHOWN = 6  # exposed collectives of a program; the JSON has all
+
 
 def _gib(value: float) -> str:
     return f"{value / GIB:.1f}"
@@ -21,7 +23,8 @@ def format_plan(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
     head = [
         f"{plan.topology.text}: {plan.topology.devices} devices as {mesh}; "
-        f"{plan.batch} sample{'s' if plan.batch > 1 else ''} of {plan.tokens:,} tokens at a time",
+        f"{plan.batch:,} samples of {plan.tokens:,} tokens an update, "
+        f"{plan.microbatch:,} at a time",
         ", ".join(f"{name} {count:,} parameters" for name, count in plan.parameters.items()),
     ]
     names = [p.name for p in plan.programs]
@@ -37,6 +40,8 @@ def format_plan(plan: Plan) -> str:
     work = [
         ["model TFLOP, all devices"] + [f"{p.flops.total / 1e12:,.1f}" for p in plan.programs],
         ["  of which attention"] + [f"{p.flops.attention / 1e12:,.1f}" for p in plan.programs],
+        ["forward TFLOP a sample"]
+        + [f"{p.flops.forward / p.samples / 1e12:,.2f}" for p in plan.programs],
         ["executed TFLOP (recomputation)"]
         + [f"{p.executed.total / 1e12:,.1f}" for p in plan.programs],
         ["floor at peak rate"] + [_seconds(p.floor) for p in plan.programs],
@@ -54,11 +59,21 @@ def format_plan(plan: Plan) -> str:
     if traffic:
         blocks.append(lay_out(["traffic per device", "kind", "axes", "dtype", "count", "GiB sent",
                                "time on the link", "hidden"], traffic))
+    waits = [[p.name, c.kind, c.axes, f"{c.bytes / 2**20:.1f}", f"{c.times:g}",
+              _seconds(c.seconds), f"{100 * c.hidden:.0f}%"]
+             for p in plan.programs for c in p.exposed_steady[:SHOWN]]
+    if waits:
+        blocks.append(lay_out(["exposed in the layers", "kind", "axes", "MiB", "times", "one takes",
+                               "hidden"], waits))
     notes = [f"{p.name}: {note}" for p in plan.programs for note in p.notes]
     if notes:
         shown = notes[:12] + ([f"and {len(notes) - 12} more"] if len(notes) > 12 else [])
         blocks.append("notes\n" + "\n".join(f"  {note}" for note in shown))
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    refused = [f"{p.name}: the compiler found no room: {p.refused}"
+               for p in plan.programs if p.refused]
+    if refused:
+        blocks.append("\n".join(refused))
     text = (f"{verdict}: {_gib(plan.peak)} GiB at the peak, {_gib(plan.usable)} of the "
             f"{chip.name}'s {_gib(chip.memory)} usable ({100 * RESERVE:.0f}% kept for driver and "
             "allocator)")
@@ -79,5 +94,5 @@ def format_sweep(results: list, devices: int) -> str:
         rows.append([label, str(found.batch), _gib(found.peak), _seconds(found.step),
                      f"{found.batch / found.step:.3f}",
                      "fits" if found.fits else "does not fit"])
-    return lay_out([f"{devices} devices", "samples", "peak GiB", "G + D, modelled",
+    return lay_out([f"{devices} devices", "samples", "peak GiB", "an update, modelled",
                     "samples/s", ""], rows)

@@ -97,9 +97,9 @@ def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
     return grads, {**means, "gradient_norm": optax.global_norm(grads)}
 
 
-def _microbatches(config: Any, batch: dict, mesh: Mesh) -> int:
-    """train.accumulate; 0 is one sample at a time for each part of the batch."""
-    return config.train.accumulate or batch["x"].shape[0] // batch_ways(mesh)
+def microbatches(config: Any, batch_size: int, mesh: Mesh) -> int:
+    """train.accumulate; 0 is one sample at a time for each part of a batch of this global size."""
+    return config.train.accumulate or batch_size // batch_ways(mesh)
 
 
 def _apply(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any,
@@ -128,8 +128,8 @@ def generator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTrans
         frozen = freeze(frozen)
         grads, metrics = gradient(
             lambda params, part, part_keys: loss_fn(params, frozen, part, part_keys),
-            state["generator"], batch, keys, microbatches=_microbatches(config, batch, mesh), mesh=mesh,
-            shardings=shardings["generator"])
+            state["generator"], batch, keys, mesh=mesh, shardings=shardings["generator"],
+            microbatches=microbatches(config, batch["x"].shape[0], mesh))
         params, opt_state, metrics = _apply(optimizer, grads, state["generator_opt"],
                                             state["generator"], metrics)
         count = state["step"] + 1
@@ -155,9 +155,10 @@ def discriminator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientT
             params = stop_frozen(params) if frozen_backbone else params
             return loss_fn(params, frozen, part, part_keys)
 
-        grads, metrics = gradient(loss, state["discriminator"], batch, keys,
-                                  microbatches=_microbatches(config, batch, mesh), mesh=mesh,
-                                  shardings=shardings["discriminator"])
+        grads, metrics = gradient(
+            loss, state["discriminator"], batch, keys, mesh=mesh,
+            shardings=shardings["discriminator"],
+            microbatches=microbatches(config, batch["x"].shape[0], mesh))
         params, opt_state, metrics = _apply(optimizer, grads, state["discriminator_opt"],
                                             state["discriminator"], metrics)
         return {**state, "discriminator": params, "discriminator_opt": opt_state}, metrics

@@ -2,8 +2,7 @@ import pytest
 
 from apt_jax.errors import UserError
 from apt_jax.plan.chips import GIB, parse_topology
-from apt_jax.plan.collectives import Collective
-from apt_jax.plan.measure import link_rate
+from apt_jax.plan.timeline import link_rate
 
 
 def test_sizes_multiply_to_devices():
@@ -27,13 +26,8 @@ def test_a_wrong_topology_is_one_line_with_a_cure(text, says):
 def test_between_hosts_every_member_brings_its_port():
     chip = parse_topology("h100:4x8").chip
 
-    def rate(members):
-        return link_rate(Collective("c", "all-gather", "fsdp", len(members), "bf16", 1, 1.0, 1.0,
-                                    False, True, tuple(members)), chip)
-
-    assert rate(range(8)) == chip.fast
-    assert rate(range(16)) == 8 * chip.slow  # eight ports a host, less than the fast network
-    assert rate((0, 8, 16, 24)) == chip.slow
+    assert link_rate(range(8), chip) == chip.fast
+    assert link_rate(range(16), chip) == 8 * chip.slow  # eight ports a host, less than the fast net
+    assert link_rate((0, 8, 16, 24), chip) == chip.slow
     tpu = parse_topology("v5p:4x4x4").chip
-    assert link_rate(Collective("c", "all-gather", "fsdp", 64, "bf16", 1, 1.0, 1.0, False, True,
-                                tuple(range(64))), tpu) == tpu.fast
+    assert link_rate(range(64), tpu) == tpu.fast

@@ -34,7 +34,10 @@ def test_a_scan_counts_every_turn_and_its_gradient_every_product():
     both = jax.grad(scanned, argnums=(0, 1))
     assert count_flops(both, array(6, 16, 16), array(4, 16)).matmul == 3 * forward
     again = jax.grad(jax.checkpoint(scanned), argnums=(0, 1))
-    assert count_flops(again, array(6, 16, 16), array(4, 16)).matmul >= 3 * forward
+    for function in (both, again):  # what is computed again belongs to the backward pass
+        found = count_flops(function, array(6, 16, 16), array(4, 16))
+        assert found.forward == forward
+    assert found.matmul == 4 * forward
 
 
 def test_the_scanned_stack_is_the_unrolled_one():
@@ -72,7 +75,7 @@ def test_the_8b_forward_is_the_hand_count():
     """384 TFLOP of matrix products and 980 of attention for 49x720x1280 (46,800 tokens)."""
     config = reference_config(load_config("configs/seaweed_8b_video.py", []))
     config.mesh.replica = config.mesh.fsdp = config.mesh.context = 1
-    function, args = inference_program(config, jax.devices()[:1], 1).reference()
+    function, args = inference_program(config, jax.devices()[:1]).reference(None)
     found = count_flops(function, *args)
     assert found.matmul == pytest.approx(384e12, rel=0.03)
     assert found.attention == pytest.approx(980e12, rel=0.03)

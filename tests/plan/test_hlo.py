@@ -2,6 +2,7 @@
 
 import pytest
 
+from apt_jax.plan.chips import CHIPS
 from apt_jax.plan.collectives import collectives
 from apt_jax.plan.hlo import parse_hlo
 
@@ -32,18 +33,21 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 '''
 
 
-def test_kind_bytes_axes_times_and_overlap():
+def test_kind_bytes_axes_and_times():
     found = {c.name: c for c in collectives(parse_hlo(GPU), {"replica": 2, "fsdp": 4})}
     gather, scatter = found["ag-start"], found["rs-start"]
     assert (gather.kind, gather.axes, gather.group, gather.dtype) == ("all-gather", "fsdp", 4, "bf16")
     assert gather.bytes == 1024 * 64 * 2 and gather.wire == gather.bytes * 3 / 4
-    assert gather.times == 9 and gather.in_loop and gather.overlapped
+    assert gather.times == 9 and gather.steady
     assert scatter.kind == "reduce-scatter" and scatter.axes == "fsdp"
-    assert scatter.bytes == 4 * 256 * 64 * 2 and not scatter.overlapped  # a copy hides nothing
+    assert scatter.bytes == 4 * 256 * 64 * 2
     total, permute = found["ar"], found["cp"]
     assert (total.axes, total.wire, total.times) == ("replica", 2 * 400 * 1 / 2, 1)
     assert (permute.axes, permute.wire, permute.group) == ("fsdp", 256, 4)
-    assert not total.in_loop
+    assert not total.steady
+    again = {c.name: c for c in collectives(parse_hlo(GPU), {"replica": 2, "fsdp": 4},
+                                            microbatches=9)}
+    assert not again["ag-start"].steady  # nine microbatches: once in each
 
 
 def test_without_a_note_the_bound_of_the_condition_counts():
@@ -68,6 +72,110 @@ ENTRY %main (a: bf16[64,8]) -> bf16[16,8] {
     (found,) = collectives(parse_hlo(text), {"replica": 2, "fsdp": 4})
     assert (found.kind, found.axes, found.bytes, found.wire) == (
         "reduce-scatter", "fsdp", 1024, 768)
+
+
+def entry(*lines):
+    """A module of these lines, after arrays p (bf16[64,8]) and q of 1 MiB each way of speaking."""
+    head = ["HloModule m", "", "ENTRY %main (p: bf16[64,8]) -> bf16[64,8] {",
+            "  %p = bf16[64,8]{1,0} parameter(0)", "  %q = bf16[4096,4096]{1,0} parameter(1)"]
+    return parse_hlo("\n".join([*head, *(f"  {line}" for line in lines), "}"]))
+
+
+PRODUCT = ("%d{n} = (bf16[{rows},4096]{{1,0}}, s8[16]{{0}}) custom-call(%x{n}, %q), "
+           'custom_call_target="__cublas$lt$matmul", backend_config={{"gemm_backend_config":'
+           '{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"]}}}}}}')
+
+
+@pytest.mark.parametrize("rows", [4096, 64])
+def test_a_transfer_is_hidden_by_the_time_of_the_work_beside_it(rows):
+    """32 MiB to 8 devices: 65 us; a product of 4096 rows takes 196 us, one of 64 rows 3 us."""
+    chip = CHIPS["h100"]
+    program = entry(
+        f"%x0 = bf16[{rows},4096]{{1,0}} parameter(2)",
+        "%s = (bf16[512,4096]{1,0}, bf16[4096,4096]{1,0}) all-gather-start(%y), "
+        "replica_groups=[1,8]<=[8], dimensions={0}",
+        PRODUCT.format(n=0, rows=rows),
+        "ROOT %e = bf16[4096,4096]{1,0} all-gather-done(%s)")
+    (found,) = collectives(program, {"fsdp": 8}, chip)
+    assert found.seconds == pytest.approx(2**25 * 7 / 8 / chip.fast)
+    work = max(2 * rows * 4096**2 / (0.71 * chip.flops),
+               (2 * rows * 4096 * 2 + 2**25) / chip.bandwidth)
+    assert found.hidden == pytest.approx(min(1.0, work / found.seconds), abs=0.01)
+    assert (found.hidden == 1.0) == (rows == 4096)
+
+
+def test_two_transfers_on_one_link_share_the_work_beside_them():
+    lines = ["%x0 = bf16[1024,4096]{1,0} parameter(2)"]
+    lines += [f"%s{i} = (bf16[512,4096]{{1,0}}, bf16[4096,4096]{{1,0}}) all-gather-start(%y{i}), "
+              "replica_groups=[1,8]<=[8], dimensions={0}" for i in (1, 2)]
+    lines += [PRODUCT.format(n=0, rows=1024),
+              "%e1 = bf16[4096,4096]{1,0} all-gather-done(%s1)",
+              "ROOT %e2 = bf16[4096,4096]{1,0} all-gather-done(%s2)"]
+    first, second = collectives(entry(*lines), {"fsdp": 8}, CHIPS["h100"])
+    assert 0.7 < first.hidden < 0.8 and second.hidden < 0.01  # 49 us of work for 65 + 65
+
+
+def test_words_of_the_source_are_no_work():
+    """A small fusion that a function called triton_gemm made hides next to nothing."""
+    program = entry(
+        "%s = (bf16[512,4096]{1,0}, bf16[4096,4096]{1,0}) all-gather-start(%y), "
+        "replica_groups=[1,8]<=[8], dimensions={0}",
+        '%f = bf16[8]{0} fusion(%z), kind=kLoop, calls=%none, metadata={op_name="jit(triton_gemm)/'
+        'replica_groups={{0}} calls=%main {" stack_frame_id=4}, backend_config={"x":[]}',
+        "ROOT %e = bf16[4096,4096]{1,0} all-gather-done(%s)")
+    (found,) = collectives(program, {"fsdp": 8}, CHIPS["h100"])
+    assert found.hidden < 0.01
+    fusion = next(i for i in program.computations["main"] if i.name == "f")
+    assert "triton" not in fusion.rest and "triton" in fusion.metadata
+    assert fusion.rest.endswith('backend_config={"x":[]}')
+
+
+def test_wrapped_collectives_are_read_and_counted_once():
+    text = '''HloModule m
+
+%wrapped (p.1: bf16[512,4096]) -> bf16[64,4096] {
+  %p.1 = bf16[512,4096]{1,0} parameter(0)
+  ROOT %rs = bf16[64,4096]{1,0} reduce-scatter(%p.1), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (p: bf16[512,4096]) -> bf16[64,4096] {
+  %p = bf16[512,4096]{1,0} parameter(0)
+  %start = ((bf16[512,4096]{1,0}), bf16[64,4096]{1,0}, u32[]) async-start(%p), calls=%wrapped
+  %update = ((bf16[512,4096]{1,0}), bf16[64,4096]{1,0}, u32[]) async-update(%start)
+  ROOT %end = bf16[64,4096]{1,0} async-done(%update)
+}
+'''
+    (found,) = collectives(parse_hlo(text), {"fsdp": 8}, CHIPS["h100"])
+    assert (found.name, found.kind, found.times) == ("start", "reduce-scatter", 1)
+    assert found.bytes == 512 * 4096 * 2 and found.hidden == 0.0
+
+
+def test_parts_of_an_axis():
+    """'a':(2)2 is the part of size 2 that begins after a part of size 2."""
+    line = ("ROOT %g = bf16[8]{{0}} all-reduce(%p), "
+            "replica_groups=mesh['a'=8,'b'=2] {{{axes}}}, to_apply=%add")
+
+    def first(axes):
+        (found,) = collectives(entry(line.format(axes=axes)), {"replica": 8, "fsdp": 2})
+        return found.members, found.group
+
+    assert first("'a':(1)2") == ((0, 8), 2)
+    assert first("'a':(2)2") == ((0, 4), 2)
+    assert first("'a':(4)2") == ((0, 2), 2)
+    assert first("'a':(2)4,'b'") == (tuple(range(8)), 8)
+
+
+def test_a_permute_of_several_arrays_sends_each_once():
+    pairs = "source_target_pairs={{0,1},{1,0}}"
+    once = entry("ROOT %c = (bf16[64,8]{1,0}, bf16[64,8]{1,0}) collective-permute(%p, %p), " + pairs)
+    begun = entry("%c = ((bf16[64,8]{1,0}, bf16[64,8]{1,0}), (bf16[64,8]{1,0}, bf16[64,8]{1,0}), "
+                  "u32[], u32[]) collective-permute-start(%p, %p), " + pairs,
+                  "ROOT %d = (bf16[64,8]{1,0}, bf16[64,8]{1,0}) collective-permute-done(%c)")
+    open_end = entry("ROOT %c = (bf16[64,8]{1,0}, bf16[64,8]{1,0}, u32[], u32[]) "
+                     "collective-permute-start(%p), " + pairs)
+    for program, count in ((once, 2), (begun, 2), (open_end, 1)):
+        (found,) = collectives(program, {"context": 2})
+        assert found.bytes == found.wire == count * 64 * 8 * 2
 
 
 def test_other_text_is_refused():

@@ -1,5 +1,7 @@
 """What the plan says of memory is what live arrays take; eight CPU devices stand for the topology."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from apt_jax.errors import UserError
 from apt_jax.parallel import flags
 from apt_jax.parallel.mesh import make_mesh, resolve_sizes
 from apt_jax.plan.chips import parse_topology
-from apt_jax.plan.measure import measure, shard_bytes
+from apt_jax.plan.flops import Flops, UncountedError
+from apt_jax.plan.measure import measure, shard_bytes, work
 from apt_jax.plan.programs import inference_program, training_programs
 from apt_jax.plan.run import Plan, mesh_shapes
 from apt_jax.plan.show import format_plan
@@ -20,7 +23,8 @@ def config():
     config = load_config("configs/demo_image.py", [
         "--config.model.depth=2", "--config.model.width=32", "--config.model.heads=4",
         "--config.model.head_dim=8", "--config.model.rope_axes=4,2,2", "--config.mesh.fsdp=4",
-        "--config.mesh.replica=2", "--config.train.accumulate=1", "--config.discriminator.heads=4"])
+        "--config.mesh.replica=2", "--config.train.batch_size=30", "--config.train.accumulate=2",
+        "--config.discriminator.heads=4"])
     return validate(config)
 
 
@@ -28,8 +32,8 @@ def config():
 def measured(config):
     mesh = make_mesh(config.mesh)
     topology = parse_topology("h100:1x8")
-    programs = [*training_programs(config, jax.devices(), 8),
-                inference_program(config, jax.devices(), 8)]
+    programs = [*training_programs(config, jax.devices()),
+                inference_program(config, jax.devices())]
     return mesh, topology, programs, [measure(p, topology, mesh)[0] for p in programs]
 
 
@@ -45,9 +49,11 @@ def test_arguments_and_outputs_are_the_live_bytes_exactly(measured):
         live = jax.tree.map(
             lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), program.args)
         assert live_bytes(live) == shard_bytes(program.args)
-        # G's loss never looks at the real samples, so they are no argument of its step
-        unread = live_bytes(live[2]["x"]) if program.name == "G step" else 0
-        assert result.arguments == live_bytes(live) - unread
+        # G's loss never looks at the real samples, nor one step at a negative prompt and guidance:
+        # they are no arguments
+        unread = {"G step": lambda: live[2]["x"], "one-step inference": lambda: live[5:]}
+        left_out = live_bytes(unread[program.name]()) if program.name in unread else 0
+        assert result.arguments == live_bytes(live) - left_out
         out = program.function(*live)
         assert result.outputs - live_bytes(out) in (0, 8 * len(jax.tree.leaves(out)))
 
@@ -65,16 +71,59 @@ def test_the_state_is_updated_in_place(measured):
 def test_work_and_verdict(measured, config):
     mesh, topology, _, results = measured
     d_step, g_step, draw = results
-    forward = draw.flops.total
+    assert (d_step.samples, d_step.microbatches) == (32, 2)  # 30, filled up for 8 devices x 2
+    forward = draw.flops.total / draw.samples * 32
+    assert draw.samples == 64 and draw.flops.backward == 0
     assert 10 * forward < d_step.flops.total < 11 * forward  # G once, three samples through D
     assert 4.9 * forward < g_step.flops.total < 6 * forward
-    assert d_step.executed.total > d_step.flops.total  # remat full
-    found = Plan(topology, dict(mesh.shape), 8, 64, {"generator": 1}, tuple(results))
-    assert found.fits and "fits:" in format_plan(found)
+    assert 4 * forward < d_step.flops.forward < 4.4 * forward
+    assert 2 * forward < g_step.flops.forward < 2.2 * forward
+    found = Plan(topology, dict(mesh.shape), 32, 64, {"generator": 1}, tuple(results))
+    assert found.fits and "fits:" in format_plan(found) and found.microbatch == 16
     value = found.to_json()
-    assert value["flops_forward_tflop"] == pytest.approx(forward / 8 / 1e12)
+    assert value["flops_forward_tflop"] == pytest.approx(forward / 32 / 1e12)
     assert value["programs"]["G step"]["peak_gib"] * 2**30 == pytest.approx(g_step.peak)
+    assert value["programs"]["D step"]["flops_forward_tflop"] == pytest.approx(
+        d_step.flops.forward / 32 / 1e12)
     assert any(t.axes == "fsdp" for t in d_step.traffic)
+
+
+def test_what_is_computed_again_follows_the_policy(measured, config):
+    """The blocks of D's two passes that take a gradient, forward once more, and no more."""
+    *_, results = measured
+    d_step, g_step, _ = results
+    assert d_step.executed.backward - d_step.flops.backward == pytest.approx(
+        3 / 4 * d_step.flops.forward, rel=0.2)
+    assert g_step.executed.total > 1.2 * g_step.flops.total
+    config = config.copy_and_resolve_references()
+    config.model.remat = "none"
+    program = training_programs(config, jax.devices())[0]
+    model, executed = work(program)
+    assert executed == model == d_step.flops
+
+
+def test_only_what_cannot_be_counted_is_estimated(measured, monkeypatch):
+    program = measured[2][0]
+
+    def fails(error):
+        def count(function, *args):
+            raise error
+        return lambda remat: (None, ()), count
+
+    reference, count = fails(TypeError("a bug"))
+    broken = dataclasses.replace(program, reference=reference)
+    monkeypatch.setattr("apt_jax.plan.measure.count_flops", count)
+    with pytest.raises(TypeError, match="a bug"):
+        work(broken)
+    answers = iter([Flops(3.0, 6.0, 0.0, 6.0), UncountedError("a kernel")])
+
+    def one_then_none(function, *args):
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("apt_jax.plan.measure.count_flops", one_then_none)
+    assert work(broken) == (Flops(3.0, 6.0, 0.0, 6.0), Flops(4.0, 8.0, 0.0, 8.0))
 
 
 def test_meshes_left_to_us_fill_one_copy_first():

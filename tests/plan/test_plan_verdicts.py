@@ -1,0 +1,157 @@
+"""Verdicts, remedies and sweeps, without a compiler: what it says is text, what it finds is made up."""
+
+import dataclasses
+import types
+
+import pytest
+
+from apt_jax.config import load_config
+from apt_jax.errors import UserError
+from apt_jax.parallel.mesh import check_batch
+from apt_jax.plan import run
+from apt_jax.plan.chips import GIB, parse_topology
+from apt_jax.plan.collectives import Collective
+from apt_jax.plan.flops import Flops
+from apt_jax.plan.measure import Measurement, _notes, measure, refusal
+from apt_jax.plan.programs import Program, batch_of
+from apt_jax.plan.run import Plan
+from apt_jax.plan.show import format_plan
+from apt_jax.train.steps import microbatches
+
+TPU = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+       "Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.\n\nTotal hbm usage >= 121G")
+
+
+def measurement(name="D step", peak=10 * GIB, refused="", step=1.0, found=()):
+    return Measurement(name, 8, 2, {}, peak, 0, 0, 0, 0, Flops(1e12), Flops(1e12), 0.1, step, 0.0,
+                       (), tuple(found), (), refused)
+
+
+def made(topology="h100:1x8", batch=8, **changes):
+    return Plan(parse_topology(topology), {"fsdp": 8}, batch, 64, {"generator": 1},
+                (measurement(**changes),))
+
+
+@pytest.mark.parametrize(("message", "says", "used"), [
+    (TPU, "Used 120.50G of 95.74G hbm", int(120.5 * GIB)),
+    ("Ran out of memory in memory space vmem. Used 17.0M of 16.00M vmem.", "vmem", 17 * 2**20),
+    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5.00GiB.", "5.00GiB", 5 * GIB),
+    ("RESOURCE_EXHAUSTED: the pool is empty", "the pool is empty", 0)])
+def test_no_room_is_read_from_the_compilers_words(message, says, used):
+    text, found = refusal(message)
+    assert says in text and found == used
+    assert refusal("INTERNAL: Mosaic failed to compile") is None
+
+
+def test_no_room_is_a_verdict_and_other_errors_stay_errors():
+    import jax
+
+    def program(message):
+        def compile(compiler_options):
+            raise jax.errors.JaxRuntimeError(message)
+
+        lowered = types.SimpleNamespace(compile=compile)
+        function = types.SimpleNamespace(lower=lambda *args: lowered)
+        return Program("D step", function, (), lambda remat: ((lambda: None), ()), {}, 8)
+
+    mesh = types.SimpleNamespace(shape={"fsdp": 8})
+    found, text = measure(program(TPU), parse_topology("v5p:4x4x4"), mesh)
+    assert found.peak == int(120.5 * GIB) and "95.74G" in found.refused and text == ""
+    plan = dataclasses.replace(made("v5p:4x4x4"), programs=(found,))
+    assert not plan.fits and "DOES NOT FIT" in format_plan(plan)
+    assert "Used 120.50G" in format_plan(plan)
+    assert plan.to_json()["programs"]["D step"]["peak_gib"] == pytest.approx(120.5)
+    unnamed = dataclasses.replace(plan, programs=(dataclasses.replace(found, temporaries=0),))
+    assert not unnamed.fits  # the compiler's word, whatever the bytes
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        measure(program("INTERNAL: Mosaic failed"), parse_topology("v5p:4x4x4"), mesh)
+
+
+def on(**shape):
+    """What stands for a mesh where only sizes are asked for."""
+    return types.SimpleNamespace(shape={"replica": 1, "fsdp": 1, "context": 1, "tensor": 1, **shape})
+
+
+@pytest.mark.parametrize(("given", "batch", "parts"), [
+    ({"batch_size": 64, "accumulate": 4}, 64, 4), ({"batch_size": 62, "accumulate": 2}, 64, 2),
+    ({"batch_size": 61, "accumulate": 0}, 64, 8), ({"batch_size": 61, "accumulate": 1}, 64, 1),
+    ({"batch_size": 64, "clip_batch_size": 16, "accumulate": 0}, 64, 8)])
+def test_the_plan_takes_the_batch_and_the_microbatch_of_training(given, batch, parts):
+    config = load_config("configs/demo_image.py", ["--config.train.clip_batch_size=0"])
+    for name, value in given.items():
+        config.train[name] = value
+    mesh = on(fsdp=8)
+    assert batch_of(config, mesh) == batch == check_batch(mesh, config.train.batch_size,
+                                                          config.train.accumulate)
+    assert microbatches(config, batch, mesh) == parts
+    config.data.frames = (1, 5)  # clips: train.clip_batch_size, where it is set
+    wanted = config.train.clip_batch_size or config.train.batch_size
+    assert batch_of(config, mesh) == -(-wanted // 8) * 8
+    config.train.batch_size = config.train.clip_batch_size = 3
+    with pytest.raises(UserError, match="clip_batch_size = 3"):
+        batch_of(config, mesh)
+
+
+def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
+    config = load_config("configs/demo_image.py", ["--config.train.accumulate=2"])
+    tried = []
+
+    def plan(config, topology, inference, first):
+        tried.append((config.train.accumulate, config.model.remat, config.mesh.context))
+        assert first == "D step" and not inference
+        return made(peak=(90 if config.mesh.context < 4 else 10) * GIB)
+
+    monkeypatch.setattr(run, "plan", plan)
+    config.model.remat = "full"
+    found = run.find_remedy(config, parse_topology("h100:1x8"), "D step")
+    assert found == "--config.mesh.context=4"
+    assert tried == [(0, "full", 1), (2, "full", 2), (2, "full", 4)]  # remat is full: not again
+    monkeypatch.setattr(run, "plan", lambda *args, **kw: made(peak=10 * GIB))
+    assert run.find_remedy(config, parse_topology("h100:1x8"), "D step") == (
+        "--config.train.accumulate=0")
+
+
+def test_the_sweep_ranks_what_fits_by_time_a_sample(monkeypatch):
+    config = load_config("configs/demo_image.py", [
+        "--config.train.batch_size=4", "--config.model.heads=8"])
+    config.train.accumulate = 1
+    shapes = list(run.mesh_shapes(config, 8))
+    assert shapes and all(s["replica"] * s["fsdp"] <= 4 for s in shapes)  # of four samples
+
+    def plan(config, topology, inference):
+        if config.mesh.tensor > 1:
+            raise UserError("no such mesh")
+        if config.model.remat == "none":
+            return made(peak=(80 + config.mesh.context) * GIB)
+        return made(batch=4, step=float(config.mesh.context))
+
+    monkeypatch.setattr(run, "plan", plan)
+    rows = run.sweep(config, parse_topology("h100:1x8"), ("none", "full"))
+    assert len(rows) == 2 * len(shapes)
+    kinds = ["error" if isinstance(p, str) else "fits" if p.fits else "large" for _, p in rows]
+    assert kinds == sorted(kinds, key=["fits", "large", "error"].index)
+    assert {"fits", "large", "error"} == set(kinds)
+    steps = [p.step for _, p in rows if not isinstance(p, str) and p.fits]
+    assert steps == sorted(steps) and "remat full" in rows[0][0]
+
+
+def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
+    def one(name, kind="all-gather", axes="fsdp", dtype="bf16", steady=True, hidden=1.0,
+            size=2**27):
+        return Collective(name, kind, axes, 8, dtype, size, float(size), 72.0, steady, (), 1e-3,
+                          hidden)
+
+    found = [one("a", hidden=0.2), one("b"), one("c", steady=False, hidden=0.0),
+             one("d", dtype="f32", steady=False), one("e", "all-reduce", "context"),
+             one("f", "all-reduce", "replica+fsdp"), one("g", "all-reduce", "replica"),
+             one("h", dtype="f32", size=2**20)]
+    plan = made(found=found)
+    assert [c.name for c in plan.programs[0].exposed_steady] == ["a"]
+    value = plan.to_json()["programs"]["D step"]
+    assert value["exposed_steady"] == ["a"] and len(value["steady_collectives"]) == 6
+    assert "exposed in the layers" in format_plan(plan)
+    program = Program("D step", None, (), None, {}, 8)
+    notes = _notes(program, found, {"fsdp": 1})
+    assert [n for n in notes if "(d)" in n and "outside the layers" in n]
+    assert [n for n in notes if "(e)" in n and "context" in n]
+    assert [n for n in notes if "(f)" in n and "reduce-scatter" in n] and len(notes) == 3
