@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a diffusers folder (a pipeline, or a transformer alone), or a hub id like org/name")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
     add("--lora", metavar="FILE",
-        help="merge this LoRA (diffusers' format) into the transformer")
+        help="merge this LoRA (names of diffusers or of the original Wan) into the transformer")
     add("--lora-scale", type=float, default=1.0, metavar="S",
         help="how strongly --lora is merged (default: 1)")
     add = parser.add_argument_group("export").add_argument

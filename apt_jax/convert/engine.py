@@ -98,12 +98,31 @@ def their_specs(plan: Plan, dtypes: Mapping[str, str]) -> list[Spec]:
 
 def their_chunks(plan: Plan, dtypes: Mapping[str, str], read: LayerReader
                  ) -> Iterator[np.ndarray]:
-    """The data of `their_specs` out of our leaves."""
+    """The data of `their_specs` out of our leaves; UserError for numbers a dtype cannot hold."""
     specs = iter(their_specs(plan, dtypes))
     for leaf in plan.leaves.values():
         for layer in range(leaf.shape[0]) if leaf.stacked else (None,):
             for part in leaf.split(read(leaf.name, layer)):
-                yield part.astype(next(specs).dtype, copy=False)
+                spec = next(specs)
+                yield narrow(part, spec.dtype, spec.name)
+
+
+def narrow(value: np.ndarray, dtype: np.dtype, name: str,
+           mend: str = "use --dtype bfloat16 or float32") -> np.ndarray:
+    """`value` in `dtype`; UserError where a finite number lies beyond its range.
+
+    float16 ends at 65,504: an infinity there would make every sample NaN.
+    """
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    lost = ~np.isfinite(cast)
+    if lost.any() and (lost := lost & np.isfinite(value)).any():
+        most = np.abs(value[lost].astype(np.float64)).max()
+        raise UserError(f"{name} has {lost.sum()} values beyond the range of {cast.dtype} (up to "
+                        f"{most:.3g}); {mend}")
+    return cast
 
 
 def reader_of_leaves(leaves: Any, plan: Plan) -> LayerReader:

@@ -11,8 +11,9 @@ from apt_jax.cli import main as cli
 from apt_jax.convert.exporting import export_folder
 from apt_jax.convert.importing import import_folder
 from apt_jax.errors import UserError
+from apt_jax.models.presets import make_generator
 from apt_jax.tensor_files import open_folder
-from apt_jax.weights import generator_card, load_component, load_generator
+from apt_jax.weights import generator_card, load_component, load_generator, save_generator
 
 STEM = "diffusion_pytorch_model"
 
@@ -170,9 +171,6 @@ def test_mixed_dtypes_in_one_leaf_come_back(tmp_path):
 
 def test_a_weights_folder_of_our_own_becomes_a_transformer(tmp_path):
     """Trained from scratch here: no base, so float32 and no pipeline."""
-    from apt_jax.models.presets import make_generator
-    from apt_jax.weights import save_generator
-
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32),
                           make_generator(synthetic.QWEN).abstract())
@@ -184,3 +182,20 @@ def test_a_weights_folder_of_our_own_becomes_a_transformer(tmp_path):
     with pytest.raises(UserError, match="rope_theta"):
         export_folder(str(save_generator(tmp_path / "other", {**synthetic.QWEN, "rope_theta": 5.0},
                                          params)), tmp_path / "no")
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
+    """An infinity in the export would be noticed as black pictures only."""
+    model = {**synthetic.WAN, "depth": 1}
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), make_generator(model).abstract())
+    params["proj_out"]["bias"][3] = -7e4
+    folder = save_generator(tmp_path / "weights", model, params)
+    with pytest.raises(UserError, match=r"proj_out\.bias has 1 values beyond the range of float16 "
+                                        r"\(up to 7e\+04\); use --dtype bfloat16"):
+        export_folder(str(folder), tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    params["proj_out"]["bias"][3] = np.inf  # what was infinite stays so: bytes there and back
+    folder = save_generator(tmp_path / "weights", model, params)
+    out = export_folder(str(folder), tmp_path / "out", dtype="float16")
+    with open_folder(out, STEM) as found:
+        assert np.isposinf(found.read("proj_out.bias")).sum() == 1

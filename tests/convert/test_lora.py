@@ -84,9 +84,21 @@ def add(name, *shape):
     (add("transformer.blocks.9.attn1.to_q.lora_A.weight", 3, 24), {},
      r"blocks\.9\.attn1\.to_q, which is no matrix of this model"),
     (add("transformer.blocks.0.norm2.lora_A.weight", 3, 24), {}, "which is no matrix"),
-    (add("blocks.1.attn2.to_k.lora_A.weight", 3, 24), {}, "twice, with and without the prefix"),
-    (add("diffusion_model.blocks.0.self_attn.q.lora_down.weight", 3, 24), {}, "not of a LoRA"),
-    (add("transformer.blocks.0.attn1.to_q.diff_b", 3), {}, "not of a LoRA in diffusers' format"),
+    (add("blocks.1.attn2.to_k.lora_A.weight", 3, 24), {}, "twice, under two names"),
+    (add("diffusion_model.blocks.0.self_attn.q.lora_down.weight", 3, 24), {},
+     r"lacks blocks\.0\.attn1\.to_q\.lora_B"),
+    (add("diffusion_model.blocks.1.cross_attn.k.lora_down.weight", 3, 24), {},
+     r"has blocks\.1\.attn2\.to_k twice, under two names"),
+    (add("diffusion_model.blocks.0.self_attn.q.diff_b", 3), {}, "whole tensor.* fuse_lora"),
+    (add("lora_unet_blocks_0_self_attn_q.lora_down.weight", 3, 24), {}, "kohya.* fuse_lora"),
+    (add("blocks.0.attn1.to_q.hada_w1_a", 3), {}, "not of a LoRA in diffusers' format"),
+    (add("transformer.blocks.0.ffn.net.2.lora_A.weight"), {}, r"has A \(\) and B"),
+    (add("transformer.blocks.0.ffn.net.2.lora_A.weight", 0, 40), {}, r"has A \(0, 40\)"),
+    (add("transformer.blocks.0.ffn.net.2.alpha", 2), {}, "alpha is no single number"),
+    (lambda t: t.update({"x.lora_A.weight": np.zeros((3, 24), np.int8)}), {}, "is I8; give a LoRA"),
+    (lambda t: None, {"lora_alpha": "high"}, "is no number"),
+    (lambda t: None, {"alpha_pattern": {"(": 3}}, "is no number"),
+    (lambda t: None, {"alpha_pattern": [3]}, "is no number"),
     (add("transformer.blocks.0.ffn.net.2.lora_B.weight", 3, 24), {},
      r"A \(3, 40\) and B \(3, 24\), its matrix is \(24, 40\)"),
     (lambda t: t.clear(), {}, "holds no tensors"),
@@ -241,3 +253,47 @@ def test_a_lora_that_peft_made_is_merged_as_diffusers_fuses_it(pipeline, tmp_pat
         for name, value in want.items():
             np.testing.assert_allclose(tensors.read(name), value, rtol=1e-5, atol=1e-6,
                                        err_msg=name)
+
+
+@pytest.mark.parametrize("halves", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_a_lora_of_the_original_names_is_merged_as_diffusers_does(pipeline, tmp_path, halves):
+    """As ComfyUI and the original Wan code name it; with alphas and without."""
+    from diffusers import WanPipeline
+
+    from apt_jax.convert.lora import Merged
+    from apt_jax.tensor_files import open_folder
+
+    source, ckpt = pipeline
+    sizes = {"blocks.0.self_attn.q": (24, 24), "blocks.0.self_attn.o": (24, 24),
+             "blocks.1.cross_attn.k": (24, 24), "blocks.2.cross_attn.o": (24, 24),
+             "blocks.1.ffn.0": (24, 40), "blocks.2.ffn.2": (40, 24), "head.head": (24, 64),
+             "time_projection.1": (24, 144), "text_embedding.0": (24, 24),
+             "text_embedding.2": (24, 24), "time_embedding.0": (32, 24),
+             "time_embedding.2": (24, 24)}
+    tensors = {}
+    for module, (inward, outward) in sizes.items():
+        tensors[f"diffusion_model.{module}.{halves[0]}.weight"] = normal(2, inward)
+        tensors[f"diffusion_model.{module}.{halves[1]}.weight"] = normal(outward, 2)
+        if module.startswith("blocks") and halves[0] == "lora_down":
+            tensors[f"diffusion_model.{module}.alpha"] = np.array(5.0, np.float32)
+    save_file(tensors, tmp_path / "x.safetensors")
+    pipe = WanPipeline.from_pretrained(source)
+    pipe.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    adapters = read_lora(tmp_path / "x.safetensors", transformer_plan(load_generator(ckpt)[0]))
+    assert len(adapters) == len(sizes)
+    with open_folder(source / "transformer", "diffusion_pytorch_model") as base:
+        merged = Merged(base, adapters)
+        for name, value in pipe.transformer.state_dict().items():
+            np.testing.assert_allclose(merged.read(name), value.numpy(), rtol=1e-5, atol=2e-5,
+                                       err_msg=name)
+
+
+def test_a_merge_that_float16_cannot_hold(tmp_path):
+    synthetic.write_transformer(tmp_path / "base", synthetic.WAN, dtype=np.dtype(np.float16))
+    save_file(good(), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="beyond the range of float16 .*lower --lora-scale"):
+        import_folder(str(tmp_path / "base"), tmp_path / "out", lora_scale=1e6,
+                      lora=str(tmp_path / "x.safetensors"))
+    assert not (tmp_path / "out").exists()
