@@ -10,12 +10,18 @@ import numpy as np
 
 from apt_jax.models.discriminator import Discriminator
 from apt_jax.models.mmdit import MMDiT, MMDiTConfig
+from apt_jax.models.vae import VAEConfig
 from apt_jax.nn.functional import Network
 
 TINY = MMDiTConfig(
     in_channels=2, out_channels=2, width=16, depth=4, heads=2, head_dim=8, rope_axes=(2, 2, 4),
     text_width=6, mlp_ratio=2.0,
 )
+
+
+# One halving in space alone, one in space and time: the caches of both kinds of step.
+TINY_VAE = VAEConfig(base=4, multipliers=(1, 2, 2), blocks=1, temporal=(False, True),
+                     latent_channels=3, mean=(0.5, -1.0, 0.0), std=(2.0, 0.5, 1.0))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import random_params, relative_error
+from networks import TINY_VAE, relative_error
 
 from apt_jax.errors import UserError
 from apt_jax.media import to_uint8
@@ -26,25 +26,15 @@ from apt_jax.models.vae import (
 from apt_jax.models.vae.layers import attend
 from apt_jax.models.vae.tiling import fade
 
-# One halving in space alone, one in space and time: the caches of both kinds of step.
-TINY = VAEConfig(base=4, multipliers=(1, 2, 2), blocks=1, temporal=(False, True),
-                 latent_channels=3, mean=(0.5, -1.0, 0.0), std=(2.0, 0.5, 1.0))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    vae = make_vae(TINY)
-    return vae, random_params(vae)
-
 
 def clip(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).uniform(-1, 1, shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def coded(tiny):
+def coded(tiny_vae):
     """Pixels [1, 7, 12, 20, 3] with their latents, and latents with their pixels."""
-    vae, params = tiny
+    vae, params = tiny_vae
     x, z = clip(1, 7, 12, 20, 3), clip(1, 4, 3, 5, 3)
     return (x, np.asarray(jax.jit(vae.encode)(params, x)),
             z, np.asarray(jax.jit(partial(vae.decode, clamp=False))(params, z)))
@@ -68,8 +58,8 @@ def test_the_published_sizes():
     assert [config.pixel_frames(n) for n in (1, 2, 13, 21)] == [1, 5, 49, 81]
 
 
-def test_pixels_that_do_not_fit_are_refused_before_they_are_encoded(tiny):
-    vae, params = tiny
+def test_pixels_that_do_not_fit_are_refused_before_they_are_encoded(tiny_vae):
+    vae, params = tiny_vae
     with pytest.raises(UserError, match="height that is a multiple of 4, not 14; the nearest is"):
         jax.eval_shape(vae.encode, params, clip(1, 1, 14, 16, 3))
     with pytest.raises(UserError, match="width that is a multiple of 4, not 2; the nearest is 4"):
@@ -84,7 +74,7 @@ def test_pixels_that_do_not_fit_are_refused_before_they_are_encoded(tiny):
 
 
 def test_config_round_trip_and_mistakes():
-    assert VAEConfig.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
+    assert VAEConfig.from_dict(json.loads(json.dumps(TINY_VAE.to_dict()))) == TINY_VAE
     with pytest.raises(UserError, match="no field 'bas'"):
         VAEConfig.from_dict({"bas": 3})
     with pytest.raises(UserError, match="temporal has 1 entries"):
@@ -109,18 +99,18 @@ def test_another_network_is_refused(change):
 
 
 @pytest.mark.parametrize("chunk", [2, 9])
-def test_chunks_equal_the_whole_clip(tiny, coded, chunk):
+def test_chunks_equal_the_whole_clip(tiny_vae, coded, chunk):
     """One latent at a time is the default; 9 is more than the clip has: one pass without a past."""
-    vae, params = tiny
+    vae, params = tiny_vae
     x, z, latents, y = coded
     assert relative_error(jax.jit(partial(vae.encode, chunk=chunk))(params, x), z) < 2e-6
     decode = jax.jit(partial(vae.decode, chunk=chunk, clamp=False))
     assert relative_error(decode(params, latents), y) < 2e-6
 
 
-def test_causal(tiny, coded):
+def test_causal(tiny_vae, coded):
     """A frame changes its own latent and the later ones; a latent its own frames and the later."""
-    vae, params = tiny
+    vae, params = tiny_vae
     x, z, latents, y = coded
     changed = x.copy()
     changed[:, 4] += 1
@@ -133,16 +123,16 @@ def test_causal(tiny, coded):
     assert (moved[:3] == 0).all() and (moved[3:] > 1e-3).all()
 
 
-def test_a_clips_first_frame_is_an_image(tiny, coded):
-    vae, params = tiny
+def test_a_clips_first_frame_is_an_image(tiny_vae, coded):
+    vae, params = tiny_vae
     x, z, latents, y = coded
     assert relative_error(jax.jit(vae.encode)(params, x[:, :1]), z[:, :1]) < 2e-6
     decode = jax.jit(partial(vae.decode, clamp=False))
     assert relative_error(decode(params, latents[:, :1]), y[:, :1]) < 2e-6
 
 
-def test_each_half_needs_its_own_parameters_alone(tiny, coded):
-    vae, params = tiny
+def test_each_half_needs_its_own_parameters_alone(tiny_vae, coded):
+    vae, params = tiny_vae
     encoding = {name: params[name] for name in ("encoder", "quant")}
     decoding = {name: params[name] for name in ("post_quant", "decoder")}
     assert jax.eval_shape(vae.encode, encoding, coded[0]).shape == coded[1].shape
@@ -151,9 +141,9 @@ def test_each_half_needs_its_own_parameters_alone(tiny, coded):
     chex.assert_trees_all_equal_shapes_and_dtypes(drawn, vae.abstract(), params)
 
 
-def test_memory_does_not_grow_with_length(tiny):
+def test_memory_does_not_grow_with_length(tiny_vae):
     """Beyond input and output, a clip three times as long needs no more than its pixels again."""
-    vae, params = tiny
+    vae, params = tiny_vae
 
     def scratch(latents: int) -> tuple[int, int]:
         shape = jax.ShapeDtypeStruct((1, latents, 24, 24, 3), jnp.float32)
@@ -174,21 +164,21 @@ def test_memory_does_not_grow_with_length(tiny):
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def test_latents_are_normalised_and_pixels_clamped(tiny, coded):
-    vae, params = tiny
+def test_latents_are_normalised_and_pixels_clamped(tiny_vae, coded):
+    vae, params = tiny_vae
     x, z, latents, y = coded
     mean = jax.jit(vae.moments)(params, x)[..., :3]
-    np.testing.assert_allclose(z, (mean - np.array(TINY.mean)) / np.array(TINY.std), rtol=2e-5,
-                               atol=1e-5)
+    want = (mean - np.array(TINY_VAE.mean)) / np.array(TINY_VAE.std)
+    np.testing.assert_allclose(z, want, rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(vae.normalise(vae.denormalise(z)), z, rtol=1e-5, atol=1e-6)
     assert np.abs(y).max() > 1.2
     assert np.array_equal(jax.jit(vae.decode)(params, latents), np.clip(y, -1, 1))
 
 
-def test_bfloat16_computes_in_bfloat16(tiny, coded):
+def test_bfloat16_computes_in_bfloat16(tiny_vae, coded):
     """No convolution or matrix product reads float32."""
-    vae = make_vae(dataclasses.replace(TINY, dtype="bfloat16"))
-    jaxpr = jax.make_jaxpr(partial(vae.decode, chunk=9))(tiny[1], coded[2])
+    vae = make_vae(dataclasses.replace(TINY_VAE, dtype="bfloat16"))
+    jaxpr = jax.make_jaxpr(partial(vae.decode, chunk=9))(tiny_vae[1], coded[2])
     seen = []
     for eqn in equations(jaxpr.jaxpr):
         if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
@@ -206,12 +196,12 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def test_both_forms_of_convolution_are_equal(tiny, coded):
-    vae = make_vae(dataclasses.replace(TINY, convolution="volume"))
+def test_both_forms_of_convolution_are_equal(tiny_vae, coded):
+    vae = make_vae(dataclasses.replace(TINY_VAE, convolution="volume"))
     z, y = coded[2:]
-    assert relative_error(jax.jit(partial(vae.decode, clamp=False))(tiny[1], z), y) < 2e-6
+    assert relative_error(jax.jit(partial(vae.decode, clamp=False))(tiny_vae[1], z), y) < 2e-6
     with pytest.raises(UserError, match="'frames' or 'volume'"):
-        dataclasses.replace(TINY, convolution="3d")
+        dataclasses.replace(TINY_VAE, convolution="3d")
 
 
 @pytest.mark.parametrize("limit", [10**9, 40, 17])
@@ -238,14 +228,14 @@ def test_fade_by_hand():
     assert fade(before, tile, 0, 2) is tile
 
 
-def test_a_picture_that_fits_a_tile_is_not_cut(tiny, coded):
-    vae, params = tiny
+def test_a_picture_that_fits_a_tile_is_not_cut(tiny_vae, coded):
+    vae, params = tiny_vae
     decode = jax.jit(partial(vae.decode, clamp=False, tiling=Tiling(12, 20, 8, 8)))
     assert np.array_equal(decode(params, coded[2]), coded[3])
 
 
-def test_tiles_that_do_not_fit_are_refused(tiny):
-    vae, params = tiny
+def test_tiles_that_do_not_fit_are_refused(tiny_vae):
+    vae, params = tiny_vae
     with pytest.raises(UserError, match="cannot lie 300 apart"):
         Tiling(stride_width=300)
     with pytest.raises(UserError, match="multiples of 4"):
@@ -255,9 +245,9 @@ def test_tiles_that_do_not_fit_are_refused(tiny):
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-def test_frames_are_those_of_decode(tiny):
+def test_frames_are_those_of_decode(tiny_vae):
     """Chunk by chunk, batches that do not come out even, and the count that progress is told."""
-    vae, params = tiny
+    vae, params = tiny_vae
     z = clip(3, 4, 3, 5, 3)
     told = []
     frames = FrameDecoder(vae, params, chunk=2, batch=2)(z, told.append)
@@ -268,16 +258,16 @@ def test_frames_are_those_of_decode(tiny):
     assert sum(told) == 21 and told == [6, 8, 3, 4]
 
 
-def test_frames_of_tiles(tiny):
-    vae, params = tiny
+def test_frames_of_tiles(tiny_vae):
+    vae, params = tiny_vae
     z, tiling = clip(1, 1, 3, 5, 3), Tiling(12, 12, 12, 8)
     frames = FrameDecoder(vae, params, tiling=tiling)(z)
     expected = to_uint8(jax.jit(partial(vae.decode, tiling=tiling))(params, z))
     assert np.abs(frames.astype(int) - expected).max() <= 1
 
 
-def test_frames_refuse_what_they_cannot_decode(tiny):
-    vae, params = tiny
+def test_frames_refuse_what_they_cannot_decode(tiny_vae):
+    vae, params = tiny_vae
     decoder = FrameDecoder(vae, params)
     with pytest.raises(UserError, match="have 16 channels, the VAE takes 3"):
         decoder(clip(1, 1, 3, 5, 16))
@@ -290,32 +280,32 @@ def test_frames_refuse_what_they_cannot_decode(tiny):
 # -- files -----------------------------------------------------------------------------------------
 
 
-def test_save_and_load(tiny, tmp_path):
-    vae, params = tiny
-    save_vae(tmp_path / "pipe" / "vae", TINY, params, {"licence": "Apache-2.0"})
+def test_save_and_load(tiny_vae, tmp_path):
+    vae, params = tiny_vae
+    save_vae(tmp_path / "pipe" / "vae", TINY_VAE, params, {"licence": "Apache-2.0"})
     for path in (tmp_path / "pipe", tmp_path / "pipe" / "vae"):
         loaded, again = load_vae(path)
-        assert loaded.config == TINY
+        assert loaded.config == TINY_VAE
         chex.assert_trees_all_equal(again, params)
     assert load_vae(path, "bfloat16")[0].config.dtype == "bfloat16"
     card = json.loads((path / "config.json").read_text())
     assert card["kind"] == "vae" and card["licence"] == "Apache-2.0"
-    half = save_vae(tmp_path / "half", TINY, params, bfloat16=True)
+    half = save_vae(tmp_path / "half", TINY_VAE, params, bfloat16=True)
     assert relative_error(*(load_vae(f)[1]["quant"]["kernel"] for f in (half, path))) < 5e-3
 
 
-def test_folders_that_are_no_vae(tiny, tmp_path):
-    vae, params = tiny
+def test_folders_that_are_no_vae(tiny_vae, tmp_path):
+    vae, params = tiny_vae
     with pytest.raises(UserError, match="there is no folder"):
         load_vae(tmp_path / "nothing")
     with pytest.raises(UserError, match="config.json"):
         load_vae(tmp_path)
-    folder = save_vae(tmp_path / "vae", TINY, params)
+    folder = save_vae(tmp_path / "vae", TINY_VAE, params)
     with pytest.raises(UserError, match="already holds"):
-        save_vae(folder, TINY, params)
+        save_vae(folder, TINY_VAE, params)
     fewer = {**params, "quant": {"kernel": params["quant"]["kernel"]}}
     with pytest.raises(UserError, match="lacks parameter 'quant/bias'"):
-        save_vae(tmp_path / "new", TINY, fewer)
+        save_vae(tmp_path / "new", TINY_VAE, fewer)
     assert not (tmp_path / "new").exists()
 
     card = json.loads((folder / "config.json").read_text())

@@ -8,27 +8,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from networks import random_params, relative_error
+from networks import relative_error
 
 from apt_jax.errors import UserError
 from apt_jax.media import to_uint8
-from apt_jax.models.vae import (
-    FrameDecoder,
-    VAEConfig,
-    decode_sharded,
-    encode_sharded,
-    make_vae,
-)
-
-# One halving in space alone, one in space and time.
-TINY = VAEConfig(base=4, multipliers=(1, 2, 2), blocks=1, temporal=(False, True),
-                 latent_channels=3, mean=(0.5, -1.0, 0.0), std=(2.0, 0.5, 1.0))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    vae = make_vae(TINY)
-    return vae, random_params(vae)
+from apt_jax.models.vae import FrameDecoder, decode_sharded, encode_sharded
 
 
 def mesh(**axes: int):
@@ -44,8 +28,8 @@ def latents(*shape: int) -> np.ndarray:
     (dict(context=8), "context", 16),  # two rows each
     (dict(replica=2, fsdp=4), "fsdp", 10),  # three rows each, two of the last device's are padding
 ], ids=["even", "padded"])
-def test_decode_equals_one_device(tiny, axes, axis, rows):
-    vae, params = tiny
+def test_decode_equals_one_device(tiny_vae, axes, axis, rows):
+    vae, params = tiny_vae
     z = latents(2, 3, rows, 5, 3)
     grid = mesh(**axes)
     batch = next((name for name in axes if name != axis), None)
@@ -60,8 +44,8 @@ def test_decode_equals_one_device(tiny, axes, axis, rows):
         assert split.sharding.spec[2] == axis  # nothing was gathered
 
 
-def test_encode_equals_one_device(tiny):
-    vae, params = tiny
+def test_encode_equals_one_device(tiny_vae):
+    vae, params = tiny_vae
     x = np.clip(latents(1, 5, 20, 12, 3), -1, 1)  # five latent rows on four devices
     whole = jax.jit(vae.encode)(params, x)
     split = jax.jit(partial(encode_sharded, vae, mesh=mesh(a=2, b=4), axis="b"))(params, x)
@@ -69,9 +53,9 @@ def test_encode_equals_one_device(tiny):
     assert relative_error(split, whole) < 2e-6
 
 
-def test_only_rows_and_the_middle_travel(tiny):
+def test_only_rows_and_the_middle_travel(tiny_vae):
     """The halo moves by collective-permute; only the middle's keys and values are gathered."""
-    vae, params = tiny
+    vae, params = tiny_vae
     z = latents(1, 2, 16, 5, 3)
     program = jax.jit(partial(decode_sharded, vae, mesh=mesh(a=8), axis="a"),
                       in_shardings=(None, jax.NamedSharding(mesh(a=8), PartitionSpec(
@@ -83,16 +67,16 @@ def test_only_rows_and_the_middle_travel(tiny):
     assert all("[1,80,8]" in line for line in gathers)
 
 
-def test_frames_over_a_mesh(tiny):
+def test_frames_over_a_mesh(tiny_vae):
     """Five rows on eight devices: three idle."""
-    vae, params = tiny
+    vae, params = tiny_vae
     z = latents(2, 2, 5, 3, 3)
     frames = FrameDecoder(vae, params, mesh=mesh(a=8), axis="a")(z)
     expected = to_uint8(jax.jit(vae.decode)(params, z))
     assert np.abs(frames.astype(int) - expected).max() <= 1
 
 
-def test_an_axis_that_is_not_there(tiny):
-    vae, params = tiny
+def test_an_axis_that_is_not_there(tiny_vae):
+    vae, params = tiny_vae
     with pytest.raises(UserError, match="no axis 'rows'; its axes are a, b"):
         decode_sharded(vae, params, latents(1, 1, 2, 2, 3), mesh=mesh(a=2, b=4), axis="rows")
