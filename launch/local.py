@@ -25,6 +25,8 @@ import threading
 import time
 
 POLL = 0.1
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MEM_FRACTION = 0.94  # of a GPU's memory: what apt-jax plan counts on; jax takes 0.75 by itself
 
 
 def arguments() -> argparse.Namespace:
@@ -65,6 +67,9 @@ def environment(args: argparse.Namespace, process: int, port: int) -> dict[str, 
         env["XLA_FLAGS"] = " ".join(
             [*flags, f"--xla_force_host_platform_device_count={args.devices}"])
         env["JAX_PLATFORMS"] = "cpu"
+    else:  # processes that see the same GPUs share their memory
+        sharing = 1 if args.gpus else args.processes
+        env.setdefault(MEMORY, f"{MEM_FRACTION / sharing:g}")
     if args.gpus:
         every = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
         every = every[:args.gpus] or list(map(str, range(args.gpus)))
