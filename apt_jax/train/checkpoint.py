@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from apt_jax.config import config_from_json, config_to_json
 from apt_jax.config.schema import BY_KEY
 from apt_jax.errors import UserError
+from apt_jax.train.distributed import everywhere, same_everywhere
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
 
 BROKEN = "broken_checkpoints"
@@ -38,6 +39,10 @@ COMPUTE_ONLY = ("dtype", "matmul", "remat", "attention")
 # Fields whose change is allowed but alters draws or data order.
 COURSE = ("seed", "data.path", "data.split", "data.frames", "train.batch_size",
           "train.clip_batch_size")
+
+
+# What a process says of a checkpoint.
+GOOD, BROKEN_HERE, OTHER = range(3)
 
 
 class Restored(NamedTuple):
@@ -127,15 +132,25 @@ class Checkpoints:
         Unreadable ones newer than it are moved to WORKDIR/broken_checkpoints with a warning.
         UserError for a checkpoint of another config, or if none of several can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = same_everywhere(sorted(self._manager.all_steps(), reverse=True))
         broken: dict[int, str] = {}
         for step in steps:
+            restored = problem = None
             try:
                 restored = self._read(step, abstract)
-            except UserError:
-                raise
+            except UserError as error:
+                problem = error
             except Exception as error:  # whatever a torn folder makes the reader raise
                 broken[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            # A torn file hurts those processes alone whose part it holds; all take the same way.
+            found = everywhere(OTHER if problem else BROKEN_HERE if step in broken else GOOD)
+            if problem:
+                raise problem
+            if OTHER in found:
+                raise UserError(f"another process refused {self._folder}/{step}; its line says why")
+            if BROKEN_HERE in found:
+                broken.setdefault(step, f"process {found.index(BROKEN_HERE)} cannot read its part")
+                del restored
                 continue
             if broken:
                 self._set_aside(broken, step)
@@ -146,11 +161,12 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: dict[str, Any]) -> Restored:
-        meta = self._manager.restore(
-            step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+        """One checkpoint by the handlers themselves: the manager would wait for all processes to
+        succeed, for ever where one does not."""
+        folder = self._manager.directory / str(step)
+        meta = ocp.JsonCheckpointHandler().restore(folder / META, args=ocp.args.JsonRestore())
         self._check(config_from_json(meta["config"]), step)
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(**{STATE: _restore_args(abstract)}))[STATE]
+        state = ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=_restore_args(abstract))
         if int(state["step"]) != step:
             raise ValueError(f"it holds step {int(state['step'])}")
         return Restored(state, step, float(meta["seconds"]))

@@ -193,6 +193,31 @@ def _spans(numbers: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
+def everywhere(value: int) -> list[int]:
+    """The small number that each process gives, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    return [int(v) for v in multihost_utils.process_allgather(np.asarray(value, np.int32))]
+
+
+def same_everywhere(numbers: list[int]) -> list[int]:
+    """Those of `numbers` (int32, non-negative) that all processes give, in this one's order."""
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental import multihost_utils
+
+    lengths = everywhere(len(numbers))
+    longest = max(lengths)
+    if not min(lengths):
+        return []
+    padded = np.full(longest, -1, np.int32)
+    padded[:len(numbers)] = numbers
+    given = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, longest)
+    return [n for n in numbers if all(n in row for row in given)]
+
+
 def agree(value: Any) -> None:
     """Raises UserError unless all processes hold the same JSON-able value (their configuration)."""
     if jax.process_count() == 1:

@@ -62,18 +62,22 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
       UserError: a config, checkpoint, mesh or data set that does not fit; a non-finite loss.
     """
     config = validate(config)
-    run = _Run(config, Path(workdir), quiet)
-    try:
-        return run.train(dataset)
-    finally:
-        run.close()
+    hang = config.train.hang_seconds if jax.process_count() > 1 else 0.0
+    # Around all of it: processes wait for each other when they restore and when they leave, too.
+    with Watchdog(hang) as dog:
+        run = _Run(config, Path(workdir), quiet, dog)
+        try:
+            return run.train(dataset)
+        finally:
+            dog.alive(slowly=True)
+            run.close()
 
 
 class _Run:
     """The parts of one run, opened in the order in which they can be wrong."""
 
-    def __init__(self, config: Any, workdir: Path, quiet: bool):
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: Any, workdir: Path, quiet: bool, dog: Watchdog):
+        self.config, self.workdir, self.dog = config, workdir, dog
         self.first = jax.process_index() == 0
         self.quiet = quiet
         self.progress: Progress | None = None
@@ -155,10 +159,9 @@ class _Run:
                                   seconds())
 
         shapes = set()
-        hang = config.train.hang_seconds if jax.process_count() > 1 else 0.0
-        with Preemption() as stop, Watchdog(hang) as dog:
+        with Preemption() as stop:
             while step < total:
-                dog.alive(compiles=batch["x"].shape not in shapes)
+                self.dog.alive(slowly=batch["x"].shape not in shapes)  # a new shape compiles
                 shapes.add(batch["x"].shape)
                 on_device = put_batch(batch, self.mesh)
                 with jax.transfer_guard("disallow"):
@@ -183,11 +186,13 @@ class _Run:
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if name := stop.asked(step):
+                    self.dog.alive(slowly=True)
                     save()
                     self.checkpoints.wait()
                     self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "
                              "same command goes on from there")
                     return self._summary("preempted", step, seconds())
+        self.dog.alive(slowly=True)
         self.checkpoints.wait()
         return self._summary("complete", step, seconds())
 

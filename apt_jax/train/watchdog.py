@@ -11,8 +11,9 @@ import faulthandler
 import sys
 from types import TracebackType
 
-# A new batch shape compiles, and the first step waits for everyone to come up.
-COMPILE_SECONDS = 3600.0
+# What takes long by itself: a new batch shape compiles, the first step waits for everyone to come
+# up, and a whole state is read or written.
+SLOW_SECONDS = 3600.0
 
 
 class Watchdog:
@@ -25,7 +26,7 @@ class Watchdog:
         self._seconds = seconds
 
     def __enter__(self) -> Watchdog:
-        self.alive(compiles=True)
+        self.alive(slowly=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -33,10 +34,10 @@ class Watchdog:
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 
-    def alive(self, compiles: bool = False) -> None:
-        """Something got on; `compiles`: what comes next may compile."""
+    def alive(self, slowly: bool = False) -> None:
+        """Something got on; `slowly`: what comes next may take an hour (SLOW_SECONDS)."""
         if not self._seconds:
             return
-        limit = max(self._seconds, COMPILE_SECONDS) if compiles else self._seconds
+        limit = max(self._seconds, SLOW_SECONDS) if slowly else self._seconds
         # sys.__stderr__: a test or a notebook may have put something without a file in its place.
         faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)

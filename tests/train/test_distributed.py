@@ -87,7 +87,7 @@ def test_a_process_says_where_it_is():
 
 
 def test_a_hanging_step_ends_the_process_with_its_stacks():
-    code = ("import time\nfrom apt_jax.train import watchdog\nwatchdog.COMPILE_SECONDS = 0\n"
+    code = ("import time\nfrom apt_jax.train import watchdog\nwatchdog.SLOW_SECONDS = 0\n"
             "def waiting_for_the_others():\n    time.sleep(60)\n"
             "with watchdog.Watchdog(0.2) as dog:\n    dog.alive()\n    waiting_for_the_others()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -212,3 +212,27 @@ def test_sigterm_on_one_saves_the_same_step_on_all_and_one_process_goes_on(
         assert_agrees(tmp_path, config, one_process(stage))
     else:  # a fast machine: look at the steps that both have
         assert_losses(losses(tmp_path), losses(one_process(stage)[0]))
+
+
+@pytest.mark.mesh
+def test_a_part_that_one_process_cannot_read_sends_all_back(launch, weights, one_process,
+                                                            tmp_path):
+    """And two processes go on where four were, then one: the data position is everybody's."""
+    every = "--config.train.checkpoint_every=1"
+    four = launch(tmp_path, "pretrain", 4, 1, "--config.mesh.fsdp=4", every,
+                  "--config.train.steps=1")
+    assert four.end() == 0, four.text
+    two = launch(tmp_path, "pretrain", 2, 1, "--config.mesh.fsdp=2", every,
+                 "--config.train.steps=3")
+    assert two.end() == 0, two.text
+    torn = list((tmp_path / "checkpoints/3/state/ocdbt.process_1/d").iterdir())
+    assert torn
+    for path in torn:
+        path.write_bytes(b"")
+    again = launch(tmp_path, "pretrain", 2, 1, "--config.mesh.fsdp=2", every,
+                   "--config.train.steps=3")
+    assert again.end() == 0, again.text
+    assert "checkpoint 3 cannot be read" in again.text and "going on from step 2" in again.text
+    config = get_config(f"pretrain,{weights}")
+    assert train(config, tmp_path, quiet=True)["step"] == STEPS
+    assert_agrees(tmp_path, config, one_process("pretrain"))
