@@ -38,7 +38,7 @@ def get_config(stage="video"):
         consistency(config)
         config.objective.consistency.shift = 5.0
         config.objective.consistency.guidance = 5.0
-        config.train.accumulate = 4  # 64 clips at a time: one on each 8 of 512 GPUs
+        config.train.accumulate = 0  # one sample at a time for each 8 GPUs
         return config
     adversarial(config)
     config.discriminator.taps = (18, 29, 40)
@@ -50,7 +50,7 @@ def get_config(stage="video"):
         config.optimizer.learning_rate = 5e-6
         config.train.steps = 350
         config.train.batch_size = 9216
-        config.train.accumulate = 36
+        config.train.accumulate = 0
         return config
     config.data.frames = (LATENT_FRAMES,)
     config.init.generator = f"{RUNS}/image"
@@ -59,5 +59,5 @@ def get_config(stage="video"):
     config.optimizer.learning_rate = 3e-6
     config.train.steps = 300
     config.train.batch_size = 1024
-    config.train.accumulate = 16
+    config.train.accumulate = 0
     return config

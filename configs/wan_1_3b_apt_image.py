@@ -25,5 +25,5 @@ def get_config():
     config.optimizer.learning_rate = 5e-6
     config.train.steps = 350
     config.train.batch_size = 9216
-    config.train.accumulate = 18  # 512 images at a time: 8 on each of 64 GPUs
+    config.train.accumulate = 0  # one image at a time on every GPU; 18 has 8 on each of 64
     return config

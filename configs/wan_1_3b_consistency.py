@@ -11,7 +11,7 @@ The paper does not give optimiser, grid or updates here: AdamW at 1e-5 with weig
 intervals and 5,000 updates are those of the same authors' next work (arXiv 2506.09350). The grid is
 shifted by 8, where Wan's own sampler puts its steps for this model, so that the teacher's Euler
 steps are small where it needs them. Guidance is 6, the model card's, within the 5 to 7.5 of Wan and
-of the paper. On fewer GPUs: --config.train.accumulate=32 for 8.
+of the paper.
 """
 
 from wan_common import consistency, wan_config
@@ -22,6 +22,6 @@ def get_config():
     config.name = "wan_1_3b_consistency"
     config.objective.consistency.shift = 8.0
     config.objective.consistency.guidance = 6.0
-    config.train.accumulate = 4  # 64 clips at a time: one on each of 64 GPUs
+    config.train.accumulate = 0  # one sample at a time on every GPU
     config.train.ema_decay = 0.995
     return config

@@ -16,7 +16,7 @@ sharding   masters, average, moments and gradients of G and D are 35 GB in float
            (fsdp) they are small beside the activations, and one copy per 8 GPUs (replica = the
            rest) keeps the gathers inside a node. With every block recomputed (remat full) a clip
            keeps 3 GB of hidden states a network pass, so no sample is cut: mesh.context = 1.
-           Computed, not run. On fewer GPUs raise train.accumulate.
+           Computed, not run. With train.accumulate = 0 fewer GPUs take more turns.
 guidance   6, and shift 8 for sampling: the model card's for the 1.3B model (5 and 5 for the 14B).
 negative   the teacher's one fixed negative prompt is NEGATIVE_PROMPT, Wan's own; prepare encodes it
            once into the data set.

@@ -134,7 +134,7 @@ def test_wans_recipe(stage):
     assert config.init.diffusion == "ckpt/wan13b" and config.init.generator == said["generator"]
     assert config.data.frames == said["frames"] and config.data.path == "data/clips"
     assert config.optimizer.learning_rate == said["rate"]
-    assert config.train.batch_size % config.train.accumulate == 0
+    assert config.train.accumulate == 0  # any number of GPUs
     if stage == "consistency":
         assert config.optimizer.name == "adamw"
         assert 5 <= config.objective.consistency.guidance <= 7.5
