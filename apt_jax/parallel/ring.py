@@ -45,10 +45,16 @@ def _scores(q, k, key_mask):
     return jnp.where(key_mask[:, None, None, :], scores, MASKED)
 
 
+def _weights(scores, lse, key_mask):
+    """[B, h, Nq, Nk]; nothing for a masked key, also where no key at all is to be seen."""
+    weights = jnp.exp(scores - lse[..., None])
+    return weights if key_mask is None else jnp.where(key_mask[:, None, None, :], weights, 0)
+
+
 def _plain_forward(q, k, v, key_mask):
     scores = _scores(q, k, key_mask)  # [B, h, Nq, Nk]
     lse = jax.nn.logsumexp(scores, axis=-1)  # [B, h, Nq]
-    weights = jnp.exp(scores - lse[..., None])
+    weights = _weights(scores, lse, key_mask)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v,
                      preferred_element_type=jnp.float32)
     return out, lse
@@ -56,7 +62,7 @@ def _plain_forward(q, k, v, key_mask):
 
 def _plain_backward(q, k, v, key_mask, out, lse, dout):
     f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    weights = jnp.exp(_scores(q, k, key_mask) - lse[..., None])  # of the whole softmax
+    weights = _weights(_scores(q, k, key_mask), lse, key_mask)  # of the whole softmax
     dweights = f32("bqhd,bkhd->bhqk", dout, v)
     delta = f32("bqhd,bqhd->bhq", dout, out)
     dscores = (weights * (dweights - delta[..., None]) * (q.shape[-1] ** -0.5)).astype(q.dtype)

@@ -63,6 +63,14 @@ def test_joint_attention_on_every_kind_of_mesh(sizes, ulysses, lengths, masked):
     close(found, value_and_gradients(None, q, k, v, mask))
 
 
+def test_a_sample_without_a_key_gets_zeros_from_the_ring_too():
+    q, k, v, mask = streams((3, 10))
+    mask = mask.at[1].set(False)
+    found = value_and_gradients(ContextParallel(mesh_of(context=4), 1), q, k, v, mask)
+    assert not any(np.asarray(out[1]).any() for out in found[0])
+    close(found, value_and_gradients(None, q, k, v, mask))
+
+
 def mesh_of(**sizes):
     return make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values())))])
 
