@@ -23,8 +23,8 @@ ALWAYS = [("wan", (2, 2, 2, 1))]
 ONE = (1, 1, 1, 1)
 
 
-def equality_config(family="mmdit", ulysses=-1, accumulate=1):
-    """Eight heads, so that every axis may have eight devices; 16 tokens of video and 3 of text.
+def equality_config(family="mmdit", ulysses=-1, accumulate=1, heads=8):
+    """Eight heads or more, so that every axis may have eight devices; 16 tokens of video and 3 of text.
 
     sigma is 0.5: at the paper's 0.01 and 0.1 the penalty is the square of a difference of nearly
     equal logits, and float32 rounding alone moves its gradient by 1e-5.
@@ -32,7 +32,7 @@ def equality_config(family="mmdit", ulysses=-1, accumulate=1):
     of_family = {"mmdit": {}, "wan": {"model__family": "wan", "model__rope_axes": (4, 2, 2),
                                       "model__text_tokens": 5}}[family]
     return tiny_config("adversarial", batch_size=16, objective__adversarial__r1_sigma=0.5,
-                       model__width=64, model__heads=8, discriminator__heads=8,
+                       model__width=8 * heads, model__heads=heads, discriminator__heads=8,
                        train__accumulate=accumulate, mesh__ulysses=ulysses,
                        optimizer__learning_rate=1e-5, **of_family)
 
@@ -48,17 +48,18 @@ def recording(optimizer):
 
 
 @functools.cache
-def weights(family):
+def weights(family, heads=8):
     """One set of start weights, made on one device, as numpy."""
-    config = equality_config(family)
+    config = equality_config(family, heads=heads)
     setup = set_up(config, make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
     state = host(wake(init_state(config, setup)))
     return {name: state[name] for name in ("generator", "discriminator", "generator_ema")}
 
 
-def train(family, shape, ulysses=-1, accumulate=1):
+def train(family, shape, ulysses=-1, accumulate=1, heads=8):
     """(metrics of the first update, gradients of D and G in it, weights after STEPS)."""
-    config, start = equality_config(family, ulysses, accumulate), weights(family)
+    config = equality_config(family, ulysses, accumulate, heads)
+    start = weights(family, heads)
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:math.prod(shape)])
     setup = set_up(config, mesh, min_elements=1)
     optimizers = {name: recording(o) for name, o in setup.optimizers.items()}
@@ -87,8 +88,8 @@ def train(family, shape, ulysses=-1, accumulate=1):
 
 
 @functools.cache
-def one_device(family):
-    return train(family, ONE)
+def one_device(family, heads=8):
+    return train(family, ONE, heads=heads)
 
 
 def assert_same(found, want):
@@ -122,3 +123,10 @@ def test_every_mesh_equals_one_device(family, shape):
 ])
 def test_the_ring_and_microbatches_equal_one_device(shape, ulysses, accumulate):
     assert_same(train("mmdit", shape, ulysses, accumulate), one_device("mmdit"))
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(("shape", "ulysses"), [((1, 1, 8, 1), 4), ((1, 2, 4, 1), -1)])
+def test_the_twelve_heads_of_wan_on_eight_devices(shape, ulysses):
+    """Ulysses 4 inside ring 2, and context 4 beside fsdp 2."""
+    assert_same(train("wan", shape, ulysses, heads=12), one_device("wan", 12))
