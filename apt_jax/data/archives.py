@@ -42,7 +42,10 @@ def list_tar(path: pathlib.Path) -> tuple[list[tuple], list[tuple[str, str]]]:
                     skipped.append((found.name, "cut short: the archive ends before it"))
                 elif suffix in MEDIA or suffix in _TEXTS:
                     sample = samples.setdefault(key, {})
-                    sample.setdefault(found.name, (found.offset_data, found.size))
+                    if found.name in sample:
+                        skipped.append((found.name, "is there twice: the first one is taken"))
+                    else:
+                        sample[found.name] = found.offset_data, found.size
         rows = []
         for members in samples.values():
             rows_of, left_out = _sample(file, members)

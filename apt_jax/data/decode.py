@@ -104,11 +104,25 @@ def opened(file: File) -> str | io.BufferedIOBase:
     return str(file) if isinstance(file, pathlib.Path) else file.open()
 
 
+def open_video(file: File):
+    """PyAV's container. Tags that are not UTF-8, as in many files, are no reason to refuse it."""
+    import av
+
+    return av.open(opened(file), metadata_errors="replace")
+
+
 def bytes_of(file: File) -> int:
     """Bytes of the media themselves."""
     if isinstance(file, pathlib.Path):
         return file.stat().st_size
     return len(file.data) if isinstance(file, Blob) else file.size
+
+
+def read_through(file: File) -> None:
+    """Read every byte. OSError where the disk fails, which a decoder may take for the end."""
+    with open(file, "rb") if isinstance(file, pathlib.Path) else file.open() as stream:
+        while stream.read(2**20):
+            pass
 
 
 def is_video(file: File) -> bool:
@@ -192,9 +206,7 @@ def read_picture(path: File, wanted: Sequence[int], background):
 
 
 def _probe_video(path: File) -> Media:
-    import av
-
-    with av.open(opened(path)) as container:
+    with open_video(path) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
         stream = container.streams.video[0]
@@ -208,16 +220,14 @@ def _probe_video(path: File) -> Media:
         frames = stream.frames
         seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
     if not frames:  # webm and mkv do not say; packets are frames for the codecs in use
-        with av.open(opened(path)) as container:
+        with open_video(path) as container:
             frames = sum(p.size > 0 for p in container.demux(container.streams.video[0]))
     return Media(int(frames), height, width, float(rate), seconds or frames / float(rate))
 
 
 def _read_video(path: pathlib.Path, wanted: Sequence[int]):
-    import av
-
     left = list(wanted)
-    with av.open(opened(path)) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import re
 
 # What a disk, a network file system or a busy machine says of a file that may be whole.
 _PASSING = frozenset(getattr(errno, name) for name in (
@@ -28,9 +29,17 @@ class Skipped:
 
 
 def skipped(name: str, error: Exception) -> Skipped:
-    """The entry of a file whose reading ended with this error."""
-    return Skipped(name, " ".join(f"{type(error).__name__}: {error}".split())[:200],
-                   passes(error))
+    """The entry of a file whose reading ended with this error.
+
+    The reason names neither paths nor addresses: equal faults have equal reasons, on every run.
+    """
+    kind = type(error).__name__
+    if kind == "UnidentifiedImageError":  # Pillow's words are those of the file object
+        words = "no picture of a known format"
+    else:
+        words = getattr(error, "strerror", None) or str(error)
+    words = re.sub(r" object at 0x[0-9a-f]+", "", words)
+    return Skipped(name, " ".join(f"{kind}: {words}".split())[:200], passes(error))
 
 
 def passes(error: Exception) -> bool:

@@ -58,9 +58,7 @@ def _picture(file, times: np.ndarray, background) -> Iterator[Image.Image]:
 
 
 def _video(file, times: np.ndarray) -> Iterator[Image.Image]:
-    import av
-
-    with av.open(decode.opened(file)) as container:
+    with decode.open_video(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         period = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)

@@ -132,13 +132,11 @@ def _find_in_archives(root: pathlib.Path, names) -> tuple[list[Item], list[Skipp
     for name in names:
         path = root / name
         with disk_errors(path, "read"):
-            if path.suffix.lower() == tables.SUFFIX:
-                size = path.stat().st_size
-                rows, left_out = tables.list_table(path)
-                rows = [(*row[:4], size, row[4]) for row in rows]
-            else:
-                rows, left_out = archives.list_tar(path)
-                rows = [(*row, "") for row in rows]  # a member has a size and no column
+            try:
+                rows, left_out = _list(path)
+            except PermissionError as error:
+                skipped.append(Skipped(name, f"cannot be read: {error.strerror}"))
+                continue
         for member, caption, group, *rest in rows:
             if is_text(member + caption + group):
                 items.append(Item(f"{name}/{member}", " ".join(caption.split()), group, name,
@@ -147,6 +145,16 @@ def _find_in_archives(root: pathlib.Path, names) -> tuple[list[Item], list[Skipp
                 left_out.append((member, "its name or caption holds half a character"))
         skipped += [Skipped(f"{name}/{place}".rstrip("/"), reason) for place, reason in left_out]
     return items, skipped
+
+
+def _list(path: pathlib.Path) -> tuple[list[tuple], list[tuple[str, str]]]:
+    """([(member, caption, group, place, size, column)], [(member, why it is left out)])."""
+    if path.suffix.lower() == tables.SUFFIX:
+        size = path.stat().st_size
+        rows, left_out = tables.list_table(path)
+        return [(*row[:4], size, row[4]) for row in rows], left_out
+    rows, left_out = archives.list_tar(path)
+    return [(*row, "") for row in rows], left_out
 
 
 def _some(root, items, skipped):

@@ -20,7 +20,7 @@ import numpy as np
 from apt_jax.data import decode, latent_records, manifest, records, resample, sources
 from apt_jax.data.cutting import Plan
 from apt_jax.data.quantise import quantise, store
-from apt_jax.data.reasons import Skipped, skipped
+from apt_jax.data.reasons import Skipped, passes, skipped
 from apt_jax.data.settings import Settings
 
 _CAPTIONS = 32  # captions of one call of the text encoder
@@ -81,7 +81,7 @@ class Worker:
                 media = decode.probe(sources.fetch(self.source, item))
                 return {"name": item.name} | dataclasses.asdict(media)
             except Exception as error:  # any decoder, any damage: it is listed, the run goes on
-                left = skipped(item.name, error)
+                left = self._left_out(item, error)
                 return {"name": item.name, "error": left.reason, "passing": left.passing}
 
         yield from self._in_order(look, items)
@@ -128,7 +128,7 @@ class Worker:
                 pixels = decode.read(self._fetch(plan, sizes), plan.wanted, height, width,
                                      self.settings.background)
             except Exception as error:  # as in probe
-                return skipped(plan.item.name, error)
+                return self._left_out(plan.item, error)
             return records.encode_frames(pixels, self.settings.quality)
 
         for index, (plan, made) in enumerate(zip(job.plans, self._in_order(picture, job.plans))):
@@ -179,7 +179,7 @@ class Worker:
                 return resample.read_clip(self._fetch(plan, sizes), plan.start, plan.fps, count,
                                           height, width, self.settings.background)
             except Exception as error:  # as in probe
-                return skipped(plan.item.name, error)
+                return self._left_out(plan.item, error)
 
         part, rows = [], self._in_order(clip, job.plans)
         for plan in job.plans:
@@ -224,6 +224,15 @@ class Worker:
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _left_out(self, item: sources.Item, error: Exception) -> Skipped:
+        """The entry of a file that could not be used: damaged, or on a disk that fails."""
+        if not passes(error):
+            try:
+                decode.read_through(sources.fetch(self.source, item))
+            except Exception as other:
+                error = other if passes(other) else error
+        return skipped(item.name, error)
 
     def _fetch(self, plan: Plan, sizes: dict[str, int]) -> decode.File:
         file = sources.fetch(self.source, plan.item)

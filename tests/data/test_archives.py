@@ -77,9 +77,14 @@ def test_a_tar_is_found_and_read(tmp_path, format):
 def test_samples_without_captions_or_media_are_listed(tmp_path):
     write_tar(tmp_path / "a.tar", [*samples(tmp_path), ("8.png", png(8)), ("9.txt", b"nine"),
                                    ("7.png", png(7)), ("7.json", b'{"title": "x"}'),
-                                   ("6.png", png(6)), ("6.json", b"{"), ("notes.pdf", b"x")])
-    found, skipped, _ = find(tmp_path)
+                                   ("6.png", png(6)), ("6.json", b"{"), ("notes.pdf", b"x"),
+                                   ("0001.png", png(9))])
+    found, skipped, items = find(tmp_path)
     assert len(found) == 4
+    assert skipped.pop("a.tar/0001.png") == "is there twice: the first one is taken"
+    first = next(i for i in items if i.name == "a.tar/0001.png")
+    np.testing.assert_array_equal(
+        decode.read(sources.fetch(tmp_path, first), [0], 24, 24)[0], tiny.picture(1))
     assert set(skipped) == {f"a.tar/{n}" for n in ("6.png", "7.png", "8.png", "9.txt")}
 
 
@@ -252,6 +257,18 @@ def test_an_archive_that_cannot_be_read_just_now_stops_the_run(tmp_path, monkeyp
         monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
     with pytest.raises(UserError, match=f"{name} cannot be read .Input/output error"):
         find(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "_list", refuse_if(name, sources._list))
+    found, skipped, _ = find(tmp_path)
+    assert skipped == {name: "cannot be read: Permission denied"} and found
+
+
+def refuse_if(name, real):
+    def work(path):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+    return work
 
 
 def test_broken_and_foreign_parquet_files_are_listed(tmp_path):

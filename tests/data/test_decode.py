@@ -5,7 +5,7 @@ import pytest
 import tiny_media as tiny
 from PIL import Image
 
-from apt_jax.data import decode
+from apt_jax.data import decode, reasons, resample
 
 
 def grey(frames):
@@ -70,6 +70,34 @@ def test_fit_crops_the_centre():
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, 10:20] = 255
     assert decode.fit(Image.fromarray(image), 10, 10).min() == 255
+
+
+def test_tags_that_are_not_utf8_do_not_cost_the_film(tmp_path):
+    path = tmp_path / "a.mkv"
+    tiny.save_video(path, 3)
+    data = path.read_bytes()
+    assert data.count(b"Lavf") > 0
+    path.write_bytes(data.replace(b"Lavf", b"caf\xe9"))
+    assert decode.probe(path).frames == 3
+    assert decode.read(path, [2], 16, 16).shape == (1, 16, 16, 3)
+    assert resample.read_clip(path, 0, 10, 3, 16, 16).shape == (3, 16, 16, 3)
+
+
+def test_reasons_are_the_same_on_every_run(tmp_path):
+    """No addresses, no paths: what was left out is counted by its reason, and bytes are kept."""
+    found = set()
+    for file in (decode.Blob("a.png", b"x" * 99), decode.Blob("b.png", b"y" * 99)):
+        with pytest.raises(OSError) as caught:
+            decode.probe(file)
+        found.add(reasons.skipped("a", caught.value))
+    assert found == {reasons.Skipped("a", "UnidentifiedImageError: no picture of a known format")}
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(ValueError) as caught:
+        decode.probe(tmp_path / "a.mp4")
+    reason = reasons.skipped("a", caught.value).reason
+    assert reason == "InvalidDataError: Invalid data found when processing input"
+    text = reasons.skipped("a", ValueError(f"cannot read {object()!r}")).reason
+    assert text == "ValueError: cannot read <object>"
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.mp4", "a.webp", "a.webm"])
