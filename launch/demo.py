@@ -2,7 +2,7 @@
 
     python launch/demo.py --workdir runs/demo                       # what `make demo` runs
     python launch/demo.py --workdir runs/demo-full --pretrain       # pre-trains the base too
-    python launch/demo.py --workdir runs/demo-long --pretrain --long --seed 1
+    python launch/demo.py --workdir runs/demo-long-1 --pretrain --long --seed 1
 
 Consistency distillation, image APT and video APT run live (with --pretrain the base model before
 them), each in a folder of its own below the work directory. Then every model draws samples for
