@@ -78,8 +78,9 @@ FIELDS: tuple[Field, ...] = (
     _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
        "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
-       "products, all but attention, or that with what is kept moved to the host",
-       choices=("none", "full", "dots", "attention", "offload")),
+       "products, all but attention, all but attention and its exchange between devices, or all but "
+       "attention with what is kept moved to the host",
+       choices=("none", "full", "dots", "attention", "exchange", "offload")),
     # -- discriminator
     _f("discriminator.taps", (), "blocks (from 1) with a head; () is 4/9, 13/18 and 1 of the depth",
        low=1),

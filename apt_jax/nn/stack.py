@@ -20,7 +20,8 @@ from apt_jax.kernels import scope
 Carry = Any
 
 # What the backward pass keeps of every block, by the names that blocks and kernels give their
-# values: "block_in" is a block's input, the two others come from attention.
+# values: "block_in" is a block's input, two come from attention, and "exchanged" is what devices
+# traded for it (parallel/context.py).
 ATTENTION = ("attention_out", "attention_lse")
 _policies = jax.checkpoint_policies
 
@@ -33,7 +34,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": _policies.dots_with_no_batch_dims_saveable,
     # Its input and what attention returned: its costliest part is not computed twice.
     "attention": _policies.save_only_these_names(*ATTENTION),
-    # The same, on the host: the device keeps nothing.
+    # The same and what context parallelism exchanged for it: nothing travels twice.
+    "exchange": _policies.save_only_these_names("exchanged", *ATTENTION),
+    # As attention, on the host: the device keeps nothing.
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block_in", *ATTENTION],
         offload_src="device", offload_dst="pinned_host"),

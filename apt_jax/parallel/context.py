@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.kernels import dispatch
@@ -147,14 +148,18 @@ class ContextParallel:
     def _attend(self, q, k, v, mask, split):
         """One device: q, k, v [b, n, h, d] of its tokens; mask [b, ring, tokens of a ring place]."""
         if split.ulysses > 1:
-            q, k, v = (jax.lax.all_to_all(x, split.tokens[-1], 2, 1, tiled=True) for x in (q, k, v))
+            # Named, so that a rematerialisation policy can keep them (nn/stack.py).
+            q, k, v = (checkpoint_name(
+                jax.lax.all_to_all(x, split.tokens[-1], 2, 1, tiled=True), "exchanged")
+                for x in (q, k, v))
         if split.ring > 1:
             block = self.block or dispatch.blocks(q, k, v) or PLAIN
             out = ring_attention(q, k, v, mask, axis=split.tokens[0], size=split.ring, block=block)
         else:
             out = self.kernel(q, k, v, None if mask is None else mask[:, 0])
         if split.ulysses > 1:
-            out = jax.lax.all_to_all(out, split.tokens[-1], 1, 2, tiled=True)
+            out = checkpoint_name(
+                jax.lax.all_to_all(out, split.tokens[-1], 1, 2, tiled=True), "exchanged")
         return out  # [b, n, h, d]
 
     def _mask(self, key_mask, lengths, padded, batch):

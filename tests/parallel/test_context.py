@@ -12,6 +12,7 @@ from apt_jax.kernels.attention import attention, joint_attention, local_attentio
 from apt_jax.kernels.choice import choosing
 from apt_jax.kernels.scope import entered
 from apt_jax.parallel.context import ContextParallel
+from apt_jax.nn.stack import REMAT_POLICIES
 from apt_jax.parallel.mesh import make_mesh
 
 BATCH, HEADS, DIM = 2, 4, 8
@@ -158,6 +159,32 @@ def test_ulysses_moves_no_more_than_it_must():
     """Four arrays of a device's tokens each way, once; nothing is gathered."""
     local = (64 + 960) // 8 * 8 * 4 * 4  # bytes of q on one device
     assert moved(mesh_of(context=8), -1) == {"all-to-all": 4 * local}
+
+
+@pytest.mark.parametrize(("policy", "exchanges"), [("full", 12), ("exchange", 8)])
+def test_what_was_exchanged_need_not_travel_again(policy, exchanges):
+    """A block's training step: four arrays forward, four back, and those the policy forgot.
+
+    Seven rounds, so that the compiler does not unroll them.
+    """
+    mesh = mesh_of(context=4)
+    tokens = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context"))
+    x = jax.ShapeDtypeStruct((1, 64, 16), jnp.float32, sharding=tokens)
+    w = jax.ShapeDtypeStruct((7, 3, 16, 4, 4), jnp.float32)
+
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[policy])
+    def block(x, w):
+        q, k, v = (jnp.einsum("bnd,dhe->bnhe", x, part) for part in w)
+        with entered(ContextParallel(mesh)):
+            (out,) = joint_attention([q], [k], [v])
+        # its value is needed to go back, as the projection that follows attention needs it
+        return x + jnp.sin(out.reshape(x.shape)), None
+
+    def loss(x, w):
+        return jax.lax.scan(block, x, w)[0].sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile().as_text()
+    assert len(re.findall(r"= \S+ all-to-all\(|= \([^=]*\) all-to-all\(", text)) == exchanges
 
 
 def test_a_sharded_layer_is_gathered_whole_and_its_gradient_scattered():
