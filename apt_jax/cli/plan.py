@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", default="", help="write everything as JSON too")
     add("--hlo", metavar="DIR", default="", help="keep the compiled programs' text in this folder")
     add("--no-inference", action="store_true", help="leave out one-step inference")
+    add("--no-remedy", action="store_true",
+        help="do not look for a change that makes it fit, which compiles it again and again")
     add("--sweep", action="store_true",
         help="try mesh shapes and remat policies, rank those that fit by modelled time")
     add("--remats", nargs="+", default=["full", "attention", "none"], metavar="NAME",
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
         found = planning.plan(config, topology, inference=not args.no_inference, options=options,
                               keep=keep, tell=tell)
-        if not found.fits:
+        if not found.fits and not args.no_remedy:
             import dataclasses
 
             tell("looking for a change that makes it fit")

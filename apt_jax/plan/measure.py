@@ -63,6 +63,7 @@ class Measurement:
       notes: what deserves a look: float32 gathers, arrays held in full everywhere.
       refused: what the compiler said where it found no room; the memory is then what it named, and
         there are no collectives.
+      context_minimum: bytes that a device must send over context at least (programs.py).
     """
 
     name: str
@@ -83,6 +84,7 @@ class Measurement:
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...]
     refused: str = ""
+    context_minimum: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -91,6 +93,26 @@ class Measurement:
     @property
     def step(self) -> float:
         return self.compute + self.exposed
+
+    @property
+    def exposed_once(self) -> float:
+        """The part of `exposed` that comes once a call, however many microbatches there are."""
+        if self.microbatches == 1:
+            return sum(c.seconds * (1 - c.hidden) * c.times for c in self.collectives
+                       if not c.steady)
+        return sum(c.seconds * (1 - c.hidden) * c.times for c in self.collectives
+                   if c.times < self.microbatches)
+
+    @property
+    def context_bytes(self) -> float:
+        """Bytes that a device sends over context alone: tokens, by all-to-all and around rings."""
+        return sum(t.wire for t in self.traffic if t.axes == "context"
+                   and t.kind in ("all-to-all", "collective-permute"))
+
+    @property
+    def steady(self) -> tuple[Traffic, ...]:
+        """The traffic inside the loop over the layers."""
+        return _traffic([c for c in self.collectives if c.steady])
 
     @property
     def exposed_steady(self) -> tuple[Collective, ...]:
@@ -148,6 +170,7 @@ def measure(program: Program, topology: Topology, mesh: Mesh,
         exposed=sum(c.seconds * (1 - c.hidden) * c.times for c in found),
         traffic=_traffic(found), collectives=tuple(found),
         notes=tuple(_notes(program, found, shape)), refused=refused,
+        context_minimum=program.context_minimum,
     ), text
 
 
@@ -208,9 +231,11 @@ def _notes(program: Program, found: list[Collective], shape: dict[str, int]) -> 
         if c.kind == "all-gather" and c.dtype == "f32":
             where = "in the layers" if c.steady else "outside the layers"
             notes.append(f"float32 all-gather over {c.axes}, {where}, {what}")
-        if c.kind == "all-reduce" and "fsdp" in axes:
+        if not program.training or c.kind != "all-reduce":
+            continue  # one sample that the batch axes cannot cut: its activations are summed
+        if "fsdp" in axes:
             notes.append(f"all-reduce over {c.axes}, where a reduce-scatter would do, {what}")
-        elif c.kind == "all-reduce" and "context" in axes:
+        elif "context" in axes:
             notes.append(f"all-reduce over {c.axes}, which the parameters are cut over too, {what}")
     if math.prod(shape.values()) > 1:
         for name, tree in program.parts.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,11 @@ from jax.sharding import Mesh
 from apt_jax.data.pipeline import size_of
 from apt_jax.errors import UserError
 from apt_jax.eval.generate import Generation
-from apt_jax.models.presets import make_generator
+from apt_jax.models.presets import discriminator_taps, make_generator
 from apt_jax.parallel.context import on_mesh
-from apt_jax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from apt_jax.parallel.mesh import (
+    batch_sharding, batch_ways, check_batch, make_mesh, replicated, ulysses_size,
+)
 from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up
 from apt_jax.train.steps import build_steps, microbatches
@@ -35,7 +38,8 @@ class Program:
     reference(remat) is the same function on the same shapes and one device with the plain attention,
     whose work can be counted, and that rematerialisation policy (None: the config's own). parts
     names the argument trees, for accounting. samples: of one call. microbatches: parts, one after
-    another, into which a call cuts them. training: it takes a gradient.
+    another, into which a call cuts them. training: it takes a gradient. context_minimum: bytes that
+    a device sends at least in a call so that the tokens of its samples meet (`context_minimum`).
     """
 
     name: str
@@ -46,6 +50,35 @@ class Program:
     samples: int
     microbatches: int = 1
     training: bool = True
+    context_minimum: float = 0.0
+
+
+def context_minimum(config: Any, mesh: Mesh, samples: int, name: str) -> float:
+    """Bytes that a device sends over context in one call of a program if nothing is sent twice.
+
+    Ulysses: the device's own tokens of q, k, v and the result change places in the forward pass, and
+    their four gradients in the backward pass; all but the part that stays. No padding, nothing
+    computed again. 0 where tokens are not cut, where the heads ask for a ring, and for stages other
+    than adversarial training.
+    """
+    ways, heads = mesh.shape["context"], config.model.heads // mesh.shape["tensor"]
+    if ways == 1 or ulysses_size(ways, heads, config.mesh.ulysses) < ways:
+        return 0.0
+    depth, last = config.model.depth, 0
+    if config.stage == "adversarial":
+        last = discriminator_taps(config.model, config.discriminator)[-1]
+    # layers that run forward and backward; the D step sees real, perturbed and fake samples
+    layers = {"G step": 2 * (depth + last), "D step": depth + 2 * 3 * last,
+              "one-step inference": depth}
+    if name not in layers or (name == "G step" and not last):
+        return 0.0
+    frames, height, width, _ = sample_shape(config)
+    tokens = math.prod(side // patch for side, patch in zip(
+        (frames, height, width), config.model.patch, strict=True))
+    if config.model.family == "mmdit":  # text takes part in the joint attention
+        tokens += text_length(config)
+    share = max(1, samples // batch_ways(mesh)) * tokens / ways * heads * config.model.head_dim
+    return 4 * layers[name] * share * jnp.dtype(config.model.dtype).itemsize * (ways - 1) / ways
 
 
 def reference_config(config: Any, remat: str | None = "none") -> Any:
@@ -130,7 +163,8 @@ def training_programs(config: Any, devices: list) -> list[Program]:
     return [Program(STEP_NAMES[name], step, (state, frozen, inputs),
                     functools.partial(reference, name),
                     {**_parts(state), "teacher": frozen.get("teacher", {}), "batch": inputs},
-                    batch, microbatches(config, batch, mesh))
+                    batch, microbatches(config, batch, mesh),
+                    context_minimum=context_minimum(config, mesh, batch, STEP_NAMES[name]))
             for name, step in steps.items()]
 
 
@@ -177,4 +211,5 @@ def inference_program(config: Any, devices: list, batch: int = 0, compute_copy: 
                      make_mesh({"replica": 1, "fsdp": 1}, devices[:1]))
 
     return Program("one-step inference", function, args, reference, {"generator": args[0]}, batch,
-                   training=False)
+                   training=False,
+                   context_minimum=context_minimum(config, mesh, batch, "one-step inference"))

@@ -90,13 +90,16 @@ class Plan:
             "flops_matmul_tflop": p.flops.matmul / 1e12,
             "flops_attention_tflop": p.flops.attention / 1e12,
             "executed_tflop": p.executed.total / 1e12,
-            "floor_seconds": p.floor, "step_seconds": p.step, "exposed_seconds": p.exposed,
+            "floor_seconds": p.floor, "step_seconds": p.step, "compute_seconds": p.compute, "exposed_seconds": p.exposed,
+            "exposed_once_seconds": p.exposed_once,
             "collectives": [dataclasses.asdict(t) for t in p.traffic],
-            "steady_collectives": [
-                {"kind": c.kind, "axes": c.axes, "dtype": c.dtype, "bytes": c.bytes,
-                 "wire": c.wire, "times": c.times, "seconds": c.seconds, "hidden": c.hidden}
-                for c in p.collectives if c.steady],
-            "exposed_steady": [c.name for c in p.exposed_steady], "notes": list(p.notes),
+            "steady_collectives": [dataclasses.asdict(t) for t in p.steady],
+            "exposed_steady": [
+                {"name": c.name, "kind": c.kind, "axes": c.axes, "dtype": c.dtype,
+                 "bytes": c.bytes, "times": c.times, "seconds": c.seconds, "hidden": c.hidden}
+                for c in p.exposed_steady],
+            "context_gib": p.context_bytes / GIB, "context_minimum_gib": p.context_minimum / GIB,
+            "notes": list(p.notes),
         } for p in self.programs}
         return {
             "topology": self.topology.text, "devices": self.topology.devices, "mesh": self.mesh,

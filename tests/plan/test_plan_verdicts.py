@@ -13,7 +13,7 @@ from apt_jax.plan.chips import GIB, parse_topology
 from apt_jax.plan.collectives import Collective
 from apt_jax.plan.flops import Flops
 from apt_jax.plan.measure import Measurement, _notes, measure, refusal
-from apt_jax.plan.programs import Program, batch_of
+from apt_jax.plan.programs import Program, batch_of, context_minimum
 from apt_jax.plan.run import Plan
 from apt_jax.plan.show import format_plan
 from apt_jax.train.steps import microbatches
@@ -148,10 +148,30 @@ def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
     plan = made(found=found)
     assert [c.name for c in plan.programs[0].exposed_steady] == ["a"]
     value = plan.to_json()["programs"]["D step"]
-    assert value["exposed_steady"] == ["a"] and len(value["steady_collectives"]) == 6
+    assert [row["name"] for row in value["exposed_steady"]] == ["a"]
+    gathers = [r for r in value["steady_collectives"] if r["kind"] == "all-gather"]
+    assert {r["dtype"]: r["count"] for r in gathers} == {"bf16": 144.0, "f32": 72.0}  # a b, h
     assert "exposed in the layers" in format_plan(plan)
     program = Program("D step", None, (), None, {}, 8)
     notes = _notes(program, found, {"fsdp": 1})
     assert [n for n in notes if "(d)" in n and "outside the layers" in n]
     assert [n for n in notes if "(e)" in n and "context" in n]
     assert [n for n in notes if "(f)" in n and "reduce-scatter" in n] and len(notes) == 3
+    assert len(_notes(dataclasses.replace(program, training=False), found, {"fsdp": 1})) == 1
+
+
+def test_the_least_that_context_sends_is_ulysses_by_hand():
+    """Eight clips of 13x90x160 latents, four devices each: 46,800 + 256 tokens of 3,072."""
+    config = load_config("configs/seaweed_8b_video.py", [])
+    mesh = on(fsdp=2, context=4)
+    once = 4 * (47_056 / 4) * 3072 * 2 * 3 / 4  # q, k, v and the result of one layer and clip
+    assert context_minimum(config, mesh, 1, "one-step inference") == pytest.approx(36 * once)
+    assert context_minimum(config, mesh, 8, "G step") == pytest.approx(4 * 2 * 72 * once)
+    assert context_minimum(config, mesh, 8, "D step") == pytest.approx(4 * (36 + 6 * 36) * once)
+    config.mesh.ulysses = 2
+    assert context_minimum(config, mesh, 8, "D step") == 0  # a ring: another minimum
+    plan = made(found=[Collective("a", "all-to-all", "context", 4, "bf16", 1, 3.0 * GIB, 2.0, True)])
+    plan = dataclasses.replace(plan, programs=(dataclasses.replace(
+        plan.programs[0], context_minimum=4.0 * GIB, traffic=plan.programs[0].steady),))
+    assert "tokens sent / least possible" in format_plan(plan) and "1.50" in format_plan(plan)
+    assert plan.to_json()["programs"]["D step"]["context_gib"] == 6.0

@@ -1,0 +1,96 @@
+"""The page of the committed plans: what it says of made-up ones, and that it is up to date."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from apt_jax.cli.main import main
+from apt_jax.plan import page
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("plans", ROOT / "launch/plans.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def program(compute, exposed, once, microbatches, peak=60.0, hidden=0.5, notes=()):
+    gather = {"kind": "all-gather", "axes": "fsdp", "seconds": 2.0, "overlapped": hidden}
+    return {"refused": "", "peak_gib": peak, "flops_forward_tflop": 1363.0, "floor_seconds": 0.5,
+            "compute_seconds": compute, "exposed_seconds": exposed, "step_seconds": compute + exposed,
+            "exposed_once_seconds": once, "microbatches": microbatches, "parts_gib": {"EMA": 3.8},
+            "context_gib": 6.0, "context_minimum_gib": 4.0, "steady_collectives": [gather],
+            "notes": list(notes)}
+
+
+def result(devices, microbatches, peak=60.0, turn=0.1, once=1.0):
+    step = program(8.0 * microbatches, turn * microbatches + once, once, microbatches, peak)
+    return {"command": "apt-jax plan", "versions": {}, "seconds": 120, "plan": {
+        "devices": devices, "mesh": {"fsdp": devices}, "batch": 2048, "microbatch": 2,
+        "tokens": 46800, "usable_gib": 74.4, "fits": True,
+        "programs": {"D step": step, "one-step inference": {**step, "peak_gib": 99.0}}}}
+
+
+@pytest.fixture
+def results():
+    return {"seaweed_8b_video_h100_1x8": result(8, 1024, peak=68.2),
+            "seaweed_8b_video_h100_8x8": result(64, 128, peak=43.5),
+            "seaweed_8b_video_h100_128x8": result(1024, 8, turn=0.4, once=3.0)}
+
+
+def test_weak_scaling_takes_the_turns_of_the_largest(results):
+    rows = page.weak_scaling(results)
+    assert [r["devices"] for r in rows] == [8, 64, 1024] and {r["turns"] for r in rows} == {8}
+    assert [r["seconds"] for r in rows] == pytest.approx(
+        [8 * 8.1 + 1, 8 * 8.1 + 1, 8 * 8.4 + 3.0])
+    text = page.scaling_text(rows)
+    assert "100.0%" in text and f"{100 * 65.8 / 70.2:.1f}%" in text and "450 GB/s" in text
+
+
+def test_targets_are_said_with_their_misses(results):
+    text = page.targets(results)
+    assert "<= 70 GiB, one clip per 4 GPUs: 68.2 GiB, met" in text
+    assert "missed by 3.5 GiB" in text
+    assert "50% of the gathers' time" in text and "1.50 of the Ulysses minimum" in text
+    step = results["seaweed_8b_video_h100_1x8"]["plan"]["programs"]["D step"]
+    step["notes"] = ["all-reduce over fsdp, where a reduce-scatter would do, of 200 MiB"]
+    assert "1 all-reduce of 64 MiB" in page.targets(results)
+
+
+def test_the_page_lists_what_is_missing_and_what_was_refused(results, tmp_path):
+    results["seaweed_8b_video_h100_8x8"]["plan"]["programs"]["D step"]["refused"] = "Used 120G of 95G"
+    page.write(tmp_path, results, {**dict.fromkeys(results, "x"), "other": "apt-jax plan --config o"})
+    text = (tmp_path / "README.md").read_text()
+    assert "- other: `apt-jax plan --config o`" in text and "Used 120G of 95G" in text
+    assert text.count("seaweed_8b_video_h100_8x8.json") == 1
+
+
+def test_every_case_is_a_command_that_the_cli_takes(monkeypatch):
+    script = load_script()
+    seen = []
+    monkeypatch.setattr("apt_jax.cli.plan.run", lambda args: seen.append(args) or 0)
+    for name in script.cases():
+        assert main(script.command(name)) == 0
+    assert {(Path(a.config).stem, a.topology) for a in seen} >= {
+        ("seaweed_8b_video", "h100:1x8"), ("seaweed_8b_image", "h100:128x8"),
+        ("wan_14b", "h100:8x8"), ("wan_1_3b_apt_video", "h100:1x1"),
+        ("seaweed_8b_video", "v5p:4x4x4"), ("seaweed_8b_image", "v6e:16x16")}
+    assert all((ROOT / a.config).is_file() for a in seen)
+
+
+def test_the_committed_page_is_what_the_committed_plans_say(tmp_path, monkeypatch):
+    script = load_script()
+    found = script.results()
+    monkeypatch.setattr(page, "plot", lambda rows, path: True)
+    page.write(tmp_path, found, {
+        name: " ".join(["apt-jax", *script.command(name)]) for name in script.cases()})
+    committed = (ROOT / "docs/plans/README.md").read_text()
+    assert committed == (tmp_path / "README.md").read_text()
+    for name, value in found.items():
+        assert value["command"] == " ".join(["apt-jax", *script.command(name)])
+        assert json.dumps(value["plan"]["fits"]) in ("true", "false") and value["versions"]["jax"]
