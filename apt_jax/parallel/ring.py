@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+SCORES = 2**27  # scores of the plain block that lie in memory at once: 512 MiB
 MASKED = -1e30  # finite: a block without a single key must not make NaN, its weight is exp(-1e30)
 
 
@@ -51,7 +52,7 @@ def _weights(scores, lse, key_mask):
     return weights if key_mask is None else jnp.where(key_mask[:, None, None, :], weights, 0)
 
 
-def _plain_forward(q, k, v, key_mask):
+def _dense_forward(q, k, v, key_mask):
     scores = _scores(q, k, key_mask)  # [B, h, Nq, Nk]
     lse = jax.nn.logsumexp(scores, axis=-1)  # [B, h, Nq]
     weights = _weights(scores, lse, key_mask)
@@ -60,7 +61,7 @@ def _plain_forward(q, k, v, key_mask):
     return out, lse
 
 
-def _plain_backward(q, k, v, key_mask, out, lse, dout):
+def _dense_backward(q, k, v, key_mask, out, lse, dout):
     f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     weights = _weights(_scores(q, k, key_mask), lse, key_mask)  # of the whole softmax
     dweights = f32("bqhd,bkhd->bhqk", dout, v)
@@ -68,6 +69,51 @@ def _plain_backward(q, k, v, key_mask, out, lse, dout):
     dscores = (weights * (dweights - delta[..., None]) * (q.shape[-1] ** -0.5)).astype(q.dtype)
     return (f32("bhqk,bkhd->bqhd", dscores, k), f32("bhqk,bqhd->bkhd", dscores, q),
             f32("bhqk,bqhd->bkhd", weights.astype(dout.dtype), dout))
+
+
+def _query_chunk(q, k) -> int:
+    """How many queries at a time keep the scores within SCORES; a multiple of 128, or all."""
+    rows = SCORES // (q.shape[0] * q.shape[2] * k.shape[1]) // 128 * 128
+    return min(q.shape[1], max(128, rows))
+
+
+def _cut(x, chunk, axis=1):
+    """[.., N, ..] -> [chunks, .., chunk, ..], zeros behind the last."""
+    count = -(-x.shape[axis] // chunk)
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, count * chunk - x.shape[axis])
+    x = jnp.pad(x, pad)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, chunk, *x.shape[axis + 1:]), axis, 0)
+
+
+def _uncut(x, length, axis=1):
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _plain_forward(q, k, v, key_mask):
+    chunk, length = _query_chunk(q, k), q.shape[1]
+    if chunk == length:
+        return _dense_forward(q, k, v, key_mask)
+    out, lse = jax.lax.map(lambda part: _dense_forward(part, k, v, key_mask), _cut(q, chunk))
+    return _uncut(out, length), _uncut(lse, length, axis=2)
+
+
+def _plain_backward(q, k, v, key_mask, out, lse, dout):
+    chunk, length = _query_chunk(q, k), q.shape[1]
+    if chunk == length:
+        return _dense_backward(q, k, v, key_mask, out, lse, dout)
+
+    def body(carry, part):  # queries behind the last have dout = 0 and give nothing
+        q, out, lse, dout = part
+        dq, *more = _dense_backward(q, k, v, key_mask, out, lse, dout)
+        return tuple(jnp.add(*pair) for pair in zip(carry, more, strict=True)), dq
+
+    zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    (dk, dv), dq = jax.lax.scan(
+        body, zero, (_cut(q, chunk), _cut(out, chunk), _cut(lse, chunk, axis=2), _cut(dout, chunk)))
+    return _uncut(dq, length), dk, dv
 
 
 PLAIN = Block(_plain_forward, _plain_backward)

@@ -11,6 +11,7 @@ import pytest
 from apt_jax.kernels.attention import attention, joint_attention, local_attention
 from apt_jax.kernels.choice import choosing
 from apt_jax.kernels.scope import entered
+from apt_jax.parallel import ring
 from apt_jax.parallel.context import ContextParallel
 from apt_jax.nn.stack import REMAT_POLICIES
 from apt_jax.parallel.mesh import make_mesh
@@ -70,6 +71,19 @@ def test_a_sample_without_a_key_gets_zeros_from_the_ring_too():
     found = value_and_gradients(ContextParallel(mesh_of(context=4), 1), q, k, v, mask)
     assert not any(np.asarray(out[1]).any() for out in found[0])
     close(found, value_and_gradients(None, q, k, v, mask))
+
+
+def test_a_long_ring_turn_takes_its_queries_in_chunks(monkeypatch):
+    """No scores of all queries at once; 300 queries a device are three chunks, the last not full."""
+    monkeypatch.setattr(ring, "SCORES", 1)
+    q, k, v, mask = streams((80, 520))
+    scope = ContextParallel(mesh_of(context=2), 1)
+    found = value_and_gradients(scope, q, k, v, mask)
+    close(found, value_and_gradients(None, q, k, v, mask))
+    with entered(scope):
+        text = jax.jit(lambda *a: joint_attention(*a, mask)).lower(q, k, v).compile().as_text()
+    assert re.search(r"f32\[2,4,128,300\]|f32\[8,128,300\]", text)
+    assert not re.search(r"f32\[(2,4|8),300,300\]", text)
 
 
 def mesh_of(**sizes):
