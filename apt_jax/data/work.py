@@ -8,12 +8,14 @@ is made again: a note counts only with the shard that it describes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
+import time
 
 from apt_jax.data import decode, manifest, records
 from apt_jax.data.reasons import Skipped
@@ -26,6 +28,7 @@ SKIPPED = "skipped.jsonl"
 REPORT = "report.json"
 SCAN = "scan.jsonl"
 _AGAIN = "again"  # there when the data set is whole but for files that are tried again
+_ABANDONED = 600.0  # seconds after which a partial shard is nobody's
 _MEDIA_KEYS = tuple(decode.Media.__dataclass_fields__)
 
 
@@ -35,21 +38,26 @@ def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | No
     if restart:
         _clear(out)
     if (out / manifest.FILE).is_file():
-        if manifest.load(out).made != made:
+        try:
+            whole = manifest.load(out)
+        except UserError as error:
+            raise UserError(f"{error}: add --restart") from None
+        if whole.made != made:
             raise UserError(f"{out} holds another data set; choose another folder or add --restart")
         if not (work / _AGAIN).is_file():
             shutil.rmtree(work, ignore_errors=True)
             return None
     work.mkdir(parents=True, exist_ok=True)
+    _remove_partial(out, _ABANDONED)
     saved = work / "settings.json"
     begun = _settings(saved)
-    if begun is None:  # rows of the scan may be of other files; notes say what they are of
-        (work / SCAN).unlink(missing_ok=True)
-    elif begun != made:
+    if begun is not None and begun != made and any(work.glob("*.arrayrecord.json")):
         raise UserError(
             f"{out} was begun with other files or settings; repeat those, choose another folder "
             "or add --restart"
         )
+    if begun is None or begun.get("files_sha256") != made["files_sha256"]:
+        (work / SCAN).unlink(missing_ok=True)  # what was seen may be of other files
     write_text(saved, json.dumps(made))
     return work
 
@@ -57,22 +65,32 @@ def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | No
 def _settings(path: pathlib.Path) -> dict | None:
     """What the work was begun with; None where that is not known."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
+        value = None
+    if not isinstance(value, dict):
         log.warning("%s is damaged: files are looked at again", path)
         return None
+    return value
 
 
 def close_work(out: pathlib.Path, again: bool = False) -> None:
     """Remove the folder and the partial shards of workers that were killed; again keeps what is
     needed to try some files another time."""
-    for path in out.glob("*.arrayrecord.*.tmp"):
-        path.unlink(missing_ok=True)
+    _remove_partial(out, 0)
     if not again:
         (out / WORK / _AGAIN).unlink(missing_ok=True)  # before what it speaks of
         shutil.rmtree(out / WORK)
+
+
+def _remove_partial(out: pathlib.Path, age: float) -> None:
+    """Remove the partial shards of killed workers that nobody has written to for `age` seconds."""
+    for path in out.glob("*.arrayrecord.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def mark_again(out: pathlib.Path) -> None:

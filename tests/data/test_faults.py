@@ -103,6 +103,38 @@ def begun(prepared, tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+def test_what_killed_runs_left_does_not_heap_up(prepared, begun, monkeypatch):
+    """Two partial shards: one that another run may be writing, one of yesterday."""
+    new, old = (begun / f"train-001f-16x16-00002.arrayrecord.{i:012d}.tmp" for i in range(2))
+    new.write_bytes(b"x")
+    old.write_bytes(b"x")
+    os.utime(old, (0, 0))
+
+    def stop(*_):
+        assert new.exists() and not old.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepared / "in", begun)
+    monkeypatch.undo()
+    run(prepared / "in", begun)
+    assert files(begun) == files(prepared / "out")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda out: (out / "manifest.json").write_text("{"),
+    lambda out: first(out, "*.arrayrecord").write_bytes(b"x")], ids=["manifest", "shard"])
+def test_a_finished_data_set_that_was_damaged_since(prepared, tmp_path, damage):
+    out = tmp_path / "out"
+    run(prepared / "in", out)
+    damage(out)
+    with pytest.raises(UserError, match="anew: add --restart"):
+        run(prepared / "in", out)
+    run(prepared / "in", out, restart=True)
+    assert files(out) == files(prepared / "out")
+
+
 def first(folder, pattern):
     return sorted(folder.glob(pattern))[0]
 

@@ -159,15 +159,29 @@ def test_a_finished_folder_is_left_alone_and_another_is_refused(prepared, tmp_pa
 
 
 def test_work_begun_with_other_files_is_refused(tmp_path, monkeypatch):
-    source = tiny.image_folder(tmp_path / "in", 6)
-    with monkeypatch.context() as patch:
-        patch.setattr(records, "write_shard", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(source, tmp_path / "out")
+    source, real = tiny.image_folder(tmp_path / "in", 6), records.write_shard
+    left = []
+
+    def stop_after(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return real(*args)
+
+    monkeypatch.setattr(records, "write_shard", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out")
+    tiny.save_image(source / "p000.png", 40, 30, 20)  # nothing is written yet: begin with these
     tiny.image_folder(source, 7)
+    left.append(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out")
+    tiny.image_folder(source, 8)
     with pytest.raises(UserError, match="begun with other files"):
         run(source, tmp_path / "out")
-    run(source, tmp_path / "out", restart=True)
+    monkeypatch.undo()
+    made = run(source, tmp_path / "out", restart=True)
+    assert sum(made.splits.values()) == 8
 
 
 def test_even_sampling_negative_prompt_and_notice(tmp_path):
