@@ -89,7 +89,7 @@ def _remove_partial(out: pathlib.Path, age: float) -> None:
     """Remove the partial shards of killed workers that nobody has written to for `age` seconds."""
     for path in out.glob("*.arrayrecord.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime >= age:
+            if time.time() - path.lstat().st_mtime >= age:
                 path.unlink()
 
 
