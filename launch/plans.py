@@ -37,6 +37,8 @@ def cases() -> dict[str, tuple[str, str, list[str]]]:
     wan, wan14 = "wan_1_3b_apt_video", "wan_14b"
     found = {
         "wan_1_3b_video_h100_1x1": (wan, "h100:1x1", [*WAN_480P, "--config.mesh.fsdp=1"]),
+        "wan_1_3b_video_h100_1x1_batch_256": (wan, "h100:1x1", [
+            *WAN_480P, "--config.mesh.fsdp=1", "--config.train.batch_size=256"]),
         "wan_1_3b_video_h100_1x8": (wan, "h100:1x8", WAN_480P),
     }
     order = [("video", "h100:1x8"), ("image", "h100:1x8"), ("video", "h100:8x8"),

@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
             tell("looking for a change that makes it fit")
             found = dataclasses.replace(found, remedy=planning.find_remedy(
-                config, topology, max(found.programs, key=lambda p: p.peak).name,
-                options=options, tell=tell))
+                config, topology, found, options=options, tell=tell))
         print(format_plan(found))
         value, fits = found.to_json(), found.fits
     if args.json:

@@ -24,14 +24,6 @@ log = logging.getLogger("apt_jax")
 # What the driver, the collective library and the allocator's rounding take of a device's memory. The
 # launch files give jax the rest (XLA_PYTHON_CLIENT_MEM_FRACTION; it would take 0.75 by itself).
 RESERVE = 0.06
-# What a user can change, mildest first.
-REMEDIES: tuple[tuple[str, Any], ...] = (
-    ("train.accumulate", 0),  # the same batch, one sample at a time
-    ("model.remat", "full"),
-    ("mesh.context", 2),
-    ("mesh.context", 4),
-    ("mesh.context", 8),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +31,8 @@ class Plan:
     """The programs of one config on one topology.
 
     batch: samples of one update over all devices. usable: bytes of a device that a program may
-    take. remedy: the smallest change found that fits, "" where it fits already or none was found.
+    take. remedy: the smallest change found that fits, "" where none was found, None where none was
+    looked for.
     """
 
     topology: Topology
@@ -48,7 +41,7 @@ class Plan:
     tokens: int
     parameters: dict[str, int]
     programs: tuple[Measurement, ...]
-    remedy: str = ""
+    remedy: str | None = None
 
     @property
     def usable(self) -> int:
@@ -170,29 +163,42 @@ def for_chip(config: Any, topology: Topology) -> Any:
     return config
 
 
-def find_remedy(config: Any, topology: Topology, worst: str = "", **settings: Any) -> str:
-    """The first of REMEDIES (then of two at once) under which the config fits; "" if none does.
+def remedies(config: Any, found: Plan) -> list[tuple[str, Any]]:
+    """What a user can change so that it fits, mildest first: (key, value)."""
+    wanted = [("train.accumulate", 0),  # the same batch, one sample at a time
+              ("model.remat", "full"),
+              ("mesh.context", 2), ("mesh.context", 4), ("mesh.context", 8)]
+    # The samples themselves: only where they are large beside what is missing.
+    worst = max(found.programs, key=lambda p: p.peak)
+    clips = max(config.data.frames) > 1 and config.train.clip_batch_size > 0
+    key = "clip_batch_size" if clips else "batch_size"
+    for part in (2, 4):
+        saved = worst.parts.get("batch", 0) * (1 - 1 / part)
+        if config.train[key] >= part and saved > (worst.peak - found.usable) / 2:
+            wanted.append((f"train.{key}", config.train[key] // part))
+    return [(key, value) for key, value in wanted
+            if config[key.split(".")[0]][key.split(".")[1]] != value]
 
-    worst: the program that needed most, tried first.
+
+def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -> str:
+    """The first of `remedies` (then of two at once) under which the config fits; "" if none does.
+
+    found: its plan, which does not fit. The program that needs most is tried first.
     """
+    worst = max(found.programs, key=lambda p: p.peak).name
     for count in (1, 2):
-        for changes in itertools.combinations(REMEDIES, count):
-            keys = [key for key, _ in changes]
-            if len(set(keys)) < count:
+        for changes in itertools.combinations(remedies(config, found), count):
+            if len({key for key, _ in changes}) < count:
                 continue
             changed = config.copy_and_resolve_references()
-            fresh = True
             for key, value in changes:
                 group, field = key.split(".")
-                fresh &= changed[group][field] != value
                 changed[group][field] = value
-            if not fresh:  # a change that changes nothing
-                continue
             try:
-                found = plan(changed, topology, inference=False, first=worst, **settings)
+                fitting = plan(changed, topology, inference=False, first=worst, **settings)
             except UserError:
                 continue  # a mesh that does not fit the devices or the heads
-            if found.fits:
+            if fitting.fits:
                 return " ".join(f"--config.{key}={value}" for key, value in changes)
     return ""
 

@@ -81,9 +81,9 @@ def format_plan(plan: Plan) -> str:
     text = (f"{verdict}: {_gib(plan.peak)} GiB at the peak, {_gib(plan.usable)} of the "
             f"{chip.name}'s {_gib(chip.memory)} usable ({100 * RESERVE:.0f}% kept for driver and "
             "allocator)")
-    if not plan.fits:
+    if not plan.fits and plan.remedy is not None:
         text += f"\nit would fit with {plan.remedy}" if plan.remedy else (
-            "\nno single change was found that makes it fit; take more devices")
+            "\nno one or two changes were found that make it fit; take more devices")
     blocks.append(text)
     return "\n\n".join(blocks)
 

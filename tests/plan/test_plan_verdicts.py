@@ -93,8 +93,9 @@ def test_the_plan_takes_the_batch_and_the_microbatch_of_training(given, batch, p
 
 
 def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
-    config = load_config("configs/demo_image.py", ["--config.train.accumulate=2"])
-    tried = []
+    config = load_config("configs/demo_image.py", [
+        "--config.train.accumulate=2", "--config.model.remat=full"])
+    tried, large = [], made(peak=90 * GIB)
 
     def plan(config, topology, inference, first):
         tried.append((config.train.accumulate, config.model.remat, config.mesh.context))
@@ -102,13 +103,26 @@ def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
         return made(peak=(90 if config.mesh.context < 4 else 10) * GIB)
 
     monkeypatch.setattr(run, "plan", plan)
-    config.model.remat = "full"
-    found = run.find_remedy(config, parse_topology("h100:1x8"), "D step")
+    found = run.find_remedy(config, parse_topology("h100:1x8"), large)
     assert found == "--config.mesh.context=4"
     assert tried == [(0, "full", 1), (2, "full", 2), (2, "full", 4)]  # remat is full: not again
     monkeypatch.setattr(run, "plan", lambda *args, **kw: made(peak=10 * GIB))
-    assert run.find_remedy(config, parse_topology("h100:1x8"), "D step") == (
+    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == (
         "--config.train.accumulate=0")
+    monkeypatch.setattr(run, "plan", lambda *args, **kw: made(peak=90 * GIB))
+    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == ""
+    assert "more devices" in format_plan(dataclasses.replace(large, remedy=""))
+    assert "changes" not in format_plan(large)  # nobody looked for one
+
+
+def test_a_smaller_batch_is_the_last_remedy_and_only_where_samples_are_large():
+    config = load_config("configs/demo_image.py", [
+        "--config.train.accumulate=0", "--config.model.remat=full"])
+    config.train.batch_size, large = 1024, made(peak=81 * GIB)
+    held = dataclasses.replace(large.programs[0], parts={"batch": 16 * GIB})
+    found = run.remedies(config, dataclasses.replace(large, programs=(held,)))
+    assert found[-2:] == [("train.batch_size", 512), ("train.batch_size", 256)]
+    assert not [key for key, _ in run.remedies(config, large) if key == "train.batch_size"]
 
 
 def test_the_sweep_ranks_what_fits_by_time_a_sample(monkeypatch):
