@@ -201,7 +201,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         ok = isinstance(names, dict) and names and all(isinstance(v, str) for v in names.values())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ok = False
     if not ok:
         raise UserError(f"{index} is not a safetensors index; copy it again")
@@ -336,5 +336,13 @@ def read_json(path: Path | str) -> Any:
     except OSError:
         raise UserError(f"{path.parent} has no readable {path.name}; copy it from where the "
                         "weights came from") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
+
+
+def read_table(path: Path | str) -> dict[str, Any]:
+    """A JSON file that holds an object; UserError when it is missing or anything else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no table but {type(found).__name__}; copy it again")
+    return found

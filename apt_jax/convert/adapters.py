@@ -12,7 +12,7 @@ from apt_jax.convert.provenance import check_found, history
 from apt_jax.convert.source import CONFIG
 from apt_jax.errors import UserError
 from apt_jax.models.presets import adapter_scale
-from apt_jax.tensor_files import read_json
+from apt_jax.tensor_files import read_table
 from apt_jax.weights import flatten, load_adapters
 
 
@@ -33,7 +33,7 @@ def export_adapters(checkpoint: str, to: str | Path, *, weights: str = "ema",
             raise UserError(f"the adapters of {checkpoint} lie on the weights of another stage "
                             f"({stage.name}), not on the imported base; export the merged "
                             "pipeline, without --adapters")
-    base = read_json(past.base / CONFIG)["source"] if past.base else {}
+    base = read_table(past.base / CONFIG)["source"] if past.base else {}
     family = family_of_model(config.model)
     with new_folder(to, overwrite, (checkpoint, past.base)) as part:
         write_lora(part, transformer_plan(config.model), flatten(adapters),

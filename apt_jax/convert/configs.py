@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apt_jax.errors import UserError
+
+LAYERS = 1000  # at most
 
 
 def refuse(source: str, why: str) -> UserError:
@@ -20,13 +23,12 @@ class Fields:
     give wrong pictures.
     """
 
-    def __init__(self, config: Mapping[str, Any], source: str, class_name: str,
+    def __init__(self, config: Mapping[str, Any], source: str, *classes: str,
                  key: str = "_class_name"):
         found = config.get(key) if isinstance(config, Mapping) else None
-        names = found if isinstance(found, list) else [found]
-        if class_name not in names:
-            raise UserError(f"{source} describes {found or 'no model'}, not {class_name}; give the "
-                            "folder of that model")
+        if not isinstance(found, str) or found not in classes:
+            raise UserError(f"{source} describes {found or 'no model'}, not "
+                            f"{' or '.join(classes)}; give the folder of that model")
         self._config = {k: v for k, v in config.items() if not k.startswith("_") and k != key}
         self._source, self._taken = source, set()
 
@@ -38,12 +40,22 @@ class Fields:
                             "file again")
         return value
 
-    def integer(self, key: str, default: int) -> int:
+    def integer(self, key: str, default: int, limit: int = 2**20) -> int:
         value = self.value(key, default, (int,))
         if value < 1:
             raise UserError(f"{self._source}: {key} = {value} must be 1 or more; copy the file "
                             "again")
+        if value > limit:  # tables are written out layer by layer
+            raise UserError(f"{self._source}: {key} = {value} is more than any model has; copy the "
+                            "file again")
         return value
+
+    def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
+        value = self.value(key, default, (list, tuple))
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+            raise UserError(f"{self._source}: {key} = {value!r} are not finite numbers; copy the "
+                            "file again")
+        return tuple(float(v) for v in value)
 
     def number(self, key: str, default: float) -> float:
         return float(self.value(key, default, (int, float)))

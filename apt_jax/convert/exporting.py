@@ -23,7 +23,7 @@ from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, check_weights, files_of
 from apt_jax.errors import UserError, disk_errors
-from apt_jax.tensor_files import DTYPES, SHARD_BYTES, read_json, write_files
+from apt_jax.tensor_files import SHARD_BYTES, read_table, write_files
 from apt_jax.tensor_files import write_json
 from apt_jax.weights import CHECKPOINTS, TRANSFORMER, open_generator
 
@@ -64,7 +64,7 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
     if base and component_folder(base) is None:
         raise UserError(f"--base {base} is no component folder; give one that apt-jax convert "
                         "import wrote")
-    card = read_json(folder / CONFIG) if folder else {}
+    card = read_table(folder / CONFIG) if folder else {}
     settings = (past.stages[0] if past.stages else base_config()).sample
     t = settings.two_step_time if two_step_time is None else two_step_time
     with open_generator(checkpoint, weights) as (model, leaves):
@@ -79,7 +79,7 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         specs = engine.their_specs(plan, dtypes)
         size = sum(spec.nbytes for spec in specs)
         say(f"transformer: {len(specs)} tensors, {size / 1e9:.2f} GB")
-        pipeline = bool(folder and (folder / "source" / INDEX).is_file())
+        pipeline = bool(folder and set(card.get("components", ())) - {TRANSFORMER})
         if pipeline:
             _check_components(family, folder)
         with new_folder(to, overwrite, (checkpoint, folder), size) as part:
@@ -119,7 +119,7 @@ def _check_base(family: Family, model: Mapping[str, Any], card: Mapping[str, Any
 def _check_components(family: Family, folder: Path) -> None:
     """The components that the base passes on are still whole."""
     source = folder / "source"
-    index = read_json(source / INDEX)
+    index = read_table(source / INDEX)
     kept = [name for name, entry in index.items()
             if isinstance(entry, list) and name in family.parts and name != TRANSFORMER]
     for name in kept:
@@ -137,8 +137,9 @@ def _dtypes(dtype: str, folder: Path | None) -> dict[str, str]:
         raise UserError(f"dtype {dtype!r} is unknown; use source, {', '.join(DTYPE_NAMES)}")
     if folder is None:
         return {engine.DEFAULT: "F32"}
-    found = read_json(folder / TRANSFORMER / CONFIG).get("tensor_dtypes")
-    if not isinstance(found, dict) or not all(kind in DTYPES for kind in found.values()):
+    found = read_table(folder / TRANSFORMER / CONFIG).get("tensor_dtypes")
+    if not isinstance(found, dict) or engine.DEFAULT not in found or any(
+            kind not in ("F64", *DTYPE_NAMES.values()) for kind in found.values()):
         raise UserError(f"{folder / TRANSFORMER / CONFIG} does not say the source's dtypes; give "
                         "--dtype")
     return found
@@ -156,7 +157,7 @@ def _other_components(part: Path, folder: Path, copy: bool) -> None:
         if relative.name in ("README.md", INDEX) and len(relative.parts) == 1:
             continue
         bring(source / relative, part / relative, copy)
-    index = read_json(source / INDEX)
+    index = read_table(source / INDEX)
     index["scheduler"] = ["diffusers", SCHEDULER]
     write_json(part / INDEX, index)
 

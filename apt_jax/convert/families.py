@@ -15,6 +15,7 @@ from apt_jax.models.presets import make_generator
 from apt_jax.models.umt5 import make_umt5, umt5_config
 from apt_jax.models.vae.config import VAEConfig
 from apt_jax.models.vae.model import make_vae
+from apt_jax.tensor_files import read_table
 from apt_jax.weights import KIND, flatten
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # how the libraries name weight files
@@ -43,33 +44,39 @@ class Family:
 
     name: as config.json of a component folder says; pipeline: diffusers' class;
     model_family: config.model.family; table: the transformer's module in tables/;
-    parts: the entries of model_index.json; tokenizer: files of which the tokenizer's folder
-    must have one; task: the hub's name of what the pipeline does; sample: how its many-step sampler
-    is usually run, as fields of config.sample.
+    parts: the entries of model_index.json; tokenizer: groups of files of which the tokenizer's
+    folder must have one; task: the hub's name of what the pipeline does; sample: how its many-step
+    sampler is usually run, as fields of config.sample.
     """
 
     name: str
     pipeline: str
     model_family: str
     table: ModuleType
-    tokenizer: tuple[str, ...]
+    tokenizer: tuple[tuple[str, ...], ...]
     task: str
     sample: Mapping[str, float]
     parts: tuple[str, ...] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def check_tokenizer(self, folder: Path) -> None:
-        """UserError when the tokenizer's file is not there."""
-        if not any((folder / name).is_file() for name in self.tokenizer):
-            raise UserError(f"{folder} lacks {' or '.join(self.tokenizer)}; copy or download the "
-                            "tokenizer")
+        """UserError when a file of the tokenizer is not there, or is no JSON."""
+        for group in self.tokenizer:
+            if all((folder / name).is_file() for name in group):
+                break
+        else:
+            files = " or ".join(" and ".join(group) for group in self.tokenizer)
+            raise UserError(f"{folder} lacks {files}; copy or download the tokenizer")
+        for name in group:
+            if name.endswith(".json"):
+                read_table(folder / name)
 
 
 FAMILIES = (
-    Family("wan", "WanPipeline", "wan", wan, ("tokenizer.json",), "text-to-video",
+    Family("wan", "WanPipeline", "wan", wan, (("tokenizer.json",),), "text-to-video",
            {"guidance": 5.0, "steps": 50, "shift": 3.0}),
     # Its shift grows with the picture; this is that of 1024 x 1024.
     Family("qwen_image", "QwenImagePipeline", "mmdit", qwen_image,
-           ("tokenizer.json", "vocab.json"), "text-to-image",
+           (("tokenizer.json",), ("vocab.json", "merges.txt")), "text-to-image",
            {"guidance": 4.0, "steps": 50, "shift": 2.0}),
 )
 

@@ -55,6 +55,9 @@ def _place(target: Path, overwrite: bool, inputs: Sequence[Path | str | None]) -
         if read.exists() and (place == read or place in read.parents):
             raise UserError(f"--to {target} would replace {source}, which is read; give another "
                             "--to")
+        if read in place.parents and (place.is_file() or place.is_dir() and any(place.iterdir())):
+            raise UserError(f"--to {target} is a part of {source}, which is read; give another "
+                            "--to, or remove it first")
     if place == here or place in here.parents:
         raise UserError(f"--to {target} would replace the folder you are in; give a folder inside "
                         "it, or go elsewhere first")

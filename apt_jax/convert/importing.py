@@ -12,6 +12,7 @@ Everything is checked before anything is written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,14 @@ from apt_jax.convert.source import (
     sha256,
 )
 from apt_jax.errors import UserError
-from apt_jax.tensor_files import TensorSet, open_folder, read_json, write_files, write_json
+from apt_jax.tensor_files import (
+    TensorSet,
+    open_folder,
+    read_json,
+    read_table,
+    write_files,
+    write_json,
+)
 from apt_jax.weights import KIND
 
 PIPELINE = "pipeline"
@@ -104,7 +112,7 @@ def _family(found: Source) -> tuple[Family, dict[str, Path]]:
     """The family, and the folder of every component of the source."""
     folder = found.folder
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+        index = read_table(folder / INDEX)
         family = family_of_pipeline(index.get("_class_name"), str(folder / INDEX))
         folders = {}
         for name, entry in index.items():
@@ -121,11 +129,12 @@ def _family(found: Source) -> tuple[Family, dict[str, Path]]:
         for name in family.parts:
             if name not in folders:
                 raise UserError(f"{folder / INDEX} names no {name}; copy the file again")
+            _check_class(folder, name, index[name])
         family.check_tokenizer(folders["tokenizer"])
         check_weights(folder, folders)
         return family, folders
     if (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
+        config = read_table(folder / CONFIG)
         return (family_of_transformer(config.get("_class_name"), str(folder / CONFIG)),
                 {TRANSFORMER: folder})
     raise UserError(f"{folder} has neither {INDEX} nor {CONFIG}; give a diffusers folder")
@@ -136,6 +145,18 @@ def _check_switch(name: str, value: Any, source: Path) -> None:
     if name in ("boundary_ratio", "expand_timesteps") and value not in (None, False):
         raise UserError(f"{source}: {name} = {value!r} is of a pipeline with two transformers or "
                         "times per token; only Wan 2.1 text-to-video can be converted")
+
+
+def _check_class(folder: Path, name: str, entry: list[Any]) -> None:
+    """The index's class of a component is that of the component's own config, where it has one."""
+    if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+        raise UserError(f"{folder / INDEX}: {name} = {entry!r} is no library and class; copy the "
+                        "file again")
+    file = folder / name / CONFIG
+    found = read_table(file).get("_class_name") if file.is_file() else None
+    if found is not None and found != entry[1]:
+        raise UserError(f"{folder / INDEX} says that {name} is {entry[1]}, {file} {found}; take "
+                        "the files of one checkpoint")
 
 
 def _open(name: str, component: Component, folder: Path) -> _Work:
@@ -204,8 +225,8 @@ def _sample(family: Family, folders: dict[str, Path]) -> dict[str, float]:
     settings = dict(family.sample)
     file = folders["scheduler"] / SCHEDULER_FILE if "scheduler" in folders else None
     if file is not None and file.is_file():
-        shift = read_json(file).get("flow_shift")
-        if isinstance(shift, (int, float)) and shift > 0:
+        shift = read_table(file).get("flow_shift")
+        if type(shift) in (int, float) and 0 < shift < math.inf:
             settings["shift"] = float(shift)
     return settings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apt_jax.errors import UserError
-from apt_jax.tensor_files import open_folder, read_header
+from apt_jax.tensor_files import open_folder, read_header, read_table
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -53,7 +53,8 @@ def _download(name: str, revision: str | None) -> Source:
     try:
         folder = Path(huggingface_hub.snapshot_download(
             name, revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "LICENSE*"]))
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md",
+                            "LICENSE*"]))
     except Exception as error:  # a dozen kinds, from requests, the hub and the disk
         raise UserError(f"there is no folder {name}, and the hub did not give it "
                         f"({type(error).__name__}); go online, or give a local folder") from None
@@ -74,17 +75,18 @@ def files_of(folder: Path, skip: Iterable[str] = ()) -> list[Path]:
 
 
 def check_weights(folder: Path, names: Iterable[str]) -> None:
-    """Checks the weights of a pipeline's components, also of those that are not converted.
+    """Checks config.json and weights of a pipeline's networks, also of those not converted.
 
     Args:
       folder: of the pipeline; names: its components, folders in it.
 
     Raises:
-      UserError: a network without weights, a file that is cut or missing, an index that disagrees
-      with its files. Variants such as fp16 are checked like the rest.
+      UserError: a network without config or weights, a file that is cut or missing, an index that
+      disagrees with its files. Variants such as fp16 are checked like the rest.
     """
     for name in names:
         if name in _STEMS:
+            read_table(folder / name / CONFIG)
             open_folder(folder / name, _STEMS[name])
         for file in files_of(folder / name):
             if file.suffix == ".safetensors":

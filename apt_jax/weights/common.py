@@ -65,15 +65,19 @@ def has_weights(folder: Any) -> bool:
 
 
 def read_card(folder: Any) -> dict[str, Any]:
-    """config.json of a folder; UserError when it is missing or no JSON."""
+    """config.json of a folder (or of a package's); UserError when it is missing or no table."""
     try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        card = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{folder} has no readable {CONFIG_FILE}; copy it from where the weights "
                         "came from") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_FILE} is not valid JSON ({error}); copy it "
                         "again") from None
+    if not isinstance(card, dict):
+        raise UserError(f"{folder / CONFIG_FILE} holds no table but {type(card).__name__}; copy it "
+                        "again")
+    return card
 
 
 def make_abstract(model: Any) -> Any:

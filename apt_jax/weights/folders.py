@@ -43,6 +43,10 @@ from apt_jax.weights.common import (
 )
 from apt_jax.weights.runs import load_run, open_run
 
+# files of a diffusers pipeline, or of one of its transformers
+_DIFFUSERS = ("model_index.json", "diffusion_pytorch_model.safetensors",
+              "diffusion_pytorch_model.safetensors.index.json")
+
 
 def save_generator(folder: str | Path, model_config: Mapping[str, Any], params: Any,
                    card: Mapping[str, Any] | None = None, *, bfloat16: bool = False) -> Path:
@@ -136,6 +140,9 @@ def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, 
             yield opened
     elif is_run(folder):
         yield open_run(folder, which)
+    elif any((folder / name).is_file() for name in _DIFFUSERS):
+        raise UserError(f"{folder} is a diffusers folder; apt-jax convert import makes one that "
+                        "can be read here")
     else:
         raise UserError(f"{folder} holds neither {WEIGHTS_FILE} nor {CHECKPOINTS}/; give a run "
                         "folder that has saved a checkpoint, or a weights folder")
@@ -210,12 +217,17 @@ def _open_folder(folder: Path) -> Iterator[tuple[ml_collections.ConfigDict, Tens
     model = ml_collections.ConfigDict(
         {key: tuple(value) if isinstance(value, list) else value
          for key, value in description["model"].items()})
+    try:
+        abstract = make_abstract(model)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} describes no network that can be built ({error}); "
+                        "export it again") from error
     with open_folder(folder) as tensors:
         for name, tensor in tensors.tensors.items():
             if NAMES[tensor.dtype] not in ("F64", "F32", "F16", "BF16"):
                 raise UserError(f"{tensor.file}: {name} has dtype {NAMES[tensor.dtype]}; generator "
                                 "weights are floating point")
-        check_keys(tensors.shapes(), make_abstract(model), str(folder))
+        check_keys(tensors.shapes(), abstract, str(folder))
         yield model, tensors
 
 

@@ -94,13 +94,14 @@ def integers(folder):
     (lambda f: first_shard(f).unlink(), "lacks diffusion_pytorch_model-00001"),
     (lambda f: (f / "transformer" / "config.json").unlink(), "no readable config.json"),
     (lambda f: (f / "transformer" / "config.json").write_text("{"), "not valid JSON"),
-    (lambda f: (f / "transformer" / "config.json").write_text("[]"), "no model, not Wan"),
-    (set_(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel, not WanTransformer3D"),
+    (lambda f: (f / "transformer" / "config.json").write_text("[]"), "holds no table but list"),
+    (set_(_class_name="FluxTransformer2DModel"), "is WanTransformer3DModel, .* FluxTransformer2"),
     (set_(num_layers=4), r"lacks tensor blocks\.3\.attn1\.norm_k\.weight and 26 more"),
     (set_(num_layers=2), r"unknown tensor blocks\.2\."),
     (set_(ffn_dim=48), r"blocks\.0\.ffn\.net\.0\.proj\.bias is \(40,\).*makes it \(48,\)"),
     (set_(num_layers="3"), "num_layers = '3' is not a valid value"),
     (set_(num_layers=0), "num_layers = 0 must be 1 or more"),
+    (set_(num_layers=10**9), "num_layers = 1000000000 is more than any model has"),
     (set_(image_dim=1280), "image_dim = 1280 is not supported"),
     (set_(in_channels=36), "image-to-video"),
     (set_(new_thing=3), "field new_thing = 3 is unknown"),
@@ -124,6 +125,19 @@ def integers(folder):
      "describes t5, not umt5"),
     (lambda f: rewrite(f / "text_encoder" / "config.json",
                        lambda v: v.update(feed_forward_proj="relu")), "'relu' is not supported"),
+    (lambda f: (f / "model_index.json").write_text("[1]"), "model_index.json holds no table"),
+    (lambda f: rewrite(f / "model_index.json", lambda v: v.update(vae=[1, 2, 3])),
+     "no library and class"),
+    (lambda f: rewrite(f / "model_index.json",
+                       lambda v: v["vae"].__setitem__(1, "AutoencoderKLQwenImage")),
+     "says that vae is AutoencoderKLQwenImage, .*config.json AutoencoderKLWan"),
+    (lambda f: (f / "tokenizer" / "tokenizer.json").write_text(""), "tokenizer.json is not valid"),
+    (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("[]"), "holds no table"),
+    (lambda f: (f / "text_encoder" / "config.json").write_text("[" * 10**5), "not valid JSON"),
+    (lambda f: rewrite(f / "vae" / "config.json", lambda v: v.update(dim_mult="1244")),
+     "dim_mult = '1244' is not a valid value"),
+    (lambda f: rewrite(f / "vae" / "config.json", lambda v: v.update(latents_std=[0] * 16)),
+     "not above 0"),
     (lambda f: (f / "model_index.json").unlink(), "neither model_index.json nor config.json"),
 ])
 def test_a_bad_source_is_one_line_and_leaves_nothing(copy, tmp_path, capsys, damage, says):
@@ -214,6 +228,7 @@ def test_copies_where_asked(wan_source, tmp_path):
      r"shared\.weight should be in no file"),
     (lambda f: [p.unlink() for p in f.glob("model*")], "text_encoder has neither"),
     (lambda f: (f / "model.fp16.safetensors").write_bytes(b"half"), r"model\.fp16\.safetensors is"),
+    (lambda f: (f / "config.json").unlink(), "text_encoder has no readable config.json"),
 ])
 def test_a_network_that_is_not_converted_is_checked_too(qwen_source, qwen_components, tmp_path,
                                                           damage, says):
@@ -231,16 +246,29 @@ def test_a_network_that_is_not_converted_is_checked_too(qwen_source, qwen_compon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "ours"]
 
 
-def test_a_component_that_the_base_lost(qwen_components, tmp_path):
+def test_a_component_folder_that_was_damaged(qwen_components, tmp_path):
+    """What a whole pipeline needs and the base no longer has; nothing is left out without a word."""
     import shutil
 
     ours = shutil.copytree(qwen_components, tmp_path / "ours")
-    (ours / "source" / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer lacks tokenizer.json"):
-        export_folder(str(ours), tmp_path / "out")
-    shutil.rmtree(ours / "source" / "vae")
-    with pytest.raises(UserError, match="lacks the folder vae"):
-        export_folder(str(ours), tmp_path / "out")
+    card, source = ours / "transformer" / "config.json", ours / "source"
+    saved = card.read_text()
+    for change, says in (({"tensor_dtypes": {"": ["F32"]}}, "does not say the source's dtypes"),
+                         ({"tensor_dtypes": {"a": "F32"}}, "does not say the source's dtypes"),
+                         ({"tensor_dtypes": {"": "I8"}}, "does not say the source's dtypes"),
+                         ({"model": {"width": "x"}}, "describes no network that can be built")):
+        rewrite(card, lambda value, change=change: value.update(change))
+        with pytest.raises(UserError, match=says):
+            export_folder(str(ours), tmp_path / "out")
+        card.write_text(saved)
+    for damage, says in (
+            (lambda: (source / "tokenizer" / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+            (lambda: shutil.rmtree(source / "vae"), "lacks the folder vae"),
+            (lambda: shutil.rmtree(source), "no readable model_index.json")):
+        damage()
+        with pytest.raises(UserError, match=says):
+            export_folder(str(ours), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_needs_its_own_base(wan_components, qwen_source, qwen_components, tmp_path):
@@ -272,6 +300,8 @@ def test_an_export_needs_its_own_base(wan_components, qwen_source, qwen_componen
     (["import", "--source", "a", "--to", "x", "--lora-scale", "2"], "give both"),
     (["import", "--source", ".", "--to", "x", "--revision", "v1"], "--revision v1 is of a hub id"),
     (["import", "--source", "n" * 300, "--to", "x"], "cannot be read (File name too long)"),
+    (["export", "--checkpoint", "{source}", "--to", "x"], "is a diffusers folder; apt-jax convert"),
+    (["export", "--checkpoint", "{source}/transformer", "--to", "x"], "is a diffusers folder"),
     (["export", "--checkpoint", "n" * 300, "--to", "x"], "cannot be read (File name too long)"),
     (["export", "--checkpoint", "b", "--to", "x", "--shard-gb", "nan"], "above 0"),
     (["export", "--checkpoint", "b", "--to", "x", "--shard-gb", "inf"], "a finite number"),
@@ -282,8 +312,9 @@ def test_an_export_needs_its_own_base(wan_components, qwen_source, qwen_componen
     (["export", "--checkpoint", "bundled:base", "--to", "x", "--two-step-time", "1"], "between 0"),
     (["sideways", "--to", "x"], "invalid choice"),
 ])
-def test_wrong_arguments(tmp_path, monkeypatch, capsys, arguments, says):
+def test_wrong_arguments(wan_source, tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
+    arguments = [word.format(source=wan_source[0]) for word in arguments]
     assert cli.main(["convert", *arguments]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1

@@ -13,15 +13,18 @@ from apt_jax.convert.folders import new_folder
 from apt_jax.errors import UserError
 
 
-@pytest.mark.parametrize("to", ["run", ".", "run/../run"])
+@pytest.mark.parametrize("to", ["run", ".", "run/../run", "run/part", "run/weights"])
 def test_the_input_is_never_replaced(tmp_path, to):
     source = tmp_path / "run"
     source.mkdir()
     (source / "weights").write_text("precious")
+    (source / "part").mkdir()
+    (source / "part" / "more").write_text("precious")
     with pytest.raises(UserError, match="give another --to"):
         with new_folder(tmp_path / to, True, (None, source)):
             raise AssertionError("nothing may be written")
-    assert (source / "weights").read_text() == "precious"
+    for file in ("weights", "part/more"):
+        assert (source / file).read_text() == "precious"
 
 
 def test_a_folder_inside_the_input_or_beside_it_is_fine(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from apt_jax.convert.configs import Fields, refuse
+from apt_jax.convert.configs import LAYERS, Fields, refuse
 from apt_jax.convert.table import Rule, linear, scale
 
 CLASS = "QwenImageTransformer2DModel"
@@ -66,15 +66,19 @@ def model_from(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "attention_head_dim", 128)
     if channels % patch**2:
         raise refuse(source, f"in_channels = {channels} is not a multiple of patch_size squared")
+    axes = fields.integers("axes_dims_rope", (16, 56, 56))
+    if len(axes) != 3 or sum(axes) != head_dim or any(axis < 2 or axis % 2 for axis in axes):
+        raise refuse(source, f"axes_dims_rope = {list(axes)} are not three even numbers that make "
+                             f"up attention_head_dim = {head_dim}")
     model = {
         "in_channels": channels // patch**2,
         "out_channels": fields.integer("out_channels", 16),
         "patch": (1, patch, patch),
         "width": heads * head_dim,
-        "depth": fields.integer("num_layers", 60),
+        "depth": fields.integer("num_layers", 60, LAYERS),
         "heads": heads,
         "head_dim": head_dim,
-        "rope_axes": fields.integers("axes_dims_rope", (16, 56, 56)),
+        "rope_axes": axes,
         "rope_theta": 10_000.0,
         "text_width": fields.integer("joint_attention_dim", 3584),
         "mlp_ratio": 4.0,

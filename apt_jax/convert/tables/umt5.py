@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from apt_jax.convert.configs import Fields
+from apt_jax.convert.configs import LAYERS, Fields
 from apt_jax.convert.table import Rule, linear, scale
 
 LAYER = "encoder.block.{layer}.layer"
@@ -41,7 +41,7 @@ def config_from_theirs(config: Mapping[str, Any], source: str) -> dict[str, Any]
     found = {
         "vocabulary": fields.integer("vocab_size", 250_112),
         "width": fields.integer("d_model", 512),
-        "depth": fields.integer("num_layers", 8),
+        "depth": fields.integer("num_layers", 8, LAYERS),
         "heads": fields.integer("num_heads", 6),
         "head_dim": fields.integer("d_kv", 64),
         "mlp_width": fields.integer("d_ff", 1024),

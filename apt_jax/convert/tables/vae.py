@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from apt_jax.convert.configs import LAYERS, Fields, refuse
 from apt_jax.convert.table import CONV2, CONV3, Rule, linear, padded, scale
-from apt_jax.errors import UserError
-from apt_jax.models.vae.config import VAEConfig
+from apt_jax.models.vae.config import LATENTS_MEAN, LATENTS_STD, VAEConfig
 
 CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 GAMMA, GAMMA_IMAGE = padded(after=3), padded(after=2)  # [C, 1, 1, 1] and [C, 1, 1]
@@ -80,9 +80,16 @@ def rules(vae: Mapping[str, Any]) -> list[Rule]:
 
 
 def config_from_theirs(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """vae/config.json -> the fields of VAEConfig, plain."""
-    if not isinstance(config, Mapping) or config.get("_class_name") not in CLASSES:
-        found = config.get("_class_name") if isinstance(config, Mapping) else None
-        raise UserError(f"{source} describes {found or 'no model'}, not {' or '.join(CLASSES)}; "
-                        "give the folder of that model")
+    """vae/config.json -> the fields of VAEConfig, plain; UserError for what it cannot be."""
+    fields = Fields(config, source, *CLASSES)
+    for key, usual in (("base_dim", 96), ("num_res_blocks", 2), ("z_dim", 16),
+                       ("in_channels", 3), ("input_channels", 3)):
+        fields.integer(key, usual, LAYERS)
+    multipliers = fields.integers("dim_mult", (1, 2, 4, 4))
+    fields.value("temperal_downsample", [False, True, True], (list, tuple))
+    fields.numbers("latents_mean", LATENTS_MEAN)
+    if not multipliers or min(multipliers) < 1:
+        raise refuse(source, f"dim_mult = {list(multipliers)} is no list of widths")
+    if min(fields.numbers("latents_std", LATENTS_STD), default=0) <= 0:
+        raise refuse(source, "latents_std has a number that is not above 0")
     return VAEConfig.from_diffusers(config).to_dict()

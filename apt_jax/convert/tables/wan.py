@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from apt_jax.convert.configs import Fields, refuse
+from apt_jax.convert.configs import LAYERS, Fields, refuse
 from apt_jax.convert.table import Rule, channel_last_patch, linear, padded, patch_conv, scale
 
 CLASS = "WanTransformer3DModel"
@@ -66,7 +66,7 @@ def model_from(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "out_channels": fields.integer("out_channels", channels),
         "patch": patch,
         "width": width,
-        "depth": fields.integer("num_layers", 40),
+        "depth": fields.integer("num_layers", 40, LAYERS),
         "heads": heads,
         "head_dim": head_dim,
         "rope_axes": rope_axes(head_dim),
