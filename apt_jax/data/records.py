@@ -75,15 +75,22 @@ def _columns(frames: int, height: int) -> tuple[int, int]:
     return rows, -(-frames // rows)
 
 
+def check_size(frames: int, height: int, width: int) -> None:
+    """UserError where such a clip does not fit one WebP."""
+    if height > _WEBP_LIMIT or _columns(frames, height)[1] * width > _WEBP_LIMIT:
+        raise UserError(
+            f"{frames} frames of {width}x{height} do not fit one WebP ({_WEBP_LIMIT} pixels a "
+            "side); prepare smaller or shorter clips"
+        )
+
+
 def encode_frames(frames: np.ndarray, quality: int = 90) -> bytes:
-    """uint8 [F, H, W, 3] -> one WebP of the tiled frames (method 6; the same bytes every time)."""
+    """uint8 [F, H, W, 3] -> one WebP of the tiled frames (method 6; the same bytes every time).
+
+    The clip is one that `check_size` lets through.
+    """
     f, h, w, _ = frames.shape
     rows, columns = _columns(f, h)
-    if h > _WEBP_LIMIT or columns * w > _WEBP_LIMIT:
-        raise UserError(
-            f"{f} frames of {w}x{h} do not fit one WebP ({_WEBP_LIMIT} pixels a side); "
-            "prepare smaller or shorter clips"
-        )
     tiled = np.zeros((rows * columns, h, w, 3), np.uint8)
     tiled[:f] = frames
     tiled = tiled.reshape(columns, rows * h, w, 3).transpose(1, 0, 2, 3)

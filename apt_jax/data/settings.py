@@ -8,6 +8,7 @@ import pathlib
 
 from apt_jax.data.presets import MULTIPLE
 from apt_jax.data.quantise import TEXT_DTYPES
+from apt_jax.data.records import check_size
 from apt_jax.errors import UserError
 
 TEMPORAL = 4  # frames that the VAE's time axis puts into one
@@ -85,6 +86,9 @@ class Settings:
             if field.name in LATENT_ONLY and getattr(self, field.name) != field.default:
                 raise UserError(f"prepare: {field.name} belongs to latents; give --vae and "
                                 "--text-encoder, or leave it out")
+        for count in self.frames:
+            for height, width in self.sizes:
+                check_size(count, height, width)
 
     def _check_latents(self) -> None:
         for count in self.frames:

@@ -236,3 +236,9 @@ def test_images_are_left_out_where_only_clips_are_wanted(tmp_path):
 def test_settings_are_checked(tmp_path, change):
     with pytest.raises(UserError, match="prepare:"):
         run(tmp_path, tmp_path / "out", dataclasses.replace(SETTINGS, **change))
+
+
+@pytest.mark.parametrize("change", [{"sizes": ((16384, 16),)}, {"frames": (1, 1_100_000)}])
+def test_clips_that_fit_no_picture_are_refused_before_any_work(tmp_path, change):
+    with pytest.raises(UserError, match="do not fit one WebP"):
+        run(tmp_path, tmp_path / "out", dataclasses.replace(SETTINGS, **change))
