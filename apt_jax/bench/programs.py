@@ -1,49 +1,97 @@
 """Whole programs: one-step generation, and the steps of adversarial training.
 
-Compiled for hardware that is not there, with the attention kernels counted, or run on the hardware
-that is, with random weights: speed does not ask what they are.
+Compiled for hardware that is not there, with the kernels counted, or run on the hardware that is,
+with random weights: speed does not ask what they are.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from apt_jax.bench.attention import peak_of
+from apt_jax.bench.case import Case
 from apt_jax.bench.cases import MARKERS
-from apt_jax.bench.device_less import Compiled, complaint, count_kernels, elsewhere
-from apt_jax.bench.timing import measure
+from apt_jax.bench.report import row_name
 from apt_jax.errors import UserError
 from apt_jax.models.presets import discriminator_taps
-from apt_jax.parallel.mesh import batch_ways, make_mesh, ulysses_size
+from apt_jax.parallel.context import on_mesh
+from apt_jax.parallel.mesh import batch_ways, make_mesh, replicated, ulysses_size
+from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.plan.flops import count_flops
-from apt_jax.plan.programs import (
-    Program,
-    inference_program,
-    sample_shape,
-    text_length,
-    training_programs,
-)
+from apt_jax.plan.programs import reference_config, sample_shape, text_length, training_programs
+from apt_jax.serve import draw_stage, served
 
 # These keep what attention returned; under the others the backward pass runs it once more.
-KEEPING = ("none", "attention", "offload")
+KEEPING = ("none", "attention", "exchange", "offload")
 
 
-def build(what: str, config: Any, devices: Sequence[Any]) -> list[Program]:
-    """The programs of "forward" (one-step generation) or "train" for one sample per copy of the mesh."""
-    batch = batch_ways(make_mesh(config.mesh, devices))
-    if what == "forward":
-        return [inference_program(config, list(devices), batch, compute_copy=True)]
+# Matrices of one block that model.matmul = "fp8" multiplies in eight bits.
+MATRICES = {"mmdit": 8, "wan": 10}
+
+
+def forward_case(config: Any, devices: Sequence[Any], weights: str,
+                 overrides: Sequence[str] = ()) -> Case:
+    """One-step generation as `serve.Server` runs it, one sample for each copy of the mesh."""
+    mesh = make_mesh(config.mesh, list(devices))
+    batch, shape = batch_ways(mesh), sample_shape(config)
+    text = text_length(config), config.model.text_width
+
+    def stage(model: Any, weights: str, mesh: Any):
+        parts = served(model, weights, on_mesh(mesh, config.mesh.ulysses))
+        params = parts.abstract()
+        params = abstract_like(params, infer_shardings(params, mesh))
+        return draw_stage(parts.net, params, shape, batch, text, replicated(mesh))
+
+    def flops() -> float:
+        plain = stage({**dict(reference_config(config).model), "matmul": "dtype"}, "",
+                      make_mesh({"replica": 1, "fsdp": 1}, list(devices)[:1]))
+        return count_flops(plain.function, *plain.args).total
+
+    found = stage(config.model, weights, mesh)
+    eight = weights == "fp8" or (not weights and config.model.matmul == "fp8")
+    backend = config.model.attention
+    kind = weights or config.model.dtype + (" + fp8" if eight else "")
+    return Case(row_name(config.name, "forward", kind, backend, overrides=overrides),
+                "one-step inference", backend, found.function, found.args, flops,
+                expected_kernels("one-step inference", config, backend),
+                MATRICES[config.model.family] * config.model.depth if eight else None,
+                tokens(config) ** 2, device_share("one-step inference", config), batch)
+
+
+def train_cases(config: Any, devices: Sequence[Any], overrides: Sequence[str] = ()) -> list[Case]:
+    """The D and the G step for one sample per copy of the mesh."""
     if config.stage != "adversarial":
         raise UserError(f"bench train counts the kernels of adversarial training, and the config's "
                         f"stage is {config.stage!r}; give an image or video config")
+    batch = batch_ways(make_mesh(config.mesh, list(devices)))
     config.train.batch_size, config.train.accumulate = batch, 1
-    return training_programs(config, list(devices))
+    backend = config.model.attention
+    cases = []
+    for program in training_programs(config, list(devices)):
+        def flops(program: Any = program) -> float:
+            reference, abstract = program.reference("none")
+            return count_flops(reference, *abstract).total
+
+        cases.append(Case(
+            row_name(config.name, program.name, config.model.matmul, backend, overrides=overrides),
+            program.name, backend, program.function, program.args, flops,
+            expected_kernels(program.name, config, backend), expected_fp8(program.name, config),
+            tokens(config) ** 2, device_share(program.name, config), batch, donates=True))
+    return cases
+
+
+def expected_fp8(program: str, config: Any) -> int | None:
+    """Eight-bit products that one call of a training step runs at least; None without fp8.
+
+    A matrix has one forward and two in the backward pass; what is computed again comes on top, but
+    for the products whose result no gradient needs.
+    """
+    if config.model.matmul != "fp8":
+        return None
+    g, d = config.model.depth, discriminator_taps(config.model, config.discriminator)[-1]
+    layers = {"D step": g + 3 * d, "G step": 3 * g + 2 * d}[program]
+    return MATRICES[config.model.family] * layers
 
 
 def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
@@ -65,18 +113,16 @@ def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
         "G step": ((g + d) * (1 + again), g + d),
         "D step": (g + d * (1 + again), d),
     }[program]
-    return {marker: ring * (forwards * forward + backwards * (gradient - forward))
-            for marker, (forward, gradient) in MARKERS["pallas" if ring > 1 else backend].items()}
+    counts = MARKERS.get("pallas" if ring > 1 else backend, {})  # none of auto and the oracle
+    each = ring + (config.model.family == "wan")  # a cross attention beside it, which needs no ring
+    return {marker: each * (forwards * forward + backwards * (gradient - forward))
+            for marker, (forward, gradient) in counts.items()}
 
 
 def tokens(config: Any) -> int:
     """Tokens of one sample, text and video."""
-    count = text_length(config)
-    frames, height, width, _ = sample_shape(config)
-    grid = 1
-    for side, patch in zip((frames, height, width), config.model.patch, strict=True):
-        grid *= side // patch
-    return count + grid
+    sides = zip(sample_shape(config)[:3], config.model.patch, strict=True)
+    return text_length(config) + math.prod(side // patch for side, patch in sides)
 
 
 def device_share(program: str, config: Any) -> int:
@@ -85,54 +131,3 @@ def device_share(program: str, config: Any) -> int:
     whole = tokens(config) * config.model.width
     ways = max(1, config.mesh.context) * max(1, config.mesh.tensor)
     return whole // ways * (3 if program == "D step" else 1)
-
-
-def compile_program(program: Program, config: Any, backend: str, device: Any, label: str
-                    ) -> Compiled:
-    """Compiles one program for a device that is not there and checks its kernels."""
-    wanted, scores = expected_kernels(program.name, config, backend), tokens(config) ** 2
-    start = time.perf_counter()
-    with elsewhere(device):
-        compiled = program.function.lower(*program.args).compile()
-    kernels, largest, result = count_kernels(compiled.as_text(), list(wanted))
-    error = complaint(kernels, wanted, largest, scores)
-    share = device_share(program.name, config)
-    if not error and result > 1.1 * share:
-        error = f"a kernel makes {result} elements on one device, whose share is {share}"
-    return Compiled(
-        case=label, backend=backend, part=program.name, device=device.device_kind, kernels=kernels,
-        wanted=wanted, largest=largest, scores=scores,
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        seconds=time.perf_counter() - start, error=error)
-
-
-def time_program(program: Program, device: str, seconds: float) -> dict[str, Any]:
-    """Runs a program that donates nothing on random arrays of its arguments' shapes."""
-    def fill(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding)
-        make = jax.jit(lambda key: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype),
-                       out_shardings=leaf.sharding)
-        return make(jax.random.key(leaf.size % 1009))
-
-    args = jax.tree.map(fill, program.args)
-    timing = measure(program.function, [args], jax.block_until_ready, seconds=seconds)
-    reference, abstract = program.reference("none")
-    flops, peak = count_flops(reference, *abstract).total, peak_of(device)
-    return {**dataclasses.asdict(timing), "batch": args[1].shape[0], "tflop": flops / 1e12,
-            "tflops": flops / timing.median / 1e12,
-            "share_of_peak": flops / timing.median / peak if peak else None}
-
-
-def compile_all(what: str, config_of: Callable[[str], Any], backends: Sequence[str],
-                devices: Sequence[Any], label: str,
-                done: Callable[[Compiled], None] = lambda row: None) -> list[Compiled]:
-    """Every program by every backend. config_of(backend): a fresh config with that attention."""
-    rows = []
-    for backend in backends:
-        config = config_of(backend)
-        for program in build(what, config, devices):
-            row = compile_program(program, config, backend, devices[0], label)
-            rows.append(row)
-            done(row)
-    return rows

@@ -1,17 +1,25 @@
 """Measure the parts beside their peers; on hardware that is not there, compile them and check.
 
 attention   forward and gradient by every attention kernel that this machine can run, and PyTorch's.
-            With --device-less every kernel is compiled for --topology instead, and the command fails
-            where a kernel is not in its program or an array is as large as the scores. Needs
-            pip install 'apt_jax[plan]'; tokamax too for its kernel.
-forward     one-step generation by the network of --config: with --device-less compiled for
-            --topology by every kernel, which must be in the program once per layer; otherwise timed
-            on this machine.
-train       the G and the D step of an adversarial --config, with --device-less only.
+block       one block of --config's network, forward and with its gradient, beside the sum of its own
+            matrix products and its attention.
+forward     one-step generation by the network of --config, as the server runs it.
+train       the D and the G step of an adversarial --config.
+vae         the VAE's decoder on a sample of --config's size: in causal chunks of 1, 2 and 4 latents,
+            and in tiles.
+pipeline    UMT5-XXL, one step of --config's network and the VAE: latency, each stage, throughput.
+fp8         what products in eight bits cost in quality: the FD of --checkpoint, and the distance from
+            float32 of networks like the 8B preset with the checkpoint's statistics.
 cpu         the demo's network and one of 100M parameters against the same in PyTorch, eager and
             compiled: forward and training step. Needs torch.
 
---json keeps every row as soon as it is measured; the same command goes on where it was stopped.
+With --device-less nothing runs: attention, block, forward, train, vae and pipeline are compiled for
+--topology, and the command fails where a kernel is not in its program, an array is as large as the
+scores, or a product that should be in eight bits is not. Needs pip install 'apt_jax[plan]'; tokamax
+too for its kernel.
+
+--json keeps every row as soon as it is measured; the same command goes on where it was stopped, and
+measures again what other sources made.
 """
 
 from __future__ import annotations
@@ -27,6 +35,9 @@ EXAMPLES = """\
   apt-jax bench forward --device-less --topology h100:1x8 \
       --config configs/seaweed_8b_video.py --config.mesh.replica=1 --config.mesh.fsdp=1 \
       --config.mesh.context=8
+  apt-jax bench block --config configs/seaweed_8b_video.py --weights bfloat16 fp8 --backends tokamax
+  apt-jax bench vae --config configs/seaweed_8b_video.py --decoders 'chunk 1' tiles
+  apt-jax bench fp8 --json docs/results/performance/fp8_quality.json
   apt-jax bench cpu --models demo --seconds 10
 """
 
@@ -34,27 +45,45 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `apt-jax bench`."""
     add = parser.add_argument
-    add("what", choices=("attention", "forward", "train", "cpu"), help="what to measure")
+    add("what", choices=("attention", "block", "forward", "train", "vae", "pipeline", "fp8", "cpu"),
+        help="what to measure")
     add("--json", metavar="FILE", default="", help="keep the results here")
     add("--seconds", type=float, default=0.0, metavar="S",
-        help="how long to time each row (default: 2, cpu: 20)")
+        help="how long to time each row (default: attention 2, cpu 20, else 5)")
     add("--device-less", action="store_true", help="compile for --topology, run nothing")
-    add("--config", metavar="FILE[:ARG]", default="", help="forward, train: a config file")
+    add("--config", metavar="FILE[:ARG]", default="",
+        help="block, forward, train, vae, pipeline: a config file")
     add("--topology", default="h100:1x1", metavar="CHIP:SIZES",
         help="what to compile for (default: h100:1x1)")
     add("--cases", nargs="+", default=[], metavar="NAME", help="attention: some of the shapes")
     add("--backends", nargs="+", default=[], metavar="NAME", help="some of the attention kernels")
+    add("--weights", nargs="+", default=[], metavar="KIND",
+        help="block, forward, train, pipeline: bfloat16 (default), fp8; forward and pipeline: float32")
+    add("--decoders", nargs="+", default=[], metavar="NAME",
+        help="vae, pipeline: 'chunk 1', 'chunk 2', 'chunk 4', tiles (default: vae all, pipeline the "
+             "first)")
+    add("--no-peers", action="store_true", help="leave out PyTorch's models")
+    add("--checkpoint", default="bundled:base", metavar="PATH", help="fp8: a trained generator")
+    add("--mode", default="", choices=("one_step", "two_step", "euler"),
+        help="fp8: how the FD's pictures are drawn (default: euler for bundled:base, else one_step)")
+    add("--seeds", type=int, default=4, metavar="N", help="fp8: seeds of the noise (default: 4)")
+    add("--count", type=int, default=0, metavar="N",
+        help="fp8: pictures of each FD (default: 0, one a caption)")
+    add("--depths", type=int, nargs="+", default=[4, 12, 36], metavar="N",
+        help="fp8: layers of the networks whose distance is measured (default: 4 12 36)")
     add("--models", nargs="+", default=[], metavar="NAME", help="cpu: some of the networks")
     add("--no-compile", action="store_true", help="cpu: leave out torch.compile")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line per row; status 1 where a device-less program does not pass."""
+    """Prints a line per row; status 1 where a device-less program or a gate does not pass."""
     if args.what == "cpu":
         return _cpu(args)
+    if args.what == "fp8":
+        return _fp8(args)
     if args.device_less:
         return _device_less(args)
-    return _attention(args) if args.what == "attention" else _forward(args)
+    return _attention(args) if args.what == "attention" else _timed(args)
 
 
 def _config(args: argparse.Namespace, backend: str = ""):
@@ -69,11 +98,24 @@ def _config(args: argparse.Namespace, backend: str = ""):
     return validate(load_config(args.config, [*args.overrides, *chosen]))
 
 
+def _plan(args: argparse.Namespace, devices, backends):
+    from apt_jax.bench.pipeline import DECODERS
+    from apt_jax.bench.run import Plan
+    from apt_jax.serve import WEIGHTS
+
+    _config(args)  # complain of it before anything is compiled
+    kinds = WEIGHTS[1:] if args.what in ("forward", "pipeline") else ("bfloat16", "fp8")
+    return Plan(args.what, lambda backend: _config(args, backend), devices, backends,
+                _some(args.weights or ["bfloat16"], kinds, "--weights"),
+                decoders=_some(args.decoders, DECODERS, "--decoders"), overrides=args.overrides,
+                seconds=args.seconds or 5.0, peers=not args.no_peers)
+
+
 def _device_less(args: argparse.Namespace) -> int:
     from apt_jax.plan.devices import describe, prepare_environment
 
     prepare_environment()
-    from apt_jax.bench import programs
+    from apt_jax.bench import run
     from apt_jax.bench.cases import BACKENDS_OF, CASES
     from apt_jax.bench.device_less import compile_all, table
     from apt_jax.bench.report import Results
@@ -81,26 +123,23 @@ def _device_less(args: argparse.Namespace) -> int:
 
     topology = parse_topology(args.topology)
     if args.what != "attention":
-        _config(args)  # complain of it before anything is compiled
+        _config(args)
     devices = describe(topology)
-    device = devices[0]
     backends = _some(args.backends, BACKENDS_OF[topology.chip.kind], "--backends")
-    results = Results(None, f"{topology.text} (compiled only)")
-    results.path = _path(args)
-
-    def keep(row) -> None:
-        results.add(f"{row.case}/{row.part}/{row.backend}",
-                    {**dataclasses.asdict(row), "passes": row.passes})
-
+    results = Results(_path(args), f"{topology.text} (compiled only)")
     if args.what == "attention":
+        def keep(row) -> None:
+            results.add(f"{row.case}/{row.part}/{row.backend}",
+                        {**dataclasses.asdict(row), "passes": row.passes})
+
         rows = compile_all([CASES[name] for name in _some(args.cases, CASES, "--cases")], backends,
-                           device, keep)
+                           devices[0], keep)
     else:
-        rows = programs.compile_all(args.what, lambda backend: _config(args, backend), backends,
-                                    devices, topology.text, keep)
+        rows = [run.as_compiled(row) for row in run.compile_all(
+            _plan(args, devices, backends), topology.text, results)]
     print(table(rows))
     failed = sum(not row.passes for row in rows)
-    print(f"{len(rows) - failed} of {len(rows)} programs pass for {device.device_kind}")
+    print(f"{len(rows) - failed} of {len(rows)} programs pass for {devices[0].device_kind}")
     return 1 if failed else 0
 
 
@@ -118,26 +157,29 @@ def _attention(args: argparse.Namespace) -> int:
     return 0
 
 
-def _forward(args: argparse.Namespace) -> int:
+def _timed(args: argparse.Namespace) -> int:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
     import jax
 
-    from apt_jax.bench import programs
-    from apt_jax.bench.attention import line
     from apt_jax.bench.report import Results
-    from apt_jax.errors import UserError
+    from apt_jax.bench.run import time_all
 
-    if args.what == "train":
-        raise UserError("bench train runs nothing yet; add --device-less to compile the steps")
+    backends = args.backends or ["auto"]
+    plan = _plan(args, jax.devices(), backends)
     kind = jax.devices()[0].device_kind
-    results = Results(_path(args), kind)
-    for backend in args.backends or ["auto"]:
-        config = _config(args, backend)
-        (program,) = programs.build("forward", config, jax.devices())
-        name = f"{config.name}/forward/{backend}"
-        if name not in results:
-            results.add(name, programs.time_program(program, kind, args.seconds or 10.0))
-            print(line(name, results.rows[name]))
+    time_all(plan, kind, Results(_path(args), kind))
     return 0
+
+
+def _fp8(args: argparse.Namespace) -> int:
+    from apt_jax.bench import quality
+    from apt_jax.bench.report import Results
+
+    results = Results(_path(args), "cpu")
+    quality.distance_rows(args.checkpoint, results, depths=args.depths, seeds=range(2))
+    quality.fd_rows(args.checkpoint, results, seeds=range(args.seeds), count=args.count,
+                    mode=args.mode or ("euler" if args.checkpoint == "bundled:base" else "one_step"))
+    return 0 if quality.report(args.checkpoint, results) else 1
 
 
 def _cpu(args: argparse.Namespace) -> int:

@@ -186,8 +186,11 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
                      "--json", str(out), "--config.model.depth=1", "--config.mesh.fsdp=1",
                      "--config.mesh.replica=8"])
     assert code == 0, capsys.readouterr().err
-    (row,) = json.loads(out.read_text())["rows"].values()
-    assert row["median"] > 0 and row["tflop"] > 0
+    rows = json.loads(out.read_text())["rows"]
+    name = "demo_image/forward/{} mesh.fsdp=1 mesh.replica=8 model.depth=1"
+    assert list(rows) == [name.format("torch"), name.format("bfloat16/auto")]
+    row = rows[name.format("bfloat16/auto")]
+    assert row["median"] > 0 and row["tflop"] > 0 and row["samples_per_call"] == 8
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -195,7 +198,9 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["attention", "--backends", "flash"], "--backends 'flash' is unknown"),
     (["cpu", "--models", "huge"], "known: demo, mmdit_100m"),
     (["forward"], "needs --config"),
-    (["train", "--config", "configs/demo_image.py"], "--device-less"),
+    (["train", "--config", "configs/demo_pretrain.py"], "stage is 'pretrain'"),
+    (["forward", "--config", "configs/demo_image.py", "--weights", "int4"], "'int4' is unknown"),
+    (["vae", "--config", "configs/demo_image.py", "--decoders", "tile"], "did you mean 'tiles'"),
 ])
 def test_wrong_requests_are_one_line(capsys, arguments, words):
     assert cli.main(["bench", *arguments]) == 2

@@ -1,0 +1,182 @@
+"""One block of a network, beside the sum of its own matrix products and its attention.
+
+The products are read off the block's jaxpr and timed one by one; what the block takes beyond them and
+its attention is norms, modulation, rotary positions, rounding to eight bits and what lies between.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from apt_jax.bench.attention import ours
+from apt_jax.bench.case import Case, random_like
+from apt_jax.bench.cases import MARKERS, AttentionCase
+from apt_jax.bench.programs import MATRICES, tokens
+from apt_jax.bench.report import row_name
+from apt_jax.bench.timing import measure
+from apt_jax.models import mmdit
+from apt_jax.models.presets import model_config
+from apt_jax.models.wan import model as wan
+from apt_jax.nn.fp8 import with_fp8
+from apt_jax.nn.functional import Network
+from apt_jax.nn.rope import Rotation
+from apt_jax.nn.stack import run_stack, stack
+from apt_jax.plan.flops import ATTENTION_SCOPE, count_flops
+from apt_jax.plan.programs import text_length
+
+PARTS = ("forward", "gradient")
+
+
+class _Stack(nnx.Module):
+    """A stack of one block: it is scanned and recomputed as in the network."""
+
+    def __init__(self, c: Any, block: Any, *, rngs: nnx.Rngs):
+        self.remat = c.remat
+        self.blocks = stack(lambda r: block(c, rngs=r), 1, rngs)
+
+    def __call__(self, carry: Any, *rest: Any) -> Any:
+        def step(block, carry):
+            return block(*carry, *rest) if isinstance(carry, tuple) else block(carry, *rest)
+
+        return run_stack(self.blocks, step, carry, depth=1, remat=self.remat)[0]
+
+
+def _inputs(config: Any, array: Callable[..., Any]) -> tuple[Any, ...]:
+    """The carry and everything else that a block of config.model takes, abstract."""
+    c = model_config(config.model)
+    dtype, width, length = c.compute_dtype, c.width, text_length(config)
+    count = tokens(config) - length
+    half = c.head_dim // 2
+
+    def rotation(n):
+        return Rotation(array((n, half), jnp.float32), array((n, half), jnp.float32))
+
+    video = array((1, count, width), dtype)
+    if config.model.family == "wan":
+        return (video, array((1, c.text_tokens or length, width), dtype),
+                array((1, 6, width), jnp.float32), rotation(count))
+    condition = width * (6 if c.modulation == "shared" else 1)
+    return ((video, array((1, length, width), dtype)), array((1, condition), dtype),
+            (rotation(count), rotation(length)), array((1, length + count), jnp.bool_))
+
+
+def _function(config: Any, part: str) -> tuple[Network, Callable[..., Any]]:
+    c = model_config(config.model)
+    block = {"mmdit": mmdit.Block, "wan": wan.Block}[config.model.family]
+    make = with_fp8(_Stack) if config.model.matmul == "fp8" else _Stack
+    net = Network.build(lambda rngs: make(c, block, rngs=rngs), attention=config.model.attention)
+    if part == "forward":
+        return net, net
+
+    def loss(params, carry, *rest):
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(
+            net(params, carry, *rest)))
+
+    return net, jax.grad(loss, (0, 1))
+
+
+def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = ()) -> Case:
+    """One block of config.model on one sample. part: "forward", or "gradient" with respect to
+    parameters and tokens, with the forward pass that it needs."""
+    place = SingleDeviceSharding(device)
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    net, function = _function(config, part)
+    inputs = _inputs(config, array)
+    params = jax.tree.map(lambda a: array(a.shape, a.dtype),
+                          jax.eval_shape(net.compute_copy, net.abstract()))
+    backend = config.model.attention
+
+    def flops() -> float:
+        plain = config.copy_and_resolve_references()
+        plain.model.attention, plain.model.remat, plain.model.matmul = "oracle", "none", "dtype"
+        return count_flops(_function(plain, part)[1], params, *inputs).total
+
+    attentions = 2 if config.model.family == "wan" else 1
+    # With its input alone kept, the forward pass is run again for the gradient.
+    again = part == "gradient" and (
+        config.model.remat in ("full", "dots")
+        or (backend == "tokamax" and config.model.remat != "none"))
+    kernels = {name: attentions * (counts[PARTS.index(part)] + (counts[0] if again else 0))
+               for name, counts in MARKERS.get(backend, {}).items()}
+    eight = MATRICES[config.model.family] * (1 if part == "forward" else 3)
+    return Case(row_name(config.name, "block", part, config.model.matmul, backend,
+                         overrides=overrides),
+                f"block {part}", backend, jax.jit(function), (params, *inputs), flops, kernels,
+                eight if config.model.matmul == "fp8" else None, tokens(config) ** 2)
+
+
+class Product(NamedTuple):
+    """A matrix product: shapes and dtypes of both factors, what is contracted, the result's dtype."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    dtypes: tuple[str, str]
+    dimensions: Any
+    result: str
+
+    def function(self) -> Callable[..., Any]:
+        return jax.jit(lambda a, b: jax.lax.dot_general(
+            a, b, self.dimensions, preferred_element_type=jnp.dtype(self.result)))
+
+    def args(self, sharding: Any) -> tuple[Any, Any]:
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+                     for shape, dtype in zip((self.left, self.right), self.dtypes, strict=True))
+
+
+def products(jaxpr: Any) -> collections.Counter[Product]:
+    """The matrix products of a jaxpr outside attention, and how often each runs."""
+    found: collections.Counter[Product] = collections.Counter()
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if ATTENTION_SCOPE in str(equation.source_info.name_stack):
+            continue
+        if equation.primitive.name == "dot_general":
+            a, b = (v.aval for v in equation.invars)
+            found[Product(a.shape, b.shape, (str(a.dtype), str(b.dtype)),
+                          equation.params["dimension_numbers"],
+                          str(equation.outvars[0].aval.dtype))] += 1
+            continue
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    for product, count in products(inner).items():
+                        found[product] += times * count
+    return found
+
+
+def parts_of(config: Any, device: Any, part: str, seconds: float) -> dict[str, float]:
+    """Seconds of a block's matrix products, one after another, and of its attention alone."""
+    plain = config.copy_and_resolve_references()
+    plain.model.attention, plain.model.remat = "oracle", "none"
+    case = block_case(plain, device, part)
+    place, total = SingleDeviceSharding(device), 0.0
+    counted = products(jax.make_jaxpr(_function(plain, part)[1])(*case.args))
+    for product, count in counted.items():
+        args = random_like(product.args(place))
+        total += count * measure(product.function(), [args], jax.block_until_ready,
+                                 seconds=seconds).median
+    length = text_length(config)
+    count, heads = tokens(config), config.model.heads
+    lengths = [(count, count)]
+    if config.model.family == "wan":
+        lengths = [(count - length, count - length),
+                   (count - length, config.model.text_tokens or length)]
+    attention = 0.0
+    for queries, keys in lengths:
+        one = AttentionCase("", queries, keys, heads, config.model.head_dim,
+                            hidden=None if config.model.family == "wan" else 1,
+                            dtype=config.model.dtype)
+        attention += measure(ours(one, config.model.attention, part), [tuple(one.arrays(0))],
+                             jax.block_until_ready, seconds=seconds).median
+    return {"products_seconds": total, "attention_seconds": attention}

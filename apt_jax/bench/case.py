@@ -1,0 +1,137 @@
+"""One program to measure: compiled for hardware that is not there and checked, or timed on this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.bench.attention import peak_of
+from apt_jax.bench.device_less import Compiled, complaint, count_kernels, elsewhere
+from apt_jax.bench.timing import measure
+
+FP8 = "__cublas$lt$matmul$f8"  # how a compiled program for NVIDIA's GPUs names its eight-bit products
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program and what must be in it.
+
+    Attributes:
+      name: of its row. part: what it computes. backend: who computes attention.
+      function, args: a jitted function and its abstract arguments, with shardings.
+      flops: model FLOPs of one call over all devices; None where they are not counted.
+      kernels: marker -> how often a call runs it (`device_less.count_kernels`).
+      fp8: eight-bit products that a call runs at least; None where there must be none.
+      scores: elements that no array may have; None does not look.
+      share: elements of one kernel's result that a device should make at most; None does not look.
+      samples: of one call.
+      donates: the first argument is a state, which comes out first and goes in again.
+    """
+
+    name: str
+    part: str
+    backend: str
+    function: Any
+    args: tuple
+    flops: Callable[[], float] | None = None
+    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    fp8: int | None = None
+    scores: int | None = None
+    share: int | None = None
+    samples: int = 1
+    donates: bool = False
+
+
+def compile_case(case: Case, device: Any, label: str) -> Compiled:
+    """Compiles a case for a device that is not there and checks what came out."""
+    start = time.perf_counter()
+    with elsewhere(device):
+        compiled = case.function.lower(*case.args).compile()
+    found, largest, result = count_kernels(compiled.as_text(), [*case.kernels, FP8])
+    eight = found.pop(FP8)
+    wanted = dict(case.kernels)
+    if device.platform == "gpu":
+        least = case.fp8 or 0
+        found[FP8], wanted[FP8] = eight, max(eight, least) if case.fp8 else 0
+    error = complaint(found, wanted, largest, case.scores)
+    if not error and case.share is not None and result > 1.1 * case.share:
+        error = f"a kernel makes {result} elements on one device, whose share is {case.share}"
+    return Compiled(
+        case=f"{case.name} ({label})", backend=case.backend, part=case.part,
+        device=device.device_kind, kernels=found, wanted=wanted, largest=largest,
+        scores=case.scores or 0, temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        seconds=time.perf_counter() - start, error=error)
+
+
+def random_like(args: Any) -> Any:
+    """Random arrays for abstract ones: normal times 0.02, moments of optimisers positive, integers
+    and booleans one."""
+    def fill(path: Any, leaf: Any) -> jax.Array:
+        positive = "_opt" in jax.tree_util.keystr(path)
+
+        def make(key: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return jnp.ones(leaf.shape, leaf.dtype)
+            x = 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
+            return (jnp.abs(x) if positive else x).astype(leaf.dtype)
+
+        return jax.jit(make, out_shardings=leaf.sharding)(jax.random.key(leaf.size % 1009))
+
+    return jax.tree_util.tree_map_with_path(fill, args)
+
+
+def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """Compiles a case for this machine and times it on random arrays; a row.
+
+    planned_bytes: what the compiler asks for; peak_bytes: the most that the device has had in use
+    in this process, where it says so.
+    """
+    compiled = case.function.lower(*case.args).compile()
+    args = random_like(case.args)
+    if case.donates:
+        held = [args[0]]
+
+        def call(*rest):
+            held[0], out = compiled(held[0], *rest)
+            return out
+
+        timing = measure(call, [args[1:]], lambda out: jax.block_until_ready((out, held[0])),
+                         seconds=seconds)
+    else:
+        timing = measure(compiled, [args], jax.block_until_ready, seconds=seconds)
+    return {**dataclasses.asdict(timing), "backend": case.backend, "samples_per_call": case.samples,
+            **rates(case.flops() if case.flops else None, timing.median, device),
+            **memory(compiled)}
+
+
+def rates(flops: float | None, seconds: float, device: str) -> dict[str, Any]:
+    """TFLOP/s of model FLOPs, and their share of the device's dense bfloat16 peak."""
+    peak = peak_of(device)
+    if flops is None:
+        return {"tflop": None, "tflops": None, "share_of_peak": None}
+    return {"tflop": flops / 1e12, "tflops": flops / seconds / 1e12,
+            "share_of_peak": flops / seconds / peak if peak else None}
+
+
+def memory(compiled: Any) -> dict[str, Any]:
+    """Bytes of one device: what the program asks for, and the peak that the device reports."""
+    found = compiled.memory_analysis()
+    planned = (found.argument_size_in_bytes + found.output_size_in_bytes
+               + found.temp_size_in_bytes - found.alias_size_in_bytes) if found else None
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"planned_bytes": planned, "peak_bytes": stats.get("peak_bytes_in_use")}
+
+
+def line(name: str, row: Mapping[str, Any]) -> str:
+    """A timed row as text."""
+    if "skipped" in row:
+        return f"{name:<52} left out: {row['skipped']}"
+    rate = f"  {row['tflops']:8.2f} TFLOP/s" if row.get("tflops") else ""
+    share = f" {row['share_of_peak']:.0%} of peak" if row.get("share_of_peak") else ""
+    return (f"{name:<52}{1e3 * row['median']:>10.2f} ms{rate}{share}"
+            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})")

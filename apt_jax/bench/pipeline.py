@@ -1,0 +1,120 @@
+"""From token ids to frames: UMT5, one step of the generator, the VAE, and each of them alone.
+
+Random weights throughout: speed does not ask what they are. The text states go from the encoder to
+the generator and the latents to the VAE on the device (`apt_jax/serve.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from apt_jax.bench.case import Case, memory, random_like
+from apt_jax.bench.programs import forward_case
+from apt_jax.bench.report import row_name
+from apt_jax.bench.timing import measure
+from apt_jax.models.umt5 import UMT5Config, make_umt5
+from apt_jax.models.vae import Tiling, VAEConfig, make_vae
+from apt_jax.plan.flops import count_flops
+from apt_jax.plan.programs import sample_shape, text_length
+from apt_jax.serve import Stage, decode_stage, encode_stage
+
+# Latents that the VAE decodes at once, and diffusers' tiles of 256 pixels.
+DECODERS: dict[str, dict[str, Any]] = {
+    "chunk 1": {"chunk": 1}, "chunk 2": {"chunk": 2}, "chunk 4": {"chunk": 4},
+    "tiles": {"chunk": 1, "tiling": Tiling()}}
+
+
+def _on(device: Any, tree: Any) -> Any:
+    place = SingleDeviceSharding(device)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+def _flops(stage: Stage) -> Any:
+    return lambda: count_flops(stage.function, *stage.args).total
+
+
+def decode_case(config: Any, device: Any, decoder: str, vae: VAEConfig | None = None,
+                overrides: Sequence[str] = ()) -> Case:
+    """The VAE's decoder on one sample of the config's size. decoder: one of DECODERS."""
+    autoencoder = make_vae(vae or VAEConfig(dtype="bfloat16"))
+    params = jax.eval_shape(autoencoder.cast, autoencoder.decoder.abstract())
+    stage = decode_stage(autoencoder, _on(device, params), sample_shape(config), 1,
+                         sharding=SingleDeviceSharding(device), **DECODERS[decoder])
+    return Case(row_name(config.name, "vae", decoder, overrides=overrides), "vae decode", "xla",
+                stage.function, stage.args, _flops(stage))
+
+
+def encode_case(config: Any, device: Any, encoder: UMT5Config | None = None,
+                overrides: Sequence[str] = ()) -> Case:
+    """The text encoder on one prompt of the config's length, bfloat16 weights."""
+    net = make_umt5(encoder or UMT5Config(dtype="bfloat16"))
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16 if a.ndim > 1 else a.dtype),
+        net.abstract())
+    stage = encode_stage(net, _on(device, params), 1, text_length(config),
+                         SingleDeviceSharding(device))
+    return Case(row_name(config.name, "encode", overrides=overrides), "text encoder", "xla",
+                stage.function, stage.args, _flops(stage))
+
+
+def with_text_of(config: Any, encoder: UMT5Config | None) -> Any:
+    """The config whose network reads the encoder's states: the 8B preset's width is another's."""
+    config = config.copy_and_resolve_references()
+    config.model.text_width = (encoder or UMT5Config()).width
+    return config
+
+
+def stages(config: Any, device: Any, weights: str, decoder: str,
+           encoder: UMT5Config | None = None, vae: VAEConfig | None = None,
+           overrides: Sequence[str] = ()) -> dict[str, Case]:
+    """"encode", "draw" and "decode" of one sample on one device."""
+    config = with_text_of(config, encoder)
+    return {"encode": encode_case(config, device, encoder, overrides),
+            "draw": forward_case(config, [device], weights, overrides),
+            "decode": decode_case(config, device, decoder, vae, overrides)}
+
+
+def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3) -> dict[str, Any]:
+    """A row: the median latency of a whole call at batch 1, each stage's own, and the throughput.
+
+    latency: from token ids in host memory to frames done on the device. per_second: samples where
+    `queued` calls are started before the first is waited for.
+    """
+    compiled = {name: case.function.lower(*case.args).compile() for name, case in cases.items()}
+    params = {name: random_like(case.args[0]) for name, case in cases.items()}
+    ids, mask = (jax.device_get(random_like(a)) for a in cases["encode"].args[1:])
+    seed = jax.device_get(random_like(cases["draw"].args[1]))
+
+    def encode(ids, mask):
+        return compiled["encode"](params["encode"], ids, mask)
+
+    def draw(states, mask):
+        return compiled["draw"](params["draw"], seed, seed, states, mask)
+
+    def decode(latents):
+        return compiled["decode"](params["decode"], latents)
+
+    def whole(ids, mask):
+        return decode(draw(encode(ids, mask), mask))
+
+    def time(call, *args):
+        return measure(call, [args], jax.block_until_ready, seconds=seconds)
+
+    def several(ids, mask):
+        return [whole(ids, mask) for _ in range(queued)]
+
+    states = encode(ids, mask)
+    latents = draw(states, mask)
+    row = dataclasses.asdict(time(whole, ids, mask))
+    row["stages"] = {"encode": time(encode, ids, mask).median,
+                     "draw": time(draw, states, mask).median, "decode": time(decode, latents).median}
+    row["per_second"] = queued / time(several, ids, mask).median
+    row["peak_bytes"] = memory(compiled["draw"])["peak_bytes"]
+    row["backend"] = cases["draw"].backend
+    return row

@@ -1,0 +1,172 @@
+"""The rows of each bench: its cases, then what stands beside them, each kept as soon as it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from apt_jax.bench import block, pipeline, programs, torch_peers
+from apt_jax.bench.case import Case, compile_case, line, time_case
+from apt_jax.bench.device_less import Compiled
+from apt_jax.bench.report import Results, row_name
+from apt_jax.errors import UserError
+
+WHAT = ("block", "forward", "train", "vae", "pipeline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+      what: one of WHAT.
+      config_of: attention's backend -> a fresh config.
+      devices: to compile or run on.
+      backends, weights, parts, decoders: the choices of each; not every bench reads all of them.
+      overrides: of the config, for the rows' names.
+      seconds: to time each row for. peers: whether PyTorch runs beside it.
+    """
+
+    what: str
+    config_of: Callable[[str], Any]
+    devices: Sequence[Any]
+    backends: Sequence[str] = ("auto",)
+    weights: Sequence[str] = ("bfloat16",)
+    parts: Sequence[str] = block.PARTS
+    decoders: Sequence[str] = tuple(pipeline.DECODERS)
+    overrides: Sequence[str] = ()
+    seconds: float = 5.0
+    peers: bool = True
+
+    def config(self, backend: str, weights: str = "") -> Any:
+        """A config with this attention and, for benches that train, these products."""
+        config = self.config_of(backend)
+        if weights:
+            config.model.matmul = "fp8" if weights == "fp8" else "dtype"
+        return config
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """The programs of a plan, one at a time."""
+    first = plan.devices[0]
+    if plan.what == "vae":
+        for decoder in plan.decoders:
+            yield pipeline.decode_case(plan.config("auto"), first, decoder,
+                                       overrides=plan.overrides)
+        return
+    for backend in plan.backends:
+        for weights in plan.weights:
+            if plan.what == "forward":
+                yield programs.forward_case(plan.config(backend), plan.devices, weights,
+                                            plan.overrides)
+            elif plan.what == "train":
+                yield from programs.train_cases(plan.config(backend, weights), plan.devices,
+                                                plan.overrides)
+            elif plan.what == "block":
+                for part in plan.parts:
+                    yield block.block_case(plan.config(backend, weights), first, part,
+                                           plan.overrides)
+            else:
+                yield from pipeline.stages(plan.config(backend), first, weights, plan.decoders[0],
+                                           overrides=plan.overrides).values()
+
+
+def compile_all(plan: Plan, label: str, results: Results) -> list[dict[str, Any]]:
+    """Compiles every case for devices that are not there; the rows, those that were there too."""
+    rows = []
+    for case in cases(plan):
+        if case.name not in results:
+            row = compile_case(case, plan.devices[0], label)
+            results.add(case.name, {**dataclasses.asdict(row), "passes": row.passes})
+        rows.append(results.rows[case.name])
+    return rows
+
+
+def as_compiled(row: dict[str, Any]) -> Compiled:
+    """A kept row of `compile_all`."""
+    names = {f.name for f in dataclasses.fields(Compiled)}
+    return Compiled(**{name: value for name, value in row.items() if name in names})
+
+
+def time_all(plan: Plan, device: str, results: Results, tell: Callable[[str], None] = print
+             ) -> None:
+    """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case."""
+    def keep(name: str, make: Callable[[], dict[str, Any]]) -> None:
+        if name in results:
+            return
+        results.add(name, make())
+        tell(line(name, results.rows[name]))
+
+    if plan.peers:
+        for name, make in _peers(plan, device):
+            keep(name, make)
+    if plan.what == "pipeline":
+        for backend in plan.backends:
+            for weights in plan.weights:
+                config = plan.config(backend)
+                keep(row_name(config.name, "pipeline", weights, backend, plan.decoders[0],
+                              overrides=plan.overrides),
+                     lambda c=config, w=weights: attempt(lambda: pipeline.time_pipeline(
+                         pipeline.stages(c, plan.devices[0], w, plan.decoders[0]), plan.seconds)))
+        return
+    for case in cases(plan):
+        keep(case.name, lambda case=case: attempt(lambda: _timed(plan, case, device)))
+
+
+def _timed(plan: Plan, case: Case, device: str) -> dict[str, Any]:
+    row = time_case(case, device, plan.seconds)
+    if plan.what == "block":
+        config = plan.config(case.backend, "fp8" if case.fp8 else "")
+        row |= block.parts_of(config, plan.devices[0], case.part.split()[-1], plan.seconds)
+        row["over_its_parts"] = row["median"] / (
+            row["products_seconds"] + row["attention_seconds"])
+    return row
+
+
+def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """make()'s row, or one that says why there is none: a kernel refused, or memory ran out."""
+    try:
+        return make()
+    except UserError as error:
+        return {"skipped": str(error)}
+    except Exception as error:
+        return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _peers(plan: Plan, device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """(row name, what makes the row) of PyTorch's side."""
+    config, place = plan.config("auto"), torch_peers.Place()
+
+    def row(make: Callable[[], torch_peers.Peer], case: Callable[[], Case | None]):
+        def made() -> dict[str, Any]:
+            reason = torch_peers.why_not()
+            if reason:
+                return {"backend": "torch", "skipped": reason}
+            ours = case()
+            return torch_peers.time_peer(make, place, plan.seconds,
+                                         ours.flops() if ours else None, device)
+        return made
+
+    def name(*parts: str) -> str:
+        return row_name(config.name, *parts, "torch", overrides=plan.overrides)
+
+    if plan.what == "block":
+        for part in plan.parts:
+            yield name("block", part), row(
+                lambda part=part: torch_peers.block(config, part, place),
+                lambda part=part: block.block_case(plan.config("auto"), plan.devices[0], part))
+    elif plan.what == "forward":
+        yield name("forward"), row(
+            lambda: torch_peers.forward(config, place),
+            lambda: programs.forward_case(plan.config("auto"), plan.devices, "bfloat16"))
+    elif plan.what == "train":
+        for step in ("D step", "G step"):
+            yield name(step), row(
+                lambda step=step: torch_peers.training(config, place)[step],
+                lambda step=step: next(c for c in programs.train_cases(
+                    plan.config("auto"), plan.devices) if c.part == step))
+    elif plan.what == "vae":
+        yield name("vae"), row(
+            lambda: torch_peers.decode(config, dataclasses.replace(place, compiled=False)),
+            lambda: pipeline.decode_case(plan.config("auto"), plan.devices[0], "chunk 1"))

@@ -1,0 +1,225 @@
+"""Blocks, pipelines, training steps and their PyTorch peers: what a row says, on tiny networks."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from apt_jax.bench import block, case, pipeline, programs, quality, run, torch_peers
+from apt_jax.bench.report import Results, revision, row_name
+from apt_jax.cli import main as cli
+from apt_jax.config import load_config
+from apt_jax.models.umt5 import UMT5Config
+from apt_jax.models.vae import VAEConfig
+
+TINY = ["--config.model.depth=1", "--config.model.width=32", "--config.model.heads=2",
+        "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6",
+        "--config.model.text_width=24", "--config.discriminator.taps=1,",
+        "--config.discriminator.heads=2", "--config.mesh.fsdp=1", "--config.mesh.replica=1",
+        "--config.mesh.context=1", "--config.data.max_text_tokens=4"]
+IMAGE = ["--config.data.height=4", "--config.data.width=4"]
+
+
+def tiny(*overrides: str):
+    return load_config("configs/demo_image.py", [*TINY, *IMAGE, *overrides])
+
+
+def latents(*overrides: str):
+    return load_config("configs/seaweed_8b_video.py", [
+        *TINY, *IMAGE, "--config.data.frames=2,", "--config.model.dtype=float32", *overrides])
+
+
+def wan(*overrides: str):
+    return load_config("configs/wan_1_3b_apt_video.py", [
+        *TINY, *IMAGE, "--config.data.frames=2,", "--config.model.rope_axes=8,4,4",
+        "--config.model.text_tokens=6", "--config.model.mlp_ratio=2.0", *overrides])
+
+
+@pytest.mark.parametrize("part, times", [("forward", 1), ("gradient", 3)])
+def test_a_blocks_products_are_all_found(part, times):
+    """The demo's block: 4 video tokens and 4 words; qkv, out, up, down of both streams."""
+    config = tiny("--config.model.remat=none")
+    made = block.block_case(config, jax.devices()[0], part)
+    counted = block.products(jax.make_jaxpr(block._function(config, part)[1])(*made.args))
+    work = sum(2 * np.prod(p.left) * np.prod(p.right) / np.prod(
+        [p.left[i] for i in p.dimensions[0][0]]) * n for p, n in counted.items())
+    assert work == times * 2 * (4 + 4) * (32 * 96 + 32 * 32 + 2 * 32 * 128)
+    attention = times * 4 * 8 * 8 * 32
+    assert made.flops() == pytest.approx(work + attention, rel=0.01)
+
+
+def test_a_block_is_timed_beside_its_parts(tmp_path):
+    plan = run.Plan("block", lambda _: tiny(), jax.devices()[:1], weights=["bfloat16", "fp8"],
+                    parts=["forward"], seconds=0.01, overrides=["--config.model.depth=1"])
+    results, lines = Results(tmp_path / "rows.json", "cpu"), []
+    run.time_all(plan, "cpu", results, lines.append)
+    assert list(results.rows) == [
+        f"demo_image/block/forward/{kind} model.depth=1" for kind in
+        ("torch", "dtype/auto", "fp8/auto")]
+    assert "PyTorch" in results.rows["demo_image/block/forward/torch model.depth=1"]["skipped"]
+    for kind in ("dtype", "fp8"):
+        row = results.rows[f"demo_image/block/forward/{kind}/auto model.depth=1"]
+        assert row["tflop"] > 0 and row["planned_bytes"] > 0 and row["revision"] == revision()
+        assert row["over_its_parts"] == row["median"] / (
+            row["products_seconds"] + row["attention_seconds"])
+    count = len(lines)
+    run.time_all(plan, "cpu", Results(tmp_path / "rows.json", "cpu"), lines.append)
+    assert len(lines) == count  # nothing is measured twice
+
+
+def test_a_step_that_donates_its_state_is_handed_it_on():
+    """A training step: the buffers of a state are gone after one call."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.ShapeDtypeStruct((64,), np.float32, sharding=here)
+    seen = []
+
+    def step(state, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), state["steps"])
+        return {"generator_opt": state["generator_opt"] + x, "steps": state["steps"] + 1}, x.sum()
+
+    state = {"generator_opt": x, "steps": jax.ShapeDtypeStruct((), np.int32, sharding=here)}
+    assert (case.random_like(state)["generator_opt"] >= 0).all()  # a second moment
+    made = case.Case("toy", "D step", "auto", jax.jit(step, donate_argnums=0), (state, x),
+                     lambda: 1e9, donates=True)
+    row = case.time_case(made, "NVIDIA H100", 0.01)
+    jax.effects_barrier()
+    assert seen == list(range(1, len(seen) + 1)) and len(seen) > 3
+    assert row["tflops"] == pytest.approx(1e-3 / row["median"])
+    assert row["share_of_peak"] == pytest.approx(row["tflops"] / 989)
+
+
+def test_training_has_two_programs_whose_work_is_known():
+    d, g = programs.train_cases(tiny(), jax.devices()[:1])
+    assert (d.name, g.name) == ("demo_image/D step/dtype/auto", "demo_image/G step/dtype/auto")
+    assert d.donates and g.donates and d.samples == 1 and d.fp8 is None
+    # one block: D runs G, then 3 samples forward and back; G runs both, and back through both
+    assert 1.5 < d.flops() / g.flops() < 2.2
+
+
+def test_the_pipeline_goes_from_ids_to_frames():
+    umt5 = UMT5Config(vocabulary=20, width=16, depth=1, heads=2, head_dim=8, mlp_width=24)
+    vae = VAEConfig(base=4, multipliers=(1, 1), blocks=1, temporal=(True,))
+    cases = pipeline.stages(latents(), jax.devices()[0], "bfloat16", "chunk 1", umt5, vae)
+    assert cases["draw"].args[3].shape == (1, 4, 16)  # the encoder's width, not the config's
+    row = pipeline.time_pipeline(cases, seconds=0.01)
+    assert row["median"] > 0 and row["per_second"] > 0
+    assert set(row["stages"]) == {"encode", "draw", "decode"} and min(row["stages"].values()) > 0
+    frames = jax.eval_shape(cases["decode"].function, *cases["decode"].args)
+    assert frames.shape == (1, 3, 8, 8, 3) and frames.dtype == np.uint8
+    assert cases["decode"].flops() > 0 and cases["encode"].flops() > 0
+
+
+def test_what_a_step_must_run_in_eight_bits():
+    config = latents("--config.model.matmul=fp8", "--config.model.depth=3",
+                     "--config.discriminator.taps=1,2")
+    assert programs.expected_fp8("D step", config) == 8 * (3 + 3 * 2)
+    assert programs.expected_fp8("G step", config) == 8 * (3 * 3 + 2 * 2)
+    assert programs.expected_fp8("D step", latents()) is None
+    made = programs.forward_case(latents("--config.model.depth=3"), jax.devices()[:1], "fp8")
+    assert made.fp8 == 24 and "fp8" in made.name
+    assert programs.expected_kernels("one-step inference", wan(), "cudnn") == {
+        '"__cudnn$fmhaSoftmax"': 2, '"__cudnn$fmhaSoftmaxBackward"': 0}  # self and cross
+
+
+# -- rows --------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_other_sources_is_measured_again(tmp_path):
+    path = tmp_path / "rows.json"
+    Results(path, "cpu").add("a", {"median": 1.0})
+    assert "a" in Results(path, "cpu")
+    kept = json.loads(path.read_text())
+    kept["rows"]["a"]["revision"] = "another"
+    path.write_text(json.dumps(kept))
+    assert "a" not in Results(path, "cpu") and Results(path, "cpu").rows["a"]["median"] == 1.0
+    assert row_name("c", "forward", overrides=["--config.b=2", "--config.a=1"]) == "c/forward a=1 b=2"
+
+
+def test_a_backend_that_cannot_serve_leaves_a_row_and_the_run_goes_on(capsys, tmp_path):
+    out = tmp_path / "rows.json"
+    code = cli.main(["bench", "forward", "--config", "configs/demo_image.py", "--seconds", "0.01",
+                     "--json", str(out), "--weights", "float32", "--no-peers", "--backends",
+                     "cudnn", "oracle", *TINY, *IMAGE, "--config.mesh.replica=8"])
+    assert code == 0, capsys.readouterr().err
+    refused, timed = json.loads(out.read_text())["rows"].values()
+    assert "NVIDIA GPU" in refused["skipped"] and timed["median"] > 0
+    assert "model.width=32" in capsys.readouterr().out
+
+
+# -- PyTorch -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [latents, wan])
+def test_the_peers_do_the_same_work(make):
+    pytest.importorskip("diffusers")
+    import torch
+
+    place, config = torch_peers.Place("cpu", compiled=False), make()
+    peer = torch_peers.forward(config, place)
+    assert peer.parameters > 0 and torch.isfinite(peer.call()).all()
+    for part in ("forward", "gradient"):
+        one = torch_peers.block(config, part, place)
+        assert 0 < one.parameters < peer.parameters
+        one.call()
+    row = torch_peers.time_peer(lambda: peer, place, 0.01, 1e9, "cpu")
+    assert row["median"] > 0 and row["tflops"] > 0 and row["parameters"] == peer.parameters
+    if make is wan:
+        return
+    steps = torch_peers.training(config, place)
+    assert float(steps["D step"].call()) > 0
+    before = float(steps["G step"].call())
+    assert np.isfinite(before) and float(steps["G step"].call()) != before  # it moves
+
+
+def test_without_a_gpu_a_peer_says_why():
+    row = torch_peers.time_peer(lambda: None, torch_peers.Place(), 0.01, None, "cpu")
+    assert row["skipped"] in ("no PyTorch with CUDA", "no torch", "no diffusers")
+
+
+# -- quality -----------------------------------------------------------------------------------------
+
+
+def test_random_weights_keep_the_statistics_of_trained_ones():
+    rng = np.random.default_rng(0)
+    trained = {"blocks": {"up": {"kernel": 3.0 * rng.standard_normal((2, 16, 64)) / 4}},
+               "modulation": np.repeat(np.arange(6.0), 32), "bias": 5 + rng.standard_normal(64)}
+    trained["blocks"]["up"]["kernel"][1] *= 2
+    shapes = {"blocks": {"up": {"kernel": np.zeros((4, 64, 256))}}, "modulation": np.zeros(600),
+              "bias": np.zeros(4096)}
+    made = quality.like_trained(shapes, trained)
+    gains = np.asarray(made["blocks"]["up"]["kernel"]).std(axis=(1, 2)) * 8
+    np.testing.assert_allclose(gains, [3, 3, 6, 6], rtol=0.1)
+    np.testing.assert_allclose(made["modulation"].reshape(6, 100).mean(1), range(6), atol=1e-6)
+    assert abs(float(made["bias"].mean()) - 5) < 0.3
+
+
+def test_the_gates_pass_and_fail(capsys):
+    rows = [{"dtype": 100.0, "fp8": 100.5}, {"dtype": 104.0, "fp8": 103.5}]
+    assert quality.fd_verdict(rows) == {
+        "seeds": 2, "moved": 0.0, "spread": pytest.approx(8**0.5), "passes": True}
+    assert not quality.fd_verdict([{"dtype": 100.0, "fp8": 109.0}, {"dtype": 104.0, "fp8": 113.0}]
+                                  )["passes"]
+    results = Results(None, "cpu")
+    results.add("distance/x/4", {"passes": True})
+    assert quality.report("x", results) and not quality.report("other", results)
+    results.add("distance/x/36", {"passes": False})
+    assert not quality.report("x", results)
+    for seed, row in enumerate(rows):
+        results.add(f"fd/x/{seed}", row)
+    quality.report("x", results)
+    assert "moves the FD by +0.00; a new seed by 2.83" in capsys.readouterr().out
+
+
+def test_a_network_like_the_8b_is_measured_in_both_ways(monkeypatch):
+    monkeypatch.setitem(quality.LIKE_8B, "width", 128)
+    monkeypatch.setitem(quality.LIKE_8B, "heads", 1)
+    monkeypatch.setitem(quality.LIKE_8B, "text_width", 16)
+    monkeypatch.setattr(quality, "SHAPE", (1, 4, 4, 16))
+    results = Results(None, "cpu")
+    quality.distance_rows("bundled:base", results, depths=[1], seeds=[0], tell=lambda _: None)
+    (row,) = results.rows.values()
+    assert 0 < row["bfloat16"] < row["fp8"] < 0.2
+    assert row["passes"] == (row["ratio"] < 2.0)
