@@ -120,8 +120,9 @@ def _remove(path: Path) -> None:
 def _check_space(target: Path, folder: Path, needs: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needs:
-        raise UserError(f"{target} needs {needs / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB "
-                        "free; free some, or write to another disk")
+        unit, name = (1e9, "GB") if needs >= 1e8 else (1e6, "MB")
+        raise UserError(f"{target} needs {needs / unit:.1f} {name} and its disk has "
+                        f"{free / unit:.1f} {name} free; free some, or write to another disk")
 
 
 def bring(source: Path, target: Path, copy: bool = False) -> None:
