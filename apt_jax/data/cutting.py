@@ -77,7 +77,9 @@ def plan_latents(item: Item, row: dict, settings: Settings) -> list[Plan] | str:
     if settings.sampling == "even":
         wanted_rate, starts = count / seconds, [0]
     else:
-        starts = windows(available, count, settings.clips if count > 1 else 1)
+        # A picture that stands for hours is not cut into thousands of windows.
+        most = min(settings.clips or row["frames"], row["frames"]) if count > 1 else 1
+        starts = windows(available, count, most)
     return [Plan(item, bucket, (), wanted_rate if count > 1 else 0.0, start / wanted_rate)
             for start in starts]
 

@@ -160,5 +160,6 @@ def test_the_rule_on_a_ten_second_film():
     assert plans(small, height=400, width=640)[0][0] == clip
     own = plans(dataclasses.replace(SETTINGS, fps=0.0))
     assert len(own) == 6 and own[0][2] == 30.0
+    assert len(plans(seconds=36000.0, frames=3)) == 3  # of windows not more than frames
     even = plans(dataclasses.replace(SETTINGS, sampling="even"))
     assert even == [(clip, 0, pytest.approx(4.9))]
