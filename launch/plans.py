@@ -5,6 +5,7 @@
     python launch/plans.py --all              every one that is missing
     python launch/plans.py --only NAME ...    these, again where they are there already
     python launch/plans.py --list             names; + where a result is there
+    python launch/plans.py --hlo DIR          keep the compiled programs, and go on from them
     python launch/plans.py --page             only the page and the plot, from what is there
 
 Each result is a file docs/plans/NAME.json: the command, the versions, the time it took and what
@@ -63,7 +64,7 @@ def command(name: str) -> list[str]:
             *overrides]
 
 
-def run(name: str) -> bool:
+def run(name: str, hlo: str) -> bool:
     """Runs a plan and keeps what it found; False where it failed."""
     PLANS.mkdir(parents=True, exist_ok=True)
     words = command(name)
@@ -72,7 +73,8 @@ def run(name: str) -> bool:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
-        done = subprocess.run([sys.executable, "-m", "apt_jax", *words, "--json", str(out)],
+        kept = ["--reuse", "--hlo", str(Path(hlo).resolve() / name)] if hlo else []
+        done = subprocess.run([sys.executable, "-m", "apt_jax", *words, "--json", str(out), *kept],
                               cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
         if not out.is_file():
             print(f"plans.py: {name} failed with status {done.returncode}", file=sys.stderr)
@@ -107,6 +109,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], choices=list(cases()), metavar="NAME")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--hlo", default="", metavar="DIR",
+                        help="keep the compiled programs in DIR/NAME and read those that are there")
     args = parser.parse_args()
     there = results()
     if args.list:
@@ -114,7 +118,7 @@ def main() -> int:
         return 0
     missing = [name for name in cases() if name not in there]
     wanted = args.only or (missing if args.all else missing[:1])
-    failed = [] if args.page else [name for name in wanted if not run(name)]
+    failed = [] if args.page else [name for name in wanted if not run(name, args.hlo)]
     sys.path.insert(0, str(ROOT))
     from apt_jax.plan import page
 

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--topology", required=True, metavar="CHIP:SIZES", help="devices to compile for")
     add("--json", metavar="FILE", default="", help="write everything as JSON too")
     add("--hlo", metavar="DIR", default="", help="keep the compiled programs' text in this folder")
+    add("--reuse", action="store_true",
+        help="with --hlo: read the programs that lie there instead of compiling them again; the "
+             "config and the topology must be those they were compiled for")
     add("--no-inference", action="store_true", help="leave out one-step inference")
     add("--no-remedy", action="store_true",
         help="do not look for a change that makes it fit, which compiles it again and again")
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from apt_jax.parallel.flags import compiler_options
     from apt_jax.plan import run as planning
     from apt_jax.plan.chips import parse_topology
+    from apt_jax.plan.kept import Kept
     from apt_jax.plan.show import format_plan, format_sweep
 
     topology = parse_topology(args.topology)
@@ -71,15 +75,9 @@ def run(args: argparse.Namespace) -> int:
                                     else {"error": found})} for label, found in results]
         fits = any(not isinstance(found, str) and found.fits for _, found in results)
     else:
-        keep = None
-        if args.hlo:
-            Path(args.hlo).mkdir(parents=True, exist_ok=True)
-
-            def keep(name: str, text: str) -> None:
-                (Path(args.hlo) / f"{name.replace(' ', '_')}.txt").write_text(text)
-
+        kept = Kept(Path(args.hlo), args.reuse) if args.hlo else None
         found = planning.plan(config, topology, inference=not args.no_inference, options=options,
-                              keep=keep, tell=tell)
+                              kept=kept, tell=tell)
         if not found.fits and not args.no_remedy:
             import dataclasses
 

@@ -130,14 +130,24 @@ def shard_bytes(tree: Any) -> int:
     return total
 
 
-def measure(program: Program, topology: Topology, mesh: Mesh,
-            options: dict[str, Any] | None = None) -> tuple[Measurement, str]:
-    """Compile and read; returns the measurement and the compiled program's text.
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is read off a compiled program: its text and the compiler's memory analysis, in bytes.
 
-    options: XLA compiler options of this program.
+    refused: what the compiler said where it found no room; there is no text then.
     """
-    shape = dict(mesh.shape)
-    text, refused, found = "", "", []
+
+    text: str
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    refused: str = ""
+
+
+def compile_program(program: Program, options: dict[str, Any] | None = None) -> Compiled:
+    """Compiles it; options: XLA compiler options of this program."""
     try:
         compiled = program.function.lower(*program.args).compile(
             compiler_options=options or None)
@@ -145,17 +155,20 @@ def measure(program: Program, topology: Topology, mesh: Mesh,
         room = refusal(str(error))
         if room is None:
             raise
-        refused, used = room
         arguments = shard_bytes(program.args)
-        memory = {"arguments": arguments, "outputs": 0, "aliased": 0, "code": 0,
-                  "temporaries": max(0, used - arguments)}
-    else:
-        text = compiled.as_text()
-        said = compiled.memory_analysis()
-        memory = {"arguments": said.argument_size_in_bytes, "outputs": said.output_size_in_bytes,
-                  "aliased": said.alias_size_in_bytes, "temporaries": said.temp_size_in_bytes,
-                  "code": said.generated_code_size_in_bytes}
-        found = collectives(parse_hlo(text), shape, topology.chip, program.microbatches)
+        return Compiled("", arguments, 0, 0, max(0, room[1] - arguments), 0, room[0])
+    said = compiled.memory_analysis()
+    return Compiled(compiled.as_text(), said.argument_size_in_bytes, said.output_size_in_bytes,
+                    said.alias_size_in_bytes, said.temp_size_in_bytes,
+                    said.generated_code_size_in_bytes)
+
+
+def measure(program: Program, topology: Topology, mesh: Mesh, compiled: Compiled) -> Measurement:
+    """Reads memory, FLOPs, traffic and time off a program that was compiled for the topology."""
+    shape = dict(mesh.shape)
+    found: list[Collective] = []
+    if compiled.text:
+        found = collectives(parse_hlo(compiled.text), shape, topology.chip, program.microbatches)
     flops, executed = work(program)
     chip, devices = topology.chip, topology.devices
     compute = (executed.matmul + executed.convolution) / (chip.flops * MATMUL_EFFICIENCY)
@@ -165,13 +178,13 @@ def measure(program: Program, topology: Topology, mesh: Mesh,
         name=program.name, samples=program.samples, microbatches=program.microbatches,
         parts={name: shard_bytes(tree) for name, tree in program.parts.items()
                if jax.tree.leaves(tree)},
-        **memory, flops=flops, executed=executed,
+        arguments=compiled.arguments, outputs=compiled.outputs, aliased=compiled.aliased,
+        temporaries=compiled.temporaries, code=compiled.code, flops=flops, executed=executed,
         floor=flops.total / (chip.flops * devices), compute=compute / devices,
         exposed=sum(c.seconds * (1 - c.hidden) * c.times for c in found),
         traffic=_traffic(found), collectives=tuple(found),
-        notes=tuple(_notes(program, found, shape)), refused=refused,
-        context_minimum=program.context_minimum,
-    ), text
+        notes=tuple(_notes(program, found, shape)),
+        refused=compiled.refused, context_minimum=program.context_minimum)
 
 
 def refusal(message: str) -> tuple[str, int] | None:

@@ -15,7 +15,8 @@ from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.parallel.mesh import make_mesh
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
-from apt_jax.plan.measure import Measurement, measure
+from apt_jax.plan.kept import Kept
+from apt_jax.plan.measure import Measurement, compile_program, measure
 from apt_jax.plan.programs import (
     Program, asked_batch, batch_of, inference_program, sample_shape, training_programs,
 )
@@ -113,14 +114,14 @@ def build_programs(config: Any, devices: list, inference: bool) -> list[Program]
 
 
 def plan(config: Any, topology: Topology, *, inference: bool = True,
-         options: dict[str, Any] | None = None, keep: Callable[[str, str], None] | None = None,
+         options: dict[str, Any] | None = None, kept: Kept | None = None,
          tell: Callable[[str], None] = lambda text: None, first: str = "") -> Plan:
     """Compile the programs of a config for a topology and measure them.
 
     Args:
       config: a validated config; its mesh must fit the topology.
       options: XLA compiler options.
-      keep: called with (program's name, compiled text).
+      kept: where compiled programs are kept; those that are there are not compiled again.
       tell: called with a line of progress.
       first: the name of a program to begin with, the largest; where it does not fit, the others are
         not compiled and not in the plan.
@@ -136,12 +137,15 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     measured: list[Measurement] = []
     usable = topology.chip.memory * (1 - RESERVE)
     for program in programs:
-        tell(f"{topology.text}: compiling {program.name}")
-        with choosing(hardware=Hardware.of(devices[0])):  # kernels for there, not for here
-            found, text = measure(program, topology, mesh, options)
+        compiled = kept.read(program.name) if kept else None
+        if compiled is None:
+            tell(f"{topology.text}: compiling {program.name}")
+            with choosing(hardware=Hardware.of(devices[0])):  # kernels for there, not for here
+                compiled = compile_program(program, options)
+            if kept:
+                kept.write(program.name, compiled)
+        found = measure(program, topology, mesh, compiled)
         measured.append(found)
-        if keep is not None:
-            keep(program.name, text)
         if program.name == first and (found.refused or found.peak > usable):
             break
     frames, height, width, _ = sample_shape(config)

@@ -12,7 +12,7 @@ from apt_jax.parallel import flags
 from apt_jax.parallel.mesh import make_mesh, resolve_sizes
 from apt_jax.plan.chips import parse_topology
 from apt_jax.plan.flops import Flops, UncountedError
-from apt_jax.plan.measure import measure, shard_bytes, work
+from apt_jax.plan.measure import compile_program, measure, shard_bytes, work
 from apt_jax.plan.programs import inference_program, training_programs
 from apt_jax.plan.run import Plan, mesh_shapes
 from apt_jax.plan.show import format_plan
@@ -34,7 +34,8 @@ def measured(config):
     topology = parse_topology("h100:1x8")
     programs = [*training_programs(config, jax.devices()),
                 inference_program(config, jax.devices())]
-    return mesh, topology, programs, [measure(p, topology, mesh)[0] for p in programs]
+    return mesh, topology, programs, [
+        measure(p, topology, mesh, compile_program(p)) for p in programs]
 
 
 def live_bytes(tree):

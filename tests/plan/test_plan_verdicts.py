@@ -12,7 +12,8 @@ from apt_jax.plan import run
 from apt_jax.plan.chips import GIB, parse_topology
 from apt_jax.plan.collectives import Collective
 from apt_jax.plan.flops import Flops
-from apt_jax.plan.measure import Measurement, _notes, measure, refusal
+from apt_jax.plan.kept import Kept
+from apt_jax.plan.measure import Measurement, _notes, compile_program, measure, refusal
 from apt_jax.plan.programs import Program, batch_of, context_minimum
 from apt_jax.plan.run import Plan
 from apt_jax.plan.show import format_plan
@@ -43,7 +44,7 @@ def test_no_room_is_read_from_the_compilers_words(message, says, used):
     assert refusal("INTERNAL: Mosaic failed to compile") is None
 
 
-def test_no_room_is_a_verdict_and_other_errors_stay_errors():
+def test_no_room_is_a_verdict_and_other_errors_stay_errors(tmp_path):
     import jax
 
     def program(message):
@@ -55,8 +56,9 @@ def test_no_room_is_a_verdict_and_other_errors_stay_errors():
         return Program("D step", function, (), lambda remat: ((lambda: None), ()), {}, 8)
 
     mesh = types.SimpleNamespace(shape={"fsdp": 8})
-    found, text = measure(program(TPU), parse_topology("v5p:4x4x4"), mesh)
-    assert found.peak == int(120.5 * GIB) and "95.74G" in found.refused and text == ""
+    compiled = compile_program(program(TPU))
+    found = measure(program(TPU), parse_topology("v5p:4x4x4"), mesh, compiled)
+    assert found.peak == int(120.5 * GIB) and "95.74G" in found.refused
     plan = dataclasses.replace(made("v5p:4x4x4"), programs=(found,))
     assert not plan.fits and "DOES NOT FIT" in format_plan(plan)
     assert "Used 120.50G" in format_plan(plan)
@@ -64,7 +66,15 @@ def test_no_room_is_a_verdict_and_other_errors_stay_errors():
     unnamed = dataclasses.replace(plan, programs=(dataclasses.replace(found, temporaries=0),))
     assert not unnamed.fits  # the compiler's word, whatever the bytes
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        measure(program("INTERNAL: Mosaic failed"), parse_topology("v5p:4x4x4"), mesh)
+        compile_program(program("INTERNAL: Mosaic failed"))
+    kept = Kept(tmp_path / "hlo")
+    kept.write("D step", compiled)
+    assert kept.read("D step") is None  # not asked to
+    kept = Kept(tmp_path / "hlo", reuse=True)
+    assert kept.read("D step") == compiled and kept.read("G step") is None
+    (tmp_path / "hlo/D_step.json").write_text("{")
+    with pytest.raises(UserError, match="delete it"):
+        kept.read("D step")
 
 
 def on(**shape):

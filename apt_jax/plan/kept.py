@@ -1,0 +1,45 @@
+"""A folder of compiled programs: text to look at, and to read again without compiling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from apt_jax.errors import UserError
+from apt_jax.plan.measure import Compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """For each program NAME.txt, the scheduled HLO, and NAME.json, the memory analysis in bytes.
+
+    reuse: take what lies there. Whether it is this config's nobody checks.
+    """
+
+    folder: Path
+    reuse: bool = False
+
+    def read(self, name: str) -> Compiled | None:
+        text, memory = self._paths(name)
+        if not (self.reuse and text.is_file() and memory.is_file()):
+            return None
+        try:
+            return Compiled(text.read_text(), **json.loads(memory.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{memory} is damaged ({error}); delete it") from None
+
+    def write(self, name: str, compiled: Compiled) -> None:
+        text, memory = self._paths(name)
+        value = dataclasses.asdict(compiled)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text.write_text(value.pop("text"))
+            memory.write_text(json.dumps(value) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give --hlo a folder "
+                            "that you may write to") from None
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        stem = name.replace(" ", "_")
+        return self.folder / f"{stem}.txt", self.folder / f"{stem}.json"
