@@ -112,8 +112,11 @@ def _adapter(path: Path, module: str, parts: Mapping[str, np.ndarray],
     if not rank or a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
         raise UserError(f"{path}: {module} has A {a.shape} and B {b.shape}, its matrix is {shape}; "
                         "give a LoRA that was trained on this model")
+    if not np.isfinite(a).all() or not np.isfinite(b).all():
+        raise UserError(f"{path}: {module} has numbers that are not finite; give a LoRA whose "
+                        "training went well")
     if "alpha" in parts:
-        if parts["alpha"].size != 1:
+        if parts["alpha"].size != 1 or not np.isfinite(parts["alpha"]).all():
             raise UserError(f"{path}: {module}.alpha is no single number; copy the file again")
         return Adapter(a, b, float(parts["alpha"].reshape(())) / rank)
     if not metadata:

@@ -140,6 +140,25 @@ def test_the_card_of_weights_that_are_not_distilled(wan_components, tmp_path):
         assert ("moving average" in text) == (checkpoint == run)
 
 
+@pytest.mark.parametrize(("stage", "true", "untrue"), [
+    ("pretrain", ["A LoRA of rank 4 on org/base", "sample as with the base"], "one-step"),
+    ("consistency", ["makes org/base a one-step generator", "- one-step"], "- apt\n"),
+    ("adversarial", ["makes org/base a one-step generator", "- apt\n", "one inference step"],
+     "as with the base"),
+])
+def test_the_card_of_a_lora_of_each_stage(stage, true, untrue):
+    from apt_jax.convert.card import lora_card
+    from apt_jax.convert.families import family_of_model
+    from apt_jax.convert.provenance import History
+
+    config = base_config()
+    config.stage, config.lora.rank = stage, 4
+    text = lora_card("x", family_of_model(synthetic.WAN), base={"hub": "org/base"},
+                     past=History([config], [2], None, []), weights="ema", command="...")
+    assert all(words in text for words in true), text
+    assert untrue not in text.split("## Configuration")[0]
+
+
 def test_a_base_that_is_not_here(chain, wan_components, tmp_path):
     """Named, and neither found nor given: nothing is written. Given: the rest is found."""
     import shutil

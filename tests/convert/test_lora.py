@@ -96,6 +96,7 @@ def add(name, *shape):
     (add("transformer.blocks.0.ffn.net.2.lora_A.weight", 0, 40), {}, r"has A \(0, 40\)"),
     (add("transformer.blocks.0.ffn.net.2.alpha", 2), {}, "alpha is no single number"),
     (lambda t: t.update({"x.lora_A.weight": np.zeros((3, 24), np.int8)}), {}, "is I8; give a LoRA"),
+    (lambda t: t["transformer.blocks.0.ffn.net.2.lora_B.weight"].fill(np.nan), {}, "not finite"),
     (lambda t: None, {"lora_alpha": "high"}, "is no number"),
     (lambda t: None, {"alpha_pattern": {"(": 3}}, "is no number"),
     (lambda t: None, {"alpha_pattern": [3]}, "is no number"),
