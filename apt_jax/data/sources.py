@@ -53,6 +53,8 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
             raise UserError(f"{ascii(root.name)} is no UTF-8 name; rename the archive")
         items, skipped = _find_in_archives(root.parent, [root.name])
         return _some(root, items, skipped)
+    if root.name.lower().endswith(_COMPRESSED) and root.is_file():
+        raise UserError(f"{root} is a compressed tar; decompress it, its members are read in place")
     if not root.is_dir():
         raise UserError(f"{root} is no folder; give the folder with the images and videos")
     tables_here = [root / name for name in TABLES if (root / name).is_file()]

@@ -22,6 +22,7 @@ from apt_jax.data.cutting import Plan
 from apt_jax.data.quantise import quantise, store
 from apt_jax.data.reasons import Skipped, passes, skipped
 from apt_jax.data.settings import Settings
+from apt_jax.errors import UserError
 
 _CAPTIONS = 32  # captions of one call of the text encoder
 
@@ -226,7 +227,14 @@ class Worker:
                 future.cancel()
 
     def _left_out(self, item: sources.Item, error: Exception) -> Skipped:
-        """The entry of a file that could not be used: damaged, or on a disk that fails."""
+        """The entry of a file that could not be used: damaged, or on a disk that fails.
+
+        UserError for what is wrong here and not with the file, such as a package that is missing.
+        """
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, ImportError):
+            raise UserError(f"{error}; install the package on this machine") from error
         if not passes(error):
             try:
                 decode.read_through(sources.fetch(self.source, item))

@@ -142,6 +142,8 @@ def test_compressed_tars_are_listed(tmp_path):
     (tmp_path / "c.gz").write_bytes(b"")
     found, skipped, _ = find(tmp_path)
     assert len(found) == 4 and skipped == {"b.tar.gz": "a compressed tar; decompress it"}
+    with pytest.raises(UserError, match="b.tar.gz is a compressed tar; decompress it"):
+        find(tmp_path / "b.tar.gz")
 
 
 def test_something_else_with_the_name_of_a_tar(tmp_path):

@@ -62,6 +62,19 @@ def test_a_file_that_could_not_be_read_just_now_is_tried_again(
     assert encoder.calls == 1 + (2 if where == "probe" else 1)
 
 
+@pytest.mark.parametrize("error, words", [
+    (ModuleNotFoundError("No module named 'av'"), "No module named 'av'; install"),
+    (UserError("reading parquet needs pyarrow; pip"), "needs pyarrow")])
+def test_what_this_machine_lacks_is_no_fault_of_the_files(
+    prepared, tmp_path, monkeypatch, error, words
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "probe", failing(decode.probe, "p004.png", error))
+        with pytest.raises(UserError, match=words):
+            run(prepared / "in", tmp_path / "out")
+    assert run(prepared / "in", tmp_path / "out").splits == {"train": 9}
+
+
 def test_a_failing_disk_that_a_decoder_takes_for_the_end_of_the_file(
     prepared, tmp_path, monkeypatch
 ):
