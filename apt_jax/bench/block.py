@@ -84,7 +84,9 @@ def _function(config: Any, part: str) -> tuple[Network, Callable[..., Any]]:
 
 def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = ()) -> Case:
     """One block of config.model on one sample. part: "forward", or "gradient" with respect to
-    parameters and tokens, with the forward pass that it needs."""
+    parameters and tokens, with the forward pass that it needs and nothing recomputed."""
+    config = config.copy_and_resolve_references()
+    config.model.remat = "none"
     place = SingleDeviceSharding(device)
 
     def array(shape, dtype):
@@ -98,15 +100,11 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
 
     def flops() -> float:
         plain = config.copy_and_resolve_references()
-        plain.model.attention, plain.model.remat, plain.model.matmul = "oracle", "none", "dtype"
+        plain.model.attention, plain.model.matmul = "oracle", "dtype"
         return count_flops(_function(plain, part)[1], params, *inputs).total
 
     attentions = 2 if config.model.family == "wan" else 1
-    # With its input alone kept, the forward pass is run again for the gradient.
-    again = part == "gradient" and (
-        config.model.remat in ("full", "dots")
-        or (backend == "tokamax" and config.model.remat != "none"))
-    kernels = {name: attentions * (counts[PARTS.index(part)] + (counts[0] if again else 0))
+    kernels = {name: attentions * counts[PARTS.index(part)]
                for name, counts in MARKERS.get(backend, {}).items()}
     eight = MATRICES[config.model.family] * (1 if part == "forward" else 3)
     return Case(row_name(config.name, "block", part, config.model.matmul, backend,
