@@ -28,7 +28,7 @@ _MANY = "A diffusion model takes many steps and guidance; one step or two were n
 
 def model_card(name: str, family: Family, *, base: Mapping[str, Any], past: History,
                weights: str, command: str, two_step_time: float, dtype: str,
-               pipeline: bool = True) -> str:
+               pipeline: bool = True, module: str = "") -> str:
     """The card of an exported pipeline or transformer, as Markdown.
 
     Args:
@@ -39,6 +39,7 @@ def model_card(name: str, family: Family, *, base: Mapping[str, Any], past: Hist
       command: what wrote the folder.
       two_step_time: t between two steps, as the scheduler has it.
       pipeline: the folder is a whole pipeline, not a transformer alone.
+      module: the file with the network's own class, where diffusers has none.
     """
     origin = _origin(base)
     if not past.stages:
@@ -49,7 +50,11 @@ def model_card(name: str, family: Family, *, base: Mapping[str, Any], past: Hist
     else:
         what = f"A diffusion model trained from {origin}."
     usage = _usage(name, family, past, two_step_time, pipeline)
-    return _card(name, family, base, past, what, usage, weights, dtype, command)
+    library = "diffusers"
+    if module:
+        usage[0] += f" Its class is in `{module}`, beside the weights; diffusers has none."
+        library = "pytorch"
+    return _card(name, family, base, past, what, usage, weights, dtype, command, library)
 
 
 def lora_card(name: str, family: Family, *, base: Mapping[str, Any], past: History,
@@ -83,10 +88,11 @@ def _origin(base: Mapping[str, Any]) -> str:
 
 
 def _card(name: str, family: Family, base: Mapping[str, Any], past: History, what: str,
-          usage: Sequence[str], weights: str, dtype: str, command: str) -> str:
+          usage: Sequence[str], weights: str, dtype: str, command: str,
+          library: str = "diffusers") -> str:
     licence = base.get("licence", "unknown")
     front = ["---", f"license: {licence}" if licence != "unknown" else "license: other",
-             "library_name: diffusers", f"pipeline_tag: {family.task}", "tags:", "- apt_jax"]
+             f"library_name: {library}", f"pipeline_tag: {family.task}", "tags:", "- apt_jax"]
     front += ["- one-step"] * _distilled(past)
     front += ["- apt"] * any(config.stage == "adversarial" for config in past.stages)
     if base.get("hub"):

@@ -99,7 +99,7 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
             _text(part / "README.md", model_card(
                 Path(to).resolve().name, family, base=card.get("source", {}), past=past,
                 weights=weights, command=command, two_step_time=t, dtype=_said(dtypes),
-                pipeline=pipeline))
+                pipeline=pipeline, module=TORCH_MODULE if shared else ""))
     return Path(to)
 
 

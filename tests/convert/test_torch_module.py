@@ -56,6 +56,8 @@ def test_it_equals_ours_without_this_package(exported):
 
     net, params, out = exported
     assert len(list(out.glob("*.safetensors"))) > 1
+    card = (out / "README.md").read_text()
+    assert "in `mmdit_shared.py`" in card and "library_name: pytorch" in card
     rng = np.random.default_rng(1)
     mask = np.arange(7) < np.array([[7], [3]])
     x = {"x": rng.normal(size=(2, 4, 6, 10, 3)).astype(np.float32),
