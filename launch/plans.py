@@ -8,8 +8,8 @@
     python launch/plans.py --hlo DIR          keep the compiled programs, and go on from them
     python launch/plans.py --page             only the page and the plot, from what is there
 
-Each result is a file docs/plans/NAME.json: the command, the versions, the time it took and what
-`apt-jax plan --json` wrote. The environment is that of `make test-plan`. A plan of the 8B network
+Each result is a file docs/plans/NAME.json: the command, the versions and what `apt-jax plan
+--json` wrote. The environment is that of `make test-plan`. A plan of the 8B network
 takes 4 minutes of processor time and 4 GB of memory. The plot needs pip install 'apt_jax[plots]'.
 """
 
@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +69,6 @@ def run(name: str, hlo: str) -> bool:
     words = command(name)
     print(f"plans.py: {name}: apt-jax {' '.join(words)}", flush=True)
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
         kept = ["--reuse", "--hlo", str(Path(hlo).resolve() / name)] if hlo else []
@@ -80,8 +78,7 @@ def run(name: str, hlo: str) -> bool:
             print(f"plans.py: {name} failed with status {done.returncode}", file=sys.stderr)
             return False
         plan = json.loads(out.read_text())
-    value = {"command": " ".join(["apt-jax", *words]), "versions": versions(),
-             "seconds": round(time.perf_counter() - start), "plan": plan}
+    value = {"command": " ".join(["apt-jax", *words]), "versions": versions(), "plan": plan}
     (PLANS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     return True
 

@@ -27,7 +27,7 @@ def write(folder: Path, results: Mapping[str, dict], wanted: Mapping[str, str]) 
     """folder/README.md, and folder/weak_scaling.svg where two sizes of the 8B video stage are there.
 
     Args:
-      results: name -> {"command", "versions", "seconds", "plan"}.
+      results: name -> {"command", "versions", "plan"}.
       wanted: name -> command of every plan that belongs on the page.
     """
     blocks = [HEAD, memory(results), traffic(results), targets(results)]
@@ -71,11 +71,10 @@ def memory(results: Mapping[str, dict]) -> str:
         rows.append([
             f"[{name}]({name}.json)", mesh_text(plan),
             f"{plan['batch']:,} / {plan['microbatch']:,} of {plan['tokens']:,}", state, peaks,
-            f"{plan['usable_gib']:.1f}", "yes" if plan["fits"] else "**no**",
-            f"{result['seconds'] / 60:.0f}"])
+            f"{plan['usable_gib']:.1f}", "yes" if plan["fits"] else "**no**"])
     return "## Memory, GiB per device\n\n" + table(
         ["plan", "mesh", "samples an update / at a time, tokens", "held by the first step",
-         "peak", "usable", "fits", "minutes to plan"], rows)
+         "peak", "usable", "fits"], rows)
 
 
 def parameter_gathers(program: dict) -> tuple[float, float]:

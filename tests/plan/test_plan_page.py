@@ -30,7 +30,7 @@ def program(compute, exposed, once, microbatches, peak=60.0, hidden=0.5, notes=(
 
 def result(devices, microbatches, peak=60.0, turn=0.1, once=1.0):
     step = program(8.0 * microbatches, turn * microbatches + once, once, microbatches, peak)
-    return {"command": "apt-jax plan", "versions": {}, "seconds": 120, "plan": {
+    return {"command": "apt-jax plan", "versions": {}, "plan": {
         "devices": devices, "mesh": {"fsdp": devices}, "batch": 2048, "microbatch": 2,
         "tokens": 46800, "usable_gib": 74.4, "fits": True,
         "programs": {"D step": step, "one-step inference": {**step, "peak_gib": 99.0}}}}
