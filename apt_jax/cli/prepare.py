@@ -5,7 +5,8 @@ and parquet files. Captions come from metadata.jsonl or metadata.csv in the fold
 file_name, text and, if wanted, group), else from a .txt beside each file, or from the archive.
 Every file is cropped and resized to the size with the nearest aspect and to the longest clip length
 that it fills. Broken files are skipped and listed with the reason in OUT/skipped.jsonl. An
-interrupted run continues when the same command is given again.
+interrupted run continues when the same command is given again; files that a failing disk kept from
+being read are tried again by it, too.
 
 Without --vae the data set holds pixels, and the flags below say how. With --vae and --text-encoder
 it holds a checkpoint's latents and text states; then --config FILE and --config.key=value say how

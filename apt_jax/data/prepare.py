@@ -114,7 +114,7 @@ def prepare(
         if again:  # known before the data set looks whole
             mark_again(out)
         write_text(out / manifest.FILE, result.dumps())
-        close_work(out, again)
+        close_work(out, [shard.file for _, shard in shards], again)
     except OSError as error:
         raise UserError(f"{disk_error(error, out)}; what is done is kept, and the "
                         "same command continues") from error

@@ -14,8 +14,10 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import time
+from collections.abc import Iterable
 
 from apt_jax.data import decode, manifest, records
 from apt_jax.data.reasons import Skipped
@@ -28,6 +30,7 @@ SKIPPED = "skipped.jsonl"
 REPORT = "report.json"
 SCAN = "scan.jsonl"
 _AGAIN = "again"  # there when the data set is whole but for files that are tried again
+_SHARD = r"(train|holdout)-\d{3,}f-\d+x\d+-\d{5,}\.arrayrecord"  # see prepare._jobs
 _ABANDONED = 600.0  # seconds after which a partial shard is nobody's
 _MEDIA_KEYS = tuple(decode.Media.__dataclass_fields__)
 
@@ -76,18 +79,26 @@ def _settings(path: pathlib.Path) -> dict | None:
     return value
 
 
-def close_work(out: pathlib.Path, again: bool = False) -> None:
-    """Remove the folder and the partial shards of workers that were killed; again keeps what is
-    needed to try some files another time."""
+def close_work(out: pathlib.Path, shards: Iterable[str], again: bool = False) -> None:
+    """Remove the folder, and of the shards beside it all but these: partial ones, and ones begun
+    with other settings. again keeps what is needed to try some files another time."""
     _remove_partial(out, 0)
+    for path in {*_shards(out)} - {out / name for name in shards}:
+        path.unlink(missing_ok=True)
     if not again:
         (out / WORK / _AGAIN).unlink(missing_ok=True)  # before what it speaks of
         shutil.rmtree(out / WORK)
 
 
+def _shards(out: pathlib.Path, partial: bool = False) -> list[pathlib.Path]:
+    """What has the name of a shard here, or of a partial one: records of others are left alone."""
+    names = re.compile(_SHARD + (r"\.[0-9a-f]+\.tmp" if partial else ""))
+    return [path for path in out.glob("*.arrayrecord*") if names.fullmatch(path.name)]
+
+
 def _remove_partial(out: pathlib.Path, age: float) -> None:
     """Remove the partial shards of killed workers that nobody has written to for `age` seconds."""
-    for path in out.glob("*.arrayrecord.*.tmp"):
+    for path in _shards(out, partial=True):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.lstat().st_mtime >= age:
                 path.unlink()
@@ -111,8 +122,9 @@ def _clear(out: pathlib.Path) -> None:
     shutil.rmtree(out / WORK, ignore_errors=True)
     for path in (out / manifest.FILE, out / SKIPPED, out / REPORT):
         path.unlink(missing_ok=True)
-    for path in out.glob("*.arrayrecord*"):
+    for path in _shards(out):
         path.unlink()
+    _remove_partial(out, 0)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -121,6 +121,7 @@ def test_what_killed_runs_left_does_not_heap_up(prepared, begun, monkeypatch):
     new, old = (begun / f"train-001f-16x16-00002.arrayrecord.{i:012d}.tmp" for i in range(2))
     new.write_bytes(b"x")
     old.write_bytes(b"x")
+    (begun / "train-001f-99x99-00000.arrayrecord").write_bytes(b"x")  # of other settings
     os.utime(old, (0, 0))
 
     def stop(*_):
@@ -131,8 +132,12 @@ def test_what_killed_runs_left_does_not_heap_up(prepared, begun, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(prepared / "in", begun)
     monkeypatch.undo()
+    mine = begun / "mine.arrayrecord"
+    mine.write_bytes(b"of somebody else")
     run(prepared / "in", begun)
-    assert files(begun) == files(prepared / "out")
+    assert files(begun) == files(prepared / "out") | {mine.name: b"of somebody else"}
+    run(prepared / "in", begun, restart=True)
+    assert mine.exists()
 
 
 @pytest.mark.parametrize("damage", [
