@@ -52,7 +52,7 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
     start = time.perf_counter()
     with elsewhere(device):
         compiled = case.function.lower(*case.args).compile()
-    found, largest, result = count_kernels(compiled.as_text(), [*case.kernels, FP8])
+    found, largest, result, written = count_kernels(compiled.as_text(), [*case.kernels, FP8])
     eight = found.pop(FP8)
     wanted = dict(case.kernels)
     if device.platform == "gpu":
@@ -65,7 +65,7 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
         case=f"{case.name} ({label})", backend=case.backend, part=case.part,
         device=device.device_kind, kernels=found, wanted=wanted, largest=largest,
         scores=case.scores or 0, temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        seconds=time.perf_counter() - start, error=error)
+        seconds=time.perf_counter() - start, error=error, written_bytes=written)
 
 
 def random_like(args: Any) -> Any:

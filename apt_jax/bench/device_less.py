@@ -32,6 +32,8 @@ class Compiled:
     kernels: marker -> how often it runs in one call. wanted: the same, as it must be.
     largest: elements of the largest array. scores: elements that no array may have.
     error: why there is no program, or what is wrong with it; "" where it passes.
+    written_bytes: what neither products nor kernels write: norms, modulation, rotary positions,
+      rounding, copies. Each byte is read again at least once.
     """
 
     case: str
@@ -45,20 +47,27 @@ class Compiled:
     temporary_bytes: int
     seconds: float
     error: str
+    written_bytes: int = 0
 
     @property
     def passes(self) -> bool:
         return not self.error
 
 
+# Instructions that write nothing of their own, or whose work is counted elsewhere.
+SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while",
+          "call", "conditional", "custom-call", "partition-id", "replica-id", "async", "opt-barrier")
+
+
 class Counted(NamedTuple):
     """kernels: marker -> runs in one call; largest: elements of the program's largest array; result:
 
-    elements of the largest result of a counted kernel."""
+    elements of the largest result of a counted kernel; written: see `Compiled.written_bytes`."""
 
     kernels: dict[str, int]
     largest: int
     result: int
+    written: int
 
 
 def count_kernels(text: str, markers: Sequence[str]) -> Counted:
@@ -67,18 +76,24 @@ def count_kernels(text: str, markers: Sequence[str]) -> Counted:
     text: the compiled module; loops count as often as they turn.
     """
     program = parse_hlo(text)
-    counts, largest, result = dict.fromkeys(markers, 0.0), 0, 0
+    counts, largest, result, written = dict.fromkeys(markers, 0.0), 0, 0, 0.0
+    # what is inside a fusion stays in registers
+    inside = {i.called["calls"] for body in program.computations.values() for i in body
+              if i.opcode == "fusion" and "calls" in i.called}
     for name, times in program.walk():
         for instruction in program.computations[name]:
             size = max((math.prod(array.shape) for array in instruction.result), default=0)
             largest = max(largest, size)
+            if name not in inside and not instruction.opcode.startswith(SILENT):
+                written += times * instruction.bytes
             if instruction.opcode.startswith("custom-call"):
                 line = f"{instruction.name} {instruction.rest}"
                 for marker in markers:
                     if marker in line:
                         counts[marker] += times
                         result = max(result, size)
-    return Counted({marker: round(n) for marker, n in counts.items()}, largest, result)
+    return Counted({marker: round(n) for marker, n in counts.items()}, largest, result,
+                   round(written))
 
 
 def compile_attention(case: AttentionCase, backend: str, part: str, device: Any) -> Compiled:
@@ -108,9 +123,9 @@ def compile_attention(case: AttentionCase, backend: str, part: str, device: Any)
     except Exception as error:  # whatever the compiler of that hardware says
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
-        kernels, largest, _ = count_kernels(compiled.as_text(), list(markers))
+        kernels, largest, _, written = count_kernels(compiled.as_text(), list(markers))
         reason = complaint(kernels, wanted, largest, None if case.plain else scores)
-        return Compiled(kernels=kernels, largest=largest, error=reason,
+        return Compiled(kernels=kernels, largest=largest, error=reason, written_bytes=written,
                         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
                         seconds=time.perf_counter() - start, **made)
     return Compiled(kernels={}, largest=0, temporary_bytes=0, error=reason,
@@ -172,11 +187,12 @@ def compile_all(cases: Sequence[AttentionCase], backends: Sequence[str], device:
 
 def table(rows: Sequence[Compiled]) -> str:
     """The rows as text."""
-    head = f"{'case':<20}{'backend':<9}{'part':<10}{'temp MiB':>9}{'sec':>6}  kernels"
-    lines = [head, "-" * 78]
+    head = (f"{'case':<20}{'backend':<9}{'part':<10}{'temp MiB':>9}{'written':>9}{'sec':>6}  "
+            "kernels")
+    lines = [head, "-" * 87]
     for r in rows:
         found = (", ".join(f"{n} x {name.strip(chr(34))}" for name, n in r.kernels.items() if n)
                  or "none (plain JAX)")
         lines.append(f"{r.case:<20}{r.backend:<9}{r.part:<10}{r.temporary_bytes / 2**20:>9.1f}"
-                     f"{r.seconds:>6.1f}  {'FAILS: ' + r.error if r.error else found}")
+                     f"{r.written_bytes / 2**20:>9.1f}{r.seconds:>6.1f}  {'FAILS: ' + r.error if r.error else found}")
     return "\n".join(lines)

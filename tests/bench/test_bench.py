@@ -49,6 +49,7 @@ def test_kernels_are_counted_as_often_as_loops_turn():
     found = count_kernels(HLO, ["apt_flash_forward", "apt_flash_dkv", "apt_flash_dq"])
     assert found.kernels == {"apt_flash_forward": 36, "apt_flash_dkv": 0, "apt_flash_dq": 1}
     assert (found.largest, found.result) == (128, 128)
+    assert found.written == 2 * 2 * 2  # the fusion; kernels' results and tuples do not count
     assert count_kernels(HLO, ["apt_flash_forward"]).result == 32
 
 
