@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+_TEMPORARY = re.compile(r"(?<![^/])\.([^/]+?)\.\d+(?:\.old)?\.tmp(?![^/])")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEND = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or use another folder"),
@@ -36,15 +38,20 @@ def disk_error(error: OSError, path: Any, doing: str = "written") -> UserError:
     """An OSError of a disk as one line for the user.
 
     Args:
-      path: what the user named; it stands where the error names no file, or a temporary one.
+      path: what the user named; it stands where the error names no file.
       doing: what could not be done to it: "written" or "read".
     """
     if error.errno in _FULL:
-        return UserError(f"no space left while writing {path}; free some, or write to another disk")
-    name = error.filename if isinstance(error.filename, str) else None
-    where = path if not name or ".tmp" in name else name
+        return UserError(f"no space left while writing {_final(path)}; free some, or write to "
+                         "another disk")
+    where = _final(error.filename if isinstance(error.filename, str) else path)
     mend = _MEND.get(error.errno, "check the disk, then repeat the command")
     return UserError(f"{where} cannot be {doing} ({error.strerror or error}); {mend}")
+
+
+def _final(path: Any) -> str:
+    """A path whose temporary parts, .NAME.PID.tmp, have the name that they are written for."""
+    return _TEMPORARY.sub(r"\1", str(path))
 
 
 @contextmanager

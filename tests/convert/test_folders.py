@@ -10,7 +10,7 @@ import pytest
 
 from apt_jax.convert import folders
 from apt_jax.convert.folders import new_folder
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
 
 
 @pytest.mark.parametrize("to", ["run", ".", "run/../run", "run/part", "run/weights"])
@@ -119,3 +119,19 @@ def test_what_was_there_stays_where_the_last_step_fails(tmp_path, monkeypatch):
         with new_folder(tmp_path / "out", True):
             pass
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine"]
+
+
+@pytest.mark.parametrize(("code", "says"), [
+    (errno.ENOSPC, "no space left while writing {}/a.json;"),
+    (errno.EIO, "{}/a.json cannot be written"),
+])
+def test_a_fault_is_told_of_the_place_that_was_asked_for(tmp_path, code, says):
+    """Not of the temporary folder, which is gone when the user reads it."""
+    with pytest.raises(UserError) as error:
+        with new_folder(tmp_path / "out.1.x") as part, disk_errors(part / ".a.json.12.tmp"):
+            raise OSError(code, os.strerror(code))
+    assert says.format(tmp_path / "out.1.x") in str(error.value)
+    with pytest.raises(UserError) as error:
+        with new_folder(tmp_path / "out.1.x") as part:
+            raise OSError(code, os.strerror(code), str(part / "a.json"))
+    assert ".tmp" not in str(error.value) and "out.1.x" in str(error.value)
