@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from apt_jax.data.vae_codec import _card, folder_digest
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
 
 log = logging.getLogger("apt_jax")
 
@@ -55,7 +55,11 @@ class UMT5Encoder:
         from apt_jax.models.umt5 import umt5_config
 
         self.folder, self.dtype = pathlib.Path(folder), dtype
-        self._config = umt5_config(_card(self.folder)["umt5"], dtype=dtype)
+        fields = _card(self.folder).get("umt5")
+        if not isinstance(fields, dict):
+            raise UserError(f"{self.folder / 'config.json'} has no umt5 table; import the "
+                            "checkpoint again")
+        self._config = umt5_config(fields, dtype=dtype)
         self.width = self._config.width
         tokenizers = (self.folder, self.folder.parent)
         place = next((p for p in tokenizers if (p / "tokenizer.json").is_file()
@@ -122,7 +126,7 @@ def _read_params(folder: pathlib.Path, shardings: Any, abstract: Any, dtype: Any
     from apt_jax.parallel.sharding import STACKED, path_string
     from apt_jax.tensor_files import open_folder
 
-    with open_folder(folder) as tensors:
+    with disk_errors(folder, "read"), open_folder(folder) as tensors:
         have = tensors.shapes()
 
         def leaf(path, want, sharding):
@@ -168,8 +172,9 @@ class QwenEncoder:
     def __init__(self, folder: pathlib.Path, dtype: str = "bfloat16"):
         self.folder, self.dtype = pathlib.Path(folder), dtype
         card = _card(self.folder)
-        width = card.get("hidden_size") or card.get("text_config", {}).get("hidden_size")
-        if not isinstance(width, int):
+        inner = card.get("text_config")
+        width = card.get("hidden_size") or (isinstance(inner, dict) and inner.get("hidden_size"))
+        if type(width) is not int:
             raise UserError(f"{self.folder / 'config.json'} has no hidden_size; copy the text "
                             "encoder from the checkpoint again")
         self.width = width

@@ -91,7 +91,8 @@ class VaeCodec:
 
         from apt_jax.models.vae import load_vae
 
-        vae, params = load_vae(self.folder, self.dtype)
+        with disk_errors(self.folder, "read"):
+            vae, params = load_vae(self.folder, self.dtype)
         whole = NamedSharding(self._split.mesh, PartitionSpec())
         params = jax.jit(vae.cast, out_shardings=whole)(params)
 

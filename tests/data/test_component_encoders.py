@@ -96,6 +96,12 @@ def test_wrong_folders_are_one_line(checkpoint, tmp_path):
         VaeCodec(tmp_path)
     with pytest.raises(UserError, match="no text encoder of a known kind"):
         load_text_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"kind": "umt5"}')
+    with pytest.raises(UserError, match="config.json has no umt5 table"):
+        load_text_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "text_config": 3}')
+    with pytest.raises(UserError, match="config.json has no hidden_size"):
+        load_text_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"kind": ')
     with pytest.raises(UserError, match="JSON"):
         VaeCodec(tmp_path)
