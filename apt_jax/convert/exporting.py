@@ -68,6 +68,8 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
     settings = (past.stages[0] if past.stages else base_config()).sample
     t = settings.two_step_time if two_step_time is None else two_step_time
     with open_generator(checkpoint, weights) as (model, leaves):
+        if past.stages and hasattr(leaves, "step"):  # the newest that could be read
+            past = past._replace(steps=[leaves.step, *past.steps[1:]])
         shared = model.get("modulation") == "shared"
         family = family_of_model(model)
         if folder:

@@ -25,6 +25,8 @@ from apt_jax.weights.common import (
     unflatten,
 )
 
+log = logging.getLogger(__name__)
+
 STARTED_FILE = "started_in.json"  # {"directory": ...}
 
 
@@ -98,6 +100,11 @@ class CheckpointLeaves:
         self._step, self._which, self._abstract = step, which, abstract
         self._last: tuple[str, np.ndarray] | None = None
 
+    @property
+    def step(self) -> int:
+        """How many updates the checkpoint is of."""
+        return int(self._step.name)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(leaf.shape) for name, leaf in self._abstract.items()}
 
@@ -113,13 +120,17 @@ class CheckpointLeaves:
 
 
 def _try_steps(folder: Path, read: Callable[[Path], Any]) -> Any:
-    """`read` of the newest checkpoint that does not fail."""
+    """`read` of the newest checkpoint that does not fail; a warning where newer ones do."""
     steps = sorted((int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdigit()),
                    reverse=True)
     problem = "it holds none"
     for step in steps:
         try:
-            return read(folder / CHECKPOINTS / str(step))
+            found = read(folder / CHECKPOINTS / str(step))
+            if step != steps[0]:
+                log.warning("warning: %s: its newest checkpoint cannot be read (%s); step %d is "
+                            "used", folder, problem, step)
+            return found
         except UserError:
             raise
         except Exception as error:  # whatever a torn checkpoint makes the reader raise

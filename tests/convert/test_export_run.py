@@ -91,7 +91,7 @@ def test_the_asked_weights_in_the_dtypes_of_the_base(chain, wan_source, tmp_path
     assert shift == pytest.approx((999 * 0.6 / 0.4) ** 0.5, rel=1e-5)
 
 
-def test_leaves_are_read_one_by_one(chain):
+def test_leaves_are_read_one_by_one(chain, caplog):
     """What an export reads of a run: any leaf, any layer, from the newest checkpoint that is
     whole."""
     import shutil
@@ -102,6 +102,7 @@ def test_leaves_are_read_one_by_one(chain):
     shutil.rmtree(chain / "checkpoints" / "4" / "state" / "d")  # the arrays
     with open_generator(chain, "raw") as (model, leaves):
         want = flatten(params("raw"))
+        assert leaves.step == 3 and "step 4: " in caplog.text and "step 3 is used" in caplog.text
         assert model.width == 24 and leaves.shapes() == {k: v.shape for k, v in want.items()}
         for name in ("proj_out/bias", "backbone/blocks/attn/q/kernel",
                      "backbone/blocks/mlp/up/bias"):
