@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints what the plan says of temporaries beside what a run on this CPU really takes.
 
-    python launch/plan_memory.py                       the steps of three configs, a table
+    python launch/plan_memory.py                       the steps of two configs, a table
     python launch/plan_memory.py --config FILE --config.train.batch_size=8 ...
 
 For every step: the compiler's temporaries and results that are not updated in place, and by how much
@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = (
     ("configs/demo_image.py", "--config.train.batch_size=64", "--config.train.accumulate=1"),
     ("configs/demo_image.py", "--config.train.batch_size=256", "--config.train.accumulate=4"),
-    ("configs/demo_video.py", "--config.train.accumulate=1", "--config.model.remat=full"),
 )
 MIB = 2**20
 

@@ -14,7 +14,10 @@ pytestmark = pytest.mark.plan
 
 NARROW = ["--config", "configs/seaweed_8b_video.py", "--config.model.depth=6",
           "--config.discriminator.taps=3,6", "--config.data.frames=1,",
-          "--config.data.height=64", "--config.data.width=64"]
+          "--config.data.height=64", "--config.data.width=64", "--config.train.batch_size=16"]
+SMALL = ["--config", "configs/seaweed_8b_video.py", "--no-inference", "--config.model.depth=8",
+         "--config.discriminator.taps=8,", "--config.model.width=1024", "--config.model.heads=8",
+         "--config.discriminator.heads=8", "--config.train.batch_size=2"]
 
 
 def has(name):
@@ -50,13 +53,10 @@ def test_h100s_gather_a_layer_in_bfloat16_and_scatter_its_gradient(tmp_path):
 @pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
 def test_what_does_not_fit_comes_with_a_remedy_and_status_1(tmp_path):
     # one clip of 46,800 tokens on one GPU, with nothing recomputed, in a narrow network
-    done, value = plan(
-        tmp_path, "h100:1x1", "--config", "configs/seaweed_8b_video.py", "--no-inference",
-        "--config.model.depth=8", "--config.discriminator.taps=8,", "--config.model.width=1024",
-        "--config.model.heads=8", "--config.discriminator.heads=8", "--config.mesh.context=1",
-        "--config.model.remat=none")
+    done, value = plan(tmp_path, "h100:1x1", *SMALL, "--config.mesh.context=1",
+                       "--config.model.remat=none")
     assert done.returncode == 1 and not value["fits"]
-    assert "--config.model.remat=full" in value["remedy"] and "it would fit with" in done.stdout
+    assert value["remedy"] == "--config.model.remat=full" and "it would fit with" in done.stdout
 
 
 @pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
@@ -65,6 +65,17 @@ def test_tpus_too(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     kinds = {row["kind"] for row in value["programs"]["D step"]["collectives"]}
     assert {"all-gather", "reduce-scatter"} <= kinds
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
+def test_what_the_tpu_compiler_finds_no_room_for_does_not_fit(tmp_path):
+    """Nothing recomputed on 16 GiB a chip: XLA:TPU ends in an error, the plan in a verdict."""
+    done, value = plan(tmp_path, "v5e:2x2", *SMALL, "--no-remedy", "--config.mesh.context=4",
+                       "--config.model.remat=none")
+    assert done.returncode == 1 and not value["fits"], done.stderr[-2000:]
+    refused = value["programs"]["D step"]["refused"]
+    assert "hbm" in refused and refused in done.stdout and "Traceback" not in done.stderr
+    assert value["programs"]["D step"]["peak_gib"] > 15
 
 
 def test_an_unknown_slice_is_one_line(tmp_path):
