@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from apt_jax.errors import UserError
+from apt_jax.models.fields import check_fields
 from apt_jax.nn.functional import Network
 from apt_jax.nn.norm import RMSNorm
 from apt_jax.nn.stack import run_stack, stack
@@ -45,13 +46,14 @@ class UMT5Config:
 def umt5_config(fields: Mapping[str, Any], **changes: Any) -> UMT5Config:
     """UMT5Config from a dict of its fields, e.g. "umt5" of a component's config.json.
 
-    UserError for a field that it does not have, or a missing one without which sizes are unknown.
+    UserError for a field that it does not have, or a value of another kind.
     """
     known = {f.name for f in dataclasses.fields(UMT5Config)}
     for name in fields:
         if name not in known:
             raise UserError(f"the text encoder's config has an unknown field {name!r}; import the "
                             "checkpoint again")
+    check_fields("the text encoder's config", fields, UMT5Config)
     return UMT5Config(**{**fields, **changes})
 
 

@@ -121,6 +121,9 @@ def test_config_of_a_component():
         vocabulary=40, width=24, dtype="bfloat16")
     with pytest.raises(UserError, match="d_model"):
         umt5_config({"d_model": 24})
+    for wrong in ({"width": "24"}, {"heads": 0}, {"depth": -1}, {"vocabulary": 2.5}, {"dtype": 1}):
+        with pytest.raises(UserError, match="the text encoder's config has .* is not allowed"):
+            umt5_config(wrong)
 
 
 # -- live ----------------------------------------------------------------------------------------

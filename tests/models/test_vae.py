@@ -77,6 +77,10 @@ def test_config_round_trip_and_mistakes():
     assert VAEConfig.from_dict(json.loads(json.dumps(TINY_VAE.to_dict()))) == TINY_VAE
     with pytest.raises(UserError, match="no field 'bas'"):
         VAEConfig.from_dict({"bas": 3})
+    for wrong in ({"base": "4"}, {"base": None}, {"blocks": 0}, {"multipliers": 3},
+                  {"mean": ["a"] * 16}, {"std": [float("inf")] * 16}, {"temporal": [1, 1, 1]}):
+        with pytest.raises(UserError, match="a VAE's config has .* which is not allowed"):
+            VAEConfig.from_dict(wrong)
     with pytest.raises(UserError, match="temporal has 1 entries"):
         VAEConfig(temporal=(True,))
     with pytest.raises(UserError, match="mean has 1 entries for 16"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apt_jax.errors import UserError
+from apt_jax.models.fields import check_fields
 
 # Per-channel statistics of the latents. Wan 2.1 and Qwen-Image publish the same numbers.
 LATENTS_MEAN = (
@@ -104,12 +105,13 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> VAEConfig:
-        """The inverse of `to_dict`; UserError for an unknown field."""
+        """The inverse of `to_dict`; UserError for an unknown field or a value of another kind."""
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
                 raise UserError(f"a VAE's config has no field {name!r}; its fields are "
                                 f"{', '.join(sorted(known))}")
+        check_fields("a VAE's config", fields, cls)
         return cls(**{key: tuple(value) if isinstance(value, (list, tuple)) else value
                       for key, value in fields.items()})
 
