@@ -41,6 +41,7 @@ def new_folder(target: Path | str, overwrite: bool = False,
         lock = _locked(part)
         try:
             yield part
+            _place(target, overwrite, inputs)  # again: another process may have been faster
             _swap(part, place)
         finally:
             _remove(part)

@@ -12,7 +12,7 @@ import numpy as np
 
 from apt_jax.config import load_json
 from apt_jax.errors import UserError
-from apt_jax.tensor_files import read_json, write_json
+from apt_jax.tensor_files import read_table, write_json
 from apt_jax.weights.common import (
     BUNDLED,
     CHECKPOINTS,
@@ -51,9 +51,9 @@ def init_path(run: Path, name: str) -> str:
     """
     if not name or name.startswith(BUNDLED) or not (run / STARTED_FILE).is_file():
         return name
-    directory = read_json(run / STARTED_FILE).get("directory", "")
-    there = Path(directory) / name
-    return str(there) if Path(directory) != Path.cwd() and there.exists() else name
+    directory = Path(str(read_table(run / STARTED_FILE).get("directory", "")))
+    there = directory / name
+    return str(there) if directory != Path.cwd() and there.exists() else name
 
 
 def load_run(folder: Path, which: str, shardings: Any

@@ -135,3 +135,12 @@ def test_a_fault_is_told_of_the_place_that_was_asked_for(tmp_path, code, says):
         with new_folder(tmp_path / "out.1.x") as part:
             raise OSError(code, os.strerror(code), str(part / "a.json"))
     assert ".tmp" not in str(error.value) and "out.1.x" in str(error.value)
+
+
+def test_what_another_process_wrote_meanwhile_stays(tmp_path):
+    with pytest.raises(UserError, match="is there already"):
+        with new_folder(tmp_path / "out"):
+            with new_folder(tmp_path / "out2") as part:
+                (part / "a").write_text("faster")
+            os.rename(tmp_path / "out2", tmp_path / "out")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/a"]
