@@ -4,11 +4,11 @@
     python launch/plan_memory.py                       the steps of two configs, a table
     python launch/plan_memory.py --config FILE --config.train.batch_size=8 ...
 
-For every step: the compiler's temporaries and results that are not updated in place, and by how much
-the resident memory of the process grew at its peak while the step ran once (VmHWM, reset before,
+For every step: the compiler's temporaries and results that are not updated in place, and by how
+much the resident memory of the process grew at its peak while the step ran once (VmHWM, reset before,
 less VmRSS before; the arguments lie there already). Each step runs in a process of its own. Nothing
-is gated: the process also holds threads' stacks, buffers of the matrix library and what the allocator
-keeps. Linux only.
+is gated: the process also holds threads' stacks, buffers of the matrix library and what the
+allocator keeps. Linux only.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def main() -> int:
     elif len(sys.argv) > 1:
         print(__doc__)
         return 2
-    print("| config | step | samples | arguments, MiB | temporaries planned | resident memory grew |")
+    print("| config | step | samples | arguments, MiB | temporaries planned "
+          "| resident memory grew |")
     print("| --- | --- | --- | --- | --- | --- |")
     for config, *overrides in cases:
         for number in (0, 1):
@@ -86,7 +87,8 @@ def main() -> int:
             if found := json.loads(done.stdout.splitlines()[-1]):
                 print(f"| {' '.join([config, *overrides])} | {found['program']} "
                       f"| {found['samples']} | {found['arguments'] / MIB:,.0f} "
-                      f"| {found['planned'] / MIB:,.0f} | {found['grown'] / MIB:,.0f} |", flush=True)
+                      f"| {found['planned'] / MIB:,.0f} | {found['grown'] / MIB:,.0f} |",
+                      flush=True)
     return 0
 
 

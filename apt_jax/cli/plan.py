@@ -1,10 +1,10 @@
 """Compile a config's programs for devices that are not there, and say what they need.
 
-The G step, the D step (or the step of the config's stage) and one-step inference are compiled by the
-real XLA for the topology, with the batch and the microbatches that training would have there. The
-tables show, per device: parameters, optimiser state, temporaries and the peak against the chip's
-memory; model FLOPs and the time they take at the chip's peak rate; the collectives by kind, axes and
-bytes, and which part of them compute hides. Times are models, for comparing; memory and traffic are
+The G step, the D step (or the step of the config's stage) and one-step inference are compiled by
+the real XLA for the topology, with the batch and the microbatches that training would have there.
+The tables show, per device: parameters, optimiser state, temporaries and the peak against the chip's
+memory; model FLOPs and the time they take at the chip's peak rate; the collectives by kind, axes
+and bytes, and which part of them compute hides. Times are models, for comparing; memory and traffic are
 the compiler's own. Nothing is trained and no accelerator is touched.
 
 Topologies: h100:HOSTSxGPUS (h100:1x8, h100:16x8), h200 likewise, v4:4x4x4, v5p:4x4x8, v5e:4x4,

@@ -1,7 +1,7 @@
 """The compiled program as text: computations, instructions, trip counts of loops.
 
-Only what planning needs is read. The text is XLA's own dump (`compiled.as_text()`), scheduled, so the
-order of lines in a computation is the order in which a device starts them.
+Only what planning needs is read. The text is XLA's own dump (`compiled.as_text()`), scheduled, so
+the order of lines in a computation is the order in which a device starts them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. `rest` is what follows the operands but for `metadata`: attributes, backend config."""
+    """One line. `rest` follows the operands, but for `metadata`: attributes, backend config."""
 
     name: str
     opcode: str
@@ -73,7 +73,7 @@ class Program:
     entry: str
 
     def wrapped(self, instruction: Instruction) -> Instruction | None:
-        """The one instruction that an async-start runs; None for any other and for a longer body."""
+        """The one instruction that an async-start runs; None for others and for a longer body."""
         if instruction.opcode != "async-start" or "calls" not in instruction.called:
             return None
         body = [i for i in self.computations.get(instruction.called["calls"], ())

@@ -37,8 +37,8 @@ class Kept:
             text.write_text(value.pop("text"))
             memory.write_text(json.dumps(value) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give --hlo a folder "
-                            "that you may write to") from None
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give --hlo a "
+                            "folder that you may write to") from None
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         stem = name.replace(" ", "_")

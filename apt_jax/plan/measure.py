@@ -1,7 +1,7 @@
 """Compile a program for a topology and read off it: memory, FLOPs, traffic, time.
 
-Memory is the compiler's own figure. Times are models, for ranking: FLOPs at the stated efficiency of
-each kind of product, and the wire bytes of every collective at the rate of the links it crosses.
+Memory is the compiler's own figure. Times are models, for ranking: FLOPs at the stated efficiency
+of each kind of product, and the wire bytes of every collective at the rate of the links it crosses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from apt_jax.plan.timeline import ATTENTION_EFFICIENCY, MATMUL_EFFICIENCY
 # from this size on.
 NOTE_BYTES = 64 * 2**20
 HIDDEN = 0.95  # a collective of which less is hidden counts as exposed
-# What compilers say when a program does not fit: XLA:TPU names both figures, others that they tried.
+# What compilers say when a program does not fit: XLA:TPU names both figures, others the last one.
 _NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|[Oo]ut of memory")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? ?\w*")
 _ALLOCATE = re.compile(r"allocat\w+ (?:of )?([\d.]+) ?([KMGT]?)i?B")
@@ -116,7 +116,7 @@ class Measurement:
 
     @property
     def exposed_steady(self) -> tuple[Collective, ...]:
-        """Collectives in the loop over the layers that work does not hide, the longest wait first."""
+        """Collectives in the loop over the layers that work does not hide, the longest first."""
         waits = [c for c in self.collectives if c.steady and c.hidden < HIDDEN]
         return tuple(sorted(waits, key=lambda c: -c.seconds * (1 - c.hidden) * c.times))
 
@@ -201,7 +201,7 @@ def refusal(message: str) -> tuple[str, int] | None:
 
 
 def work(program: Program) -> tuple[Flops, Flops]:
-    """Model FLOPs of a call, and the executed ones: with the recomputation that the config asks for.
+    """Model FLOPs of a call, and the executed ones: with the recomputation of the config's policy.
 
     Both are counted with the plain attention standing for the kernel, whose loops cannot be read.
     Where the executed program cannot be counted, the model's work is scaled by what the

@@ -10,11 +10,12 @@ from typing import Any
 HEAD = """\
 # Plans that were compiled
 
-Written by `python launch/plans.py --page` from the JSON files beside it, which `python launch/plans.py`
-makes; edit neither. Every row is one call of `apt-jax plan` (the command stands in its file, with the
-versions) by the real compiler, without the hardware. GiB are per device and XLA's own; "fits" keeps
-6% of the memory for the driver. Times are models ([plan.md](../plan.md)): products at the stated
-efficiencies, transfers at data-sheet rates less what the work beside them hides.
+Written by `python launch/plans.py --page` from the JSON files beside it, which
+`python launch/plans.py` makes; edit neither. Every row is one call of `apt-jax plan` (the command
+stands in its file, with the versions) by the real compiler, without the hardware. GiB are per device
+and XLA's own; "fits" keeps 6% of the memory for the driver. Times are models
+([plan.md](../plan.md)): products at the stated efficiencies, transfers at data-sheet rates less what
+the work beside them hides.
 """
 TARGETS = (  # (result, what, most GiB at the peak of a training step)
     ("seaweed_8b_video_h100_1x8", "8B video fits 8 H100s at <= 70 GiB, one clip per 4 GPUs", 70.0),
@@ -24,7 +25,7 @@ CONTEXT_TARGET = 1.05
 
 
 def write(folder: Path, results: Mapping[str, dict], wanted: Mapping[str, str]) -> None:
-    """folder/README.md, and folder/weak_scaling.svg where two sizes of the 8B video stage are there.
+    """folder/README.md, and folder/weak_scaling.svg where two sizes of the video stage are there.
 
     Args:
       results: name -> {"command", "versions", "plan"}.
@@ -135,15 +136,16 @@ def targets(results: Mapping[str, dict]) -> str:
             lines.append(
                 f"- {name}, {label}: {100 * hidden:.0f}% of the gathers' time in the layers is "
                 f"hidden; the rest is {100 * wait / p['step_seconds']:.1f}% of the step. "
-                f"{sums or 'No'} all-reduce{'s' if sums > 1 else ''} of 64 MiB over fsdp or context."
+                f"{sums or 'No'} all-reduce{'s' if sums > 1 else ''} of 64 MiB over fsdp or "
+                "context."
                 + (f" Tokens: {ratio:.2f} of the Ulysses minimum (target {CONTEXT_TARGET})."
                    if ratio else ""))
     return "## Against the targets\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def weak_scaling(results: Mapping[str, dict]) -> list[dict[str, Any]]:
-    """Per device count of the 8B video stage on H100s: seconds of one update in which every group of
-    devices takes as many clips as at the largest size, by part."""
+    """Per device count of the 8B video stage on H100s: seconds of one update in which every group
+    of devices takes as many clips as at the largest size, by part."""
     found = []
     for name, result in results.items():
         if not re.fullmatch(r"seaweed_8b_video_h100_\d+x8", name) or not result["plan"]["fits"]:

@@ -35,8 +35,8 @@ STEP_NAMES = {"generator": "G step", "discriminator": "D step"}
 class Program:
     """One program: `function(*args)`, a jitted function and its abstract, sharded arguments.
 
-    reference(remat) is the same function on the same shapes and one device with the plain attention,
-    whose work can be counted, and that rematerialisation policy (None: the config's own). parts
+    reference(remat) is the same function on the same shapes and one device with the plain
+    attention, whose work can be counted, and that rematerialisation policy (None: the config's own). parts
     names the argument trees, for accounting. samples: of one call. microbatches: parts, one after
     another, into which a call cuts them. training: it takes a gradient. context_minimum: bytes that
     a device sends at least in a call so that the tokens of its samples meet (`context_minimum`).
@@ -56,8 +56,8 @@ class Program:
 def context_minimum(config: Any, mesh: Mesh, samples: int, name: str) -> float:
     """Bytes that a device sends over context in one call of a program if nothing is sent twice.
 
-    Ulysses: the device's own tokens of q, k, v and the result change places in the forward pass, and
-    their four gradients in the backward pass; all but the part that stays. No padding, nothing
+    Ulysses: the device's own tokens of q, k, v and the result change places in the forward pass,
+    and their four gradients in the backward pass; all but the part that stays. No padding, nothing
     computed again. 0 where tokens are not cut, where the heads ask for a ring, and for stages other
     than adversarial training.
     """
@@ -176,8 +176,8 @@ def _parts(state: dict[str, Any]) -> dict[str, Any]:
 
 def inference_program(config: Any, devices: list, batch: int = 0, compute_copy: bool = False
                       ) -> Program:
-    """One-step generation (Eq. 3-5) as `apt-jax sample` runs it: float32 weights cut as in training,
-    the samples cut over the batch axes only where these divide them.
+    """One-step generation (Eq. 3-5) as `apt-jax sample` runs it: float32 weights cut as in
+    training, the samples cut over the batch axes only where these divide them.
 
     batch: samples of one call; 0 is the default of `sample`, one of latents and 64 of pixels.
     compute_copy: the weights come in the dtype of the layers already.

@@ -22,8 +22,8 @@ from apt_jax.plan.programs import (
 )
 
 log = logging.getLogger("apt_jax")
-# What the driver, the collective library and the allocator's rounding take of a device's memory. The
-# launch files give jax the rest (XLA_PYTHON_CLIENT_MEM_FRACTION; it would take 0.75 by itself).
+# What the driver, the collective library and the allocator's rounding take of a device's memory.
+# The launch files give jax the rest (XLA_PYTHON_CLIENT_MEM_FRACTION; it would take 0.75 by itself).
 RESERVE = 0.06
 
 
@@ -84,8 +84,8 @@ class Plan:
             "flops_matmul_tflop": p.flops.matmul / 1e12,
             "flops_attention_tflop": p.flops.attention / 1e12,
             "executed_tflop": p.executed.total / 1e12,
-            "floor_seconds": p.floor, "step_seconds": p.step, "compute_seconds": p.compute, "exposed_seconds": p.exposed,
-            "exposed_once_seconds": p.exposed_once,
+            "floor_seconds": p.floor, "step_seconds": p.step, "compute_seconds": p.compute,
+            "exposed_seconds": p.exposed, "exposed_once_seconds": p.exposed_once,
             "collectives": [dataclasses.asdict(t) for t in p.traffic],
             "steady_collectives": [dataclasses.asdict(t) for t in p.steady],
             "exposed_steady": [
@@ -97,7 +97,8 @@ class Plan:
         } for p in self.programs}
         return {
             "topology": self.topology.text, "devices": self.topology.devices, "mesh": self.mesh,
-            "batch": self.batch, "microbatch": self.microbatch, "tokens": self.tokens, "parameters": self.parameters,
+            "batch": self.batch, "microbatch": self.microbatch, "tokens": self.tokens,
+            "parameters": self.parameters,
             "fits": self.fits, "peak_gib": self.peak / GIB, "usable_gib": self.usable / GIB,
             "flops_forward_tflop": (  # of the generator, per sample
                 forward.flops.forward / forward.samples / 1e12 if forward else None),

@@ -20,7 +20,7 @@ def _seconds(value: float) -> str:
 def format_plan(plan: Plan) -> str:
     """Tables of memory, work and traffic per device, the notes, and the verdict."""
     chip = plan.topology.chip
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "1 device"
     head = [
         f"{plan.topology.text}: {plan.topology.devices} devices as {mesh}; "
         f"{plan.batch:,} samples of {plan.tokens:,} tokens an update, "

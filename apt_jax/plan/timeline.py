@@ -1,6 +1,6 @@
 """How much of each collective the work beside it hides: a model of the compiled schedule.
 
-A device is taken for two queues, one of work and one per set of mesh axes for transfers, that run the
+A device is taken for queues, one of work and one per set of mesh axes for transfers, that run the
 instructions in the order in which XLA scheduled them. An asynchronous transfer begins at its start
 (or when the link is free) and whoever reads its result waits at its done; the wait is exposed. So a
 transfer beside a small fusion is hidden by that fusion's time and no more. The times are rates from
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from apt_jax.plan.chips import Chip
 from apt_jax.plan.hlo import Array, Instruction, Program
 
-# Part of the peak that today's kernels reach on an H100 (700, 690 and 492 of 989 TFLOP/s, published);
+# Part of the peak that today's kernels reach on an H100 (700, 690, 492 of 989 TFLOP/s, published);
 # taken for every chip. The backward pass does 2 of 3 parts of a training step's attention.
 MATMUL_EFFICIENCY = 0.71
 ATTENTION_EFFICIENCY = {"inference": 0.70, "training": 0.54}
@@ -138,7 +138,8 @@ class Timeline:
                  shapes: Mapping[str, tuple[Array, ...]]) -> float:
         """Seconds to write the result and read the operands; of operands that are sliced, and of
         results that are written in place, the size is not known: as if nothing was moved."""
-        body = (instruction, *self.program.computations.get(instruction.called.get("calls", ""), ()))
+        inner = self.program.computations.get(instruction.called.get("calls", ""), ())
+        body = (instruction, *inner)
         if any(i.opcode == "dynamic-update-slice" for i in body):
             return 0.0
         moved = instruction.bytes

@@ -75,7 +75,7 @@ ENTRY %main (a: bf16[64,8]) -> bf16[16,8] {
 
 
 def entry(*lines):
-    """A module of these lines, after arrays p (bf16[64,8]) and q of 1 MiB each way of speaking."""
+    """A module of these lines, after the arrays p, bf16[64,8], and q, bf16[4096,4096]."""
     head = ["HloModule m", "", "ENTRY %main (p: bf16[64,8]) -> bf16[64,8] {",
             "  %p = bf16[64,8]{1,0} parameter(0)", "  %q = bf16[4096,4096]{1,0} parameter(1)"]
     return parse_hlo("\n".join([*head, *(f"  {line}" for line in lines), "}"]))
@@ -167,7 +167,8 @@ def test_parts_of_an_axis():
 
 def test_a_permute_of_several_arrays_sends_each_once():
     pairs = "source_target_pairs={{0,1},{1,0}}"
-    once = entry("ROOT %c = (bf16[64,8]{1,0}, bf16[64,8]{1,0}) collective-permute(%p, %p), " + pairs)
+    once = entry("ROOT %c = (bf16[64,8]{1,0}, bf16[64,8]{1,0}) collective-permute(%p, %p), "
+                 + pairs)
     begun = entry("%c = ((bf16[64,8]{1,0}, bf16[64,8]{1,0}), (bf16[64,8]{1,0}, bf16[64,8]{1,0}), "
                   "u32[], u32[]) collective-permute-start(%p, %p), " + pairs,
                   "ROOT %d = (bf16[64,8]{1,0}, bf16[64,8]{1,0}) collective-permute-done(%c)")

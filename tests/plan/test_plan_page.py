@@ -22,8 +22,8 @@ def load_script():
 def program(compute, exposed, once, microbatches, peak=60.0, hidden=0.5, notes=()):
     gather = {"kind": "all-gather", "axes": "fsdp", "seconds": 2.0, "overlapped": hidden}
     return {"refused": "", "peak_gib": peak, "flops_forward_tflop": 1363.0, "floor_seconds": 0.5,
-            "compute_seconds": compute, "exposed_seconds": exposed, "step_seconds": compute + exposed,
-            "exposed_once_seconds": once, "microbatches": microbatches, "parts_gib": {"EMA": 3.8},
+            "compute_seconds": compute, "exposed_seconds": exposed,
+            "step_seconds": compute + exposed, "exposed_once_seconds": once, "microbatches": microbatches, "parts_gib": {"EMA": 3.8},
             "context_gib": 6.0, "context_minimum_gib": 4.0, "steady_collectives": [gather],
             "notes": list(notes)}
 
@@ -63,8 +63,10 @@ def test_targets_are_said_with_their_misses(results):
 
 
 def test_the_page_lists_what_is_missing_and_what_was_refused(results, tmp_path):
-    results["seaweed_8b_video_h100_8x8"]["plan"]["programs"]["D step"]["refused"] = "Used 120G of 95G"
-    page.write(tmp_path, results, {**dict.fromkeys(results, "x"), "other": "apt-jax plan --config o"})
+    step = results["seaweed_8b_video_h100_8x8"]["plan"]["programs"]["D step"]
+    step["refused"] = "Used 120G of 95G"
+    page.write(tmp_path, results,
+               {**dict.fromkeys(results, "x"), "other": "apt-jax plan --config o"})
     text = (tmp_path / "README.md").read_text()
     assert "- other: `apt-jax plan --config o`" in text and "Used 120G of 95G" in text
     assert text.count("seaweed_8b_video_h100_8x8.json") == 1

@@ -1,4 +1,4 @@
-"""Verdicts, remedies and sweeps, without a compiler: what it says is text, what it finds is made up."""
+"""Verdicts, remedies and sweeps, without a compiler: what it says and finds is made up."""
 
 import dataclasses
 import types
@@ -19,8 +19,8 @@ from apt_jax.plan.run import Plan
 from apt_jax.plan.show import format_plan
 from apt_jax.train.steps import microbatches
 
-TPU = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-       "Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.\n\nTotal hbm usage >= 121G")
+TPU = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+       "hbm. Used 120.50G of 95.74G hbm. Exceeded hbm capacity by 24.76G.\n\nTotal hbm usage >= 121G")
 
 
 def measurement(name="D step", peak=10 * GIB, refused="", step=1.0, found=()):
@@ -79,7 +79,8 @@ def test_no_room_is_a_verdict_and_other_errors_stay_errors(tmp_path):
 
 def on(**shape):
     """What stands for a mesh where only sizes are asked for."""
-    return types.SimpleNamespace(shape={"replica": 1, "fsdp": 1, "context": 1, "tensor": 1, **shape})
+    return types.SimpleNamespace(
+        shape={"replica": 1, "fsdp": 1, "context": 1, "tensor": 1, **shape})
 
 
 @pytest.mark.parametrize(("given", "batch", "parts"), [
@@ -194,7 +195,8 @@ def test_the_least_that_context_sends_is_ulysses_by_hand():
     assert context_minimum(config, mesh, 8, "D step") == pytest.approx(4 * (36 + 6 * 36) * once)
     config.mesh.ulysses = 2
     assert context_minimum(config, mesh, 8, "D step") == 0  # a ring: another minimum
-    plan = made(found=[Collective("a", "all-to-all", "context", 4, "bf16", 1, 3.0 * GIB, 2.0, True)])
+    plan = made(found=[
+        Collective("a", "all-to-all", "context", 4, "bf16", 1, 3.0 * GIB, 2.0, True)])
     plan = dataclasses.replace(plan, programs=(dataclasses.replace(
         plan.programs[0], context_minimum=4.0 * GIB, traffic=plan.programs[0].steady),))
     assert "tokens sent / least possible" in format_plan(plan) and "1.50" in format_plan(plan)
