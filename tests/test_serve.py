@@ -42,7 +42,7 @@ def test_a_server_gives_what_sampling_gives_and_waits_for_nothing(generator, tex
 def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator, text):
     server = generator.server(frames=1, batch=2, weights="fp8")
     kernels = server.params["backbone"]["blocks"]["video"]["qkv"]
-    assert kernels["kernel"].dtype == E4M3
+    assert kernels["kernel_fp8"].dtype == E4M3
     ours = np.asarray(server.draw(text[0][:, :3], text[1][:, :3], seed=3))  # shorter: filled up
     want = generator.sample(PROMPTS, seed=3, frames=1, latents=True).latents
     assert 1e-3 < np.linalg.norm(ours - want) / np.linalg.norm(want) < 0.1

@@ -52,7 +52,7 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
     start = time.perf_counter()
     with elsewhere(device):
         compiled = case.function.lower(*case.args).compile()
-    found, largest, result, written = count_kernels(compiled.as_text(), [*case.kernels, FP8])
+    found, largest, result, written = count_kernels(compiled.as_text(), list(case.kernels), [FP8])
     eight = found.pop(FP8)
     wanted = dict(case.kernels)
     if device.platform == "gpu":

@@ -70,13 +70,14 @@ class Counted(NamedTuple):
     written: int
 
 
-def count_kernels(text: str, markers: Sequence[str]) -> Counted:
+def count_kernels(text: str, markers: Sequence[str], others: Sequence[str] = ()) -> Counted:
     """How often a call of the program runs custom calls that say each marker, and sizes.
 
-    text: the compiled module; loops count as often as they turn.
+    text: the compiled module; loops count as often as they turn. others: markers of calls whose
+    results are not sized.
     """
     program = parse_hlo(text)
-    counts, largest, result, written = dict.fromkeys(markers, 0.0), 0, 0, 0.0
+    counts, largest, result, written = dict.fromkeys([*markers, *others], 0.0), 0, 0, 0.0
     # what is inside a fusion stays in registers
     inside = {i.called["calls"] for body in program.computations.values() for i in body
               if i.opcode == "fusion" and "calls" in i.called}
@@ -88,10 +89,10 @@ def count_kernels(text: str, markers: Sequence[str]) -> Counted:
                 written += times * instruction.bytes
             if instruction.opcode.startswith("custom-call"):
                 line = f"{instruction.name} {instruction.rest}"
-                for marker in markers:
+                for marker in counts:
                     if marker in line:
                         counts[marker] += times
-                        result = max(result, size)
+                        result = max(result, 0 if marker in others else size)
     return Counted({marker: round(n) for marker, n in counts.items()}, largest, result,
                    round(written))
 

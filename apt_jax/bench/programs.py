@@ -14,7 +14,7 @@ from apt_jax.bench.case import Case
 from apt_jax.bench.cases import MARKERS
 from apt_jax.bench.report import row_name
 from apt_jax.errors import UserError
-from apt_jax.models.presets import discriminator_taps
+from apt_jax.models.presets import discriminator_taps, matmul_of
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import batch_ways, make_mesh, replicated, ulysses_size
 from apt_jax.parallel.sharding import abstract_like, infer_shardings
@@ -87,11 +87,11 @@ def expected_fp8(program: str, config: Any) -> int | None:
     A matrix has one forward and two in the backward pass; what is computed again comes on top, but
     for the products whose result no gradient needs.
     """
-    if config.model.matmul != "fp8":
-        return None
-    g, d = config.model.depth, discriminator_taps(config.model, config.discriminator)[-1]
+    g = config.model.depth if matmul_of(config.model) == "fp8" else 0
+    d = discriminator_taps(config.model, config.discriminator)[-1] if matmul_of(
+        config.model, config.discriminator) == "fp8" else 0
     layers = {"D step": g + 3 * d, "G step": 3 * g + 2 * d}[program]
-    return MATRICES[config.model.family] * layers
+    return MATRICES[config.model.family] * layers or None
 
 
 def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """What eight bits cost in quality: a trained model's FD, and a large network's distance from float32.
 
-Two gates. On a trained model of the demo's family the FD must move by less than it moves from one
-seed of the noise to the next. On a network like the 8B preset, narrower and shallower, with random
-weights that have the trained model's statistics, fp8 must stay within twice bfloat16's distance from
-float32.
+Two gates, and one number for training: how much of the approximated R1 penalty (Eq. 9) is rounding.
+On a trained model of the demo's family the FD must move by less than it moves from one seed of the
+noise to the next. On a network like the 8B preset, narrower and shallower, with random weights that
+have the trained model's statistics, fp8 must stay within twice bfloat16's distance from float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from apt_jax.bench.report import Results
 from apt_jax.eval.evaluate import draw, load_split
 from apt_jax.eval.measure import Reference, measure
 from apt_jax.eval.mobilenet import MobileNetFeatures
-from apt_jax.models.presets import make_generator
+from apt_jax.media import from_uint8
+from apt_jax.models.discriminator import discriminator_from_diffusion
+from apt_jax.models.presets import make_discriminator, make_generator
 
 LIMIT = 2.0  # times bfloat16's own error
 
@@ -146,6 +148,39 @@ def distance_rows(checkpoint: str, results: Results, *, depths: Sequence[int],
         results.add(name, row)
         tell(f"{name:<44} bfloat16 {row['bfloat16']:.2%}  fp8 {row['fp8']:.2%}  "
              f"{row['ratio']:.1f} times: {'passes' if row['passes'] else 'fails'}")
+
+
+# -- the penalty -------------------------------------------------------------------------------------
+
+
+def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] = (0.01, 0.1),
+                 count: int = 64, tell: Callable[[str], None] = print) -> None:
+    """A row per sigma: mean (D(x) - D(x + sigma eps))^2 on real pictures, by D as it starts from the
+    checkpoint (its backbone, new heads), with the config's own products and in eight bits."""
+    generator = api.load(checkpoint)
+    data = generator.config.data
+    real = load_split(data.path, data.split, 1, data.height, data.width,
+                      max_text_tokens=data.max_text_tokens)
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(len(real.captions))[:count]
+    x, text, mask = from_uint8(real.frames[rows]), real.text[rows], real.mask[rows]
+    noise, t = rng.standard_normal(x.shape, np.float32), rng.random(len(x), np.float32)
+    for sigma in sigmas:
+        name = f"penalty/{checkpoint}/sigma {sigma:g}"
+        if name in results:
+            continue
+        row = {}
+        for key, matmul in (("dtype", "dtype"), ("fp8", "fp8")):
+            net = make_discriminator({**dict(generator.model), "matmul": matmul},
+                                     generator.config.discriminator)
+            params = discriminator_from_diffusion(generator.params, net, jax.random.key(0))
+            judge = jax.jit(net)
+            difference = (judge(params, x, t, text, mask)
+                          - judge(params, x + sigma * noise, t, text, mask))
+            row[key] = float(jnp.mean(difference**2))
+        row["ratio"] = row["fp8"] / row["dtype"]
+        results.add(name, row)
+        tell(f"{name:<44} {row['dtype']:.2e}  fp8 {row['fp8']:.2e}  {row['ratio']:.1f} times")
 
 
 def report(checkpoint: str, results: Results, tell: Callable[[str], None] = print) -> bool:

@@ -8,8 +8,9 @@ train       the D and the G step of an adversarial --config.
 vae         the VAE's decoder on a sample of --config's size: in causal chunks of 1, 2 and 4 latents,
             and in tiles.
 pipeline    UMT5-XXL, one step of --config's network and the VAE: latency, each stage, throughput.
-fp8         what products in eight bits cost in quality: the FD of --checkpoint, and the distance from
-            float32 of networks like the 8B preset with the checkpoint's statistics.
+fp8         what products in eight bits cost in quality: the FD of --checkpoint, the distance from
+            float32 of networks like the 8B preset with the checkpoint's statistics, and how much of
+            the approximated R1 penalty is rounding.
 cpu         the demo's network and one of 100M parameters against the same in PyTorch, eager and
             compiled: forward and training step. Needs torch.
 
@@ -177,6 +178,7 @@ def _fp8(args: argparse.Namespace) -> int:
 
     results = Results(_path(args), "cpu")
     quality.distance_rows(args.checkpoint, results, depths=args.depths, seeds=range(2))
+    quality.penalty_rows(args.checkpoint, results)
     quality.fd_rows(args.checkpoint, results, seeds=range(args.seeds), count=args.count,
                     mode=args.mode or ("euler" if args.checkpoint == "bundled:base" else "one_step"))
     return 0 if quality.report(args.checkpoint, results) else 1

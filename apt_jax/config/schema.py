@@ -87,6 +87,8 @@ FIELDS: tuple[Field, ...] = (
     _f("discriminator.backbone", "train", "train it, freeze it, or train it at backbone_rate",
        choices=("train", "frozen", "rate")),
     _f("discriminator.backbone_rate", 0.1, "multiplies the backbone's learning rate", low=0),
+    _f("discriminator.matmul", "model", "matrix products of its backbone: as model.matmul says, in "
+       "model.dtype, or in eight bits", choices=("model", "dtype", "fp8")),
     _f("discriminator.heads", 0, "attention heads of the head blocks; 0 takes model.heads", low=0),
     # -- low-rank adapters
     _f("lora.rank", 0, "train adapters of this rank on the blocks' attention and MLP matrices, the "

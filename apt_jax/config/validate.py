@@ -150,8 +150,9 @@ def _lora(c: ml_collections.ConfigDict) -> None:
     if not c.lora.rank:
         _require(not c.lora.discriminator, "lora.discriminator is set but lora.rank = 0; set a rank")
         return
-    _require(c.model.matmul == "dtype", "model.matmul = 'fp8' has no adapters; set lora.rank = 0, "
-                                        "or model.matmul = 'dtype'")
+    _require("fp8" not in (c.model.matmul, c.discriminator.matmul),
+             "model.matmul or discriminator.matmul = 'fp8' has no adapters; set lora.rank = 0, or "
+             "products in model.dtype")
     _require(c.stage == "consistency" or bool(c.init.generator),
              "lora.rank is set, but init.generator names no base for the adapters; give one")
     if c.lora.discriminator and c.stage == "adversarial":
@@ -185,9 +186,10 @@ def _objective(c: ml_collections.ConfigDict) -> None:
     _require(not exact or c.model.attention in ("auto", "oracle"),
              f"model.attention = {c.model.attention!r} cannot be differentiated twice, which "
              "objective.adversarial.r1_mode = 'exact' needs; use 'auto' or 'oracle'")
-    _require(not exact or c.model.matmul == "dtype",
-             "model.matmul = 'fp8' cannot be differentiated twice, which "
-             "objective.adversarial.r1_mode = 'exact' needs; set one of them back")
+    judged = c.model.matmul if c.discriminator.matmul == "model" else c.discriminator.matmul
+    _require(not exact or judged == "dtype",
+             "products in eight bits cannot be differentiated twice, which "
+             "objective.adversarial.r1_mode = 'exact' needs; set discriminator.matmul = 'dtype'")
     _require(not (a.r2 and a.r1_mode == "exact"),
              "objective.adversarial.r2 has no exact form here; set r1_mode to 'approximate'")
 

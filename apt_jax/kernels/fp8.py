@@ -83,11 +83,14 @@ def _rows(x: jax.Array) -> Quantised:
 
 
 def matmul_quantised(x: jax.Array, w: Quantised) -> jax.Array:
-    """x [..., K] times weights that are quantised already, values [K, N] and scale [1, N].
+    """x [..., K] times weights that are quantised already, turned: values [N, K], scale [N, 1].
 
-    Returns [..., N] in x's dtype. For inference: it has no gradient of its own.
+    Returns [..., N] in x's dtype, `matmul`'s numbers. For inference: it has no gradient of its own.
     """
-    return _multiply(_rows(x), w, x.dtype, widened()).reshape(*x.shape[:-1], -1)
+    rows = _rows(x)
+    y = _scaled(_product(rows.values, w.values, (1, 1), x.dtype, widened()), rows.scale, w.scale.T,
+                dtype=x.dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -55,9 +55,17 @@ def attention_of(model: Any) -> str:
     return model["attention"] if "attention" in model else "auto"
 
 
-def _with_matmul(make: Callable[..., nnx.Module], model: Any) -> Callable[..., nnx.Module]:
-    """In eight bits if config.model.matmul says so; weights that say nothing are older than it."""
-    return with_fp8(make) if "matmul" in model and model["matmul"] == "fp8" else make
+def matmul_of(model: Any, discriminator: Any = None) -> str:
+    """"dtype" or "fp8", of config.model or of the discriminator's backbone; weights that say nothing
+    are older than the fields."""
+    own = discriminator["matmul"] if discriminator and "matmul" in discriminator else "model"
+    if own != "model":
+        return own
+    return model["matmul"] if "matmul" in model else "dtype"
+
+
+def _with_matmul(make: Callable[..., nnx.Module], matmul: str) -> Callable[..., nnx.Module]:
+    return with_fp8(make) if matmul == "fp8" else make
 
 
 def adapter_scale(lora: Any) -> float:
@@ -75,7 +83,7 @@ def make_generator(model: Any, lora: Any = None) -> Network:
     lora: config.lora, for a network with adapters.
     """
     config = model_config(model)
-    make = _with_adapters(_with_matmul(family_of(model).generator, model), lora)
+    make = _with_adapters(_with_matmul(family_of(model).generator, matmul_of(model)), lora)
     return Network.build(lambda rngs: make(config, rngs=rngs), attention=attention_of(model))
 
 
@@ -92,8 +100,8 @@ def make_discriminator(model: Any, discriminator: Any, lora: Any = None) -> Netw
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads
-    make = _with_adapters(_with_matmul(family_of(model).backbone, model),
-                          lora if lora and lora["discriminator"] else None)
+    make = _with_matmul(family_of(model).backbone, matmul_of(model, discriminator))
+    make = _with_adapters(make, lora if lora and lora["discriminator"] else None)
     return Network.build(
         lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),
         attention=attention_of(model))

@@ -21,15 +21,16 @@ from apt_jax.kernels.fp8 import E4M3, Quantised, matmul, matmul_quantised, quant
 from apt_jax.nn.functional import Network, Params
 from apt_jax.nn.lora import MATRICES
 
-SCALE = "kernel_scale"
+KERNEL, SCALE = "kernel_fp8", "kernel_scale"
 
 
 class Fp8Linear(nnx.Linear):
     """A dense layer that rounds its float kernel and its input to eight bits when it is called."""
 
-    def __init__(self, linear: nnx.Linear, *, rngs: nnx.Rngs):
+    def __init__(self, linear: nnx.Linear):
+        # Random keys of its own: what is made after it starts as in the network without.
         super().__init__(linear.in_features, linear.out_features, dtype=linear.dtype,
-                         param_dtype=jnp.float32, rngs=rngs)
+                         param_dtype=jnp.float32, rngs=nnx.Rngs(0))
         self.kernel, self.bias = linear.kernel, linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -38,17 +39,21 @@ class Fp8Linear(nnx.Linear):
 
 
 class StoredFp8Linear(nnx.Module):
-    """The same with the kernel in eight bits, [..., d_in, d_out], and a scale for each output."""
+    """The same with the kernel in eight bits and a scale for each output.
+
+    kernel_fp8 is [..., d_out, d_in]: cuBLASLt multiplies eight-bit matrices only where both are
+    contiguous along the contraction, and would turn all layers' weights around in every call.
+    """
 
     def __init__(self, layer: Fp8Linear):
         *stack, d_in, d_out = layer.kernel.shape
         self.dtype = layer.dtype
-        self.kernel = nnx.Param(jnp.zeros((*stack, d_in, d_out), E4M3))
+        self.kernel_fp8 = nnx.Param(jnp.zeros((*stack, d_out, d_in), E4M3))
         self.kernel_scale = nnx.Param(jnp.ones((*stack, d_out), jnp.float32))
         self.bias = layer.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = Quantised(self.kernel[...], self.kernel_scale[...][None])
+        w = Quantised(self.kernel_fp8[...], self.kernel_scale[...][:, None])
         return matmul_quantised(x.astype(self.dtype), w) + self.bias[...].astype(self.dtype)
 
 
@@ -56,7 +61,7 @@ def with_fp8(make: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
     """`make(..., rngs=rngs)` whose modules multiply the MATRICES of their blocks in eight bits."""
     def made(*args: Any, rngs: nnx.Rngs, **kwargs: Any) -> nnx.Module:
         module = make(*args, rngs=rngs, **kwargs)
-        _replace(module, nnx.Linear, lambda layer: Fp8Linear(layer, rngs=rngs))
+        _replace(module, nnx.Linear, Fp8Linear)
         return module
 
     return made
@@ -83,13 +88,11 @@ def store(served: Network, params: Params) -> Params:
     """Float parameters -> those of `stored`'s network: blocks' kernels rounded once, the other
     matrices in the dtype that their layers compute in. Jittable."""
     def walk(node: Mapping[str, Any], shapes: Mapping[str, Any]) -> Params:
-        found = {key: walk(value, shapes[key]) if isinstance(value, Mapping) else value
-                 for key, value in node.items()}
-        if SCALE in shapes and SCALE not in node:
-            # as Fp8Linear: first the dtype of the layer, then eight bits
-            w = quantise(node["kernel"].astype(dtype), -2)
-            found |= {"kernel": w.values, SCALE: w.scale[..., 0, :]}
-        return found
+        if KERNEL in shapes:  # as Fp8Linear: first the dtype of the layer, then eight bits
+            w = quantise(jnp.swapaxes(node["kernel"], -1, -2).astype(dtype), -1)
+            return {KERNEL: w.values, SCALE: w.scale[..., 0], "bias": node["bias"]}
+        return {key: walk(value, shapes[key]) if isinstance(value, Mapping) else value
+                for key, value in node.items()}
 
     dtype = _dtype(served)
     return served.compute_copy(walk(params, served.shapes))

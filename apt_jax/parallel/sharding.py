@@ -45,8 +45,14 @@ HEAD_RULES = (
     (r"/heads/(q|kv|mlp/up)/(kernel|bias)$", COLUMNS),
     (r"/heads/(out|mlp/down)/kernel$", ROWS),
 )
+# What is served in eight bits lies turned around, [d_out, d_in] (nn/fp8.py).
+FP8_RULES = (
+    (r"/blocks/.*/(q|k|v|qkv|up)/kernel_fp8$", ROWS),
+    (r"/blocks/.*/(q|k|v|qkv|up)/kernel_scale$", COLUMNS),
+    (r"/blocks/.*/(out|down)/kernel_fp8$", COLUMNS),
+)
 RULES: tuple[tuple[str, Any], ...] = (
-    *STATE_RULES, *MMDIT_RULES, *WAN_RULES, *HEAD_RULES, (r"", INFER))
+    *STATE_RULES, *FP8_RULES, *MMDIT_RULES, *WAN_RULES, *HEAD_RULES, (r"", INFER))
 STACKED = re.compile(r"(^|/)(blocks|heads)/")
 
 # Below this many elements the gather costs more than the memory it saves.

@@ -51,6 +51,8 @@ def test_kernels_are_counted_as_often_as_loops_turn():
     assert (found.largest, found.result) == (128, 128)
     assert found.written == 2 * 2 * 2  # the fusion; kernels' results and tuples do not count
     assert count_kernels(HLO, ["apt_flash_forward"]).result == 32
+    aside = count_kernels(HLO, ["apt_flash_forward"], ["apt_flash_dq"])
+    assert aside.kernels["apt_flash_dq"] == 1 and aside.result == 32
 
 
 def test_a_kernel_whose_attributes_wrap_does_not_end_its_computation():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apt_jax.kernels.fp8 import E4M3
-from apt_jax.models.presets import make_discriminator, make_generator
+from apt_jax.models.presets import make_discriminator, make_generator, matmul_of
 from apt_jax.nn.fp8 import SCALE, store, stored
 from apt_jax.nn.functional import Network
 
@@ -57,9 +57,19 @@ def test_stored_weights_are_the_same_network_in_eight_bits(model, count):
 
 
 def test_the_discriminators_heads_stay_as_they_are():
-    net = make_discriminator(MMDIT | {"matmul": "fp8"}, {"taps": (1,), "heads": 0})
-    kept = store(stored(net), random(net))
+    net, plain = (make_discriminator(MMDIT, {"taps": (1,), "heads": 0, "matmul": matmul})
+                  for matmul in ("fp8", "dtype"))
+    start = jax.jit(net.init)(jax.random.key(0))  # the switch changes no weights
+    jax.tree.map(np.testing.assert_array_equal, start, jax.jit(plain.init)(jax.random.key(0)))
+    kept = store(stored(net), start)
     scaled = [jax.tree_util.keystr(path) for path, _ in
               jax.tree_util.tree_leaves_with_path(kept) if SCALE in jax.tree_util.keystr(path)]
     assert len(scaled) == 8 and not any("heads" in name for name in scaled)
     assert kept["heads"]["q"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_g_and_d_choose_for_themselves():
+    fp8 = MMDIT | {"matmul": "fp8"}
+    assert [matmul_of(m, {"matmul": d}) for m in (MMDIT, fp8) for d in ("model", "dtype", "fp8")
+            ] == ["dtype", "dtype", "fp8", "fp8", "dtype", "fp8"]
+    assert matmul_of(fp8) == "fp8" and matmul_of(MMDIT, {"taps": ()}) == "dtype"
