@@ -89,18 +89,16 @@ def test_work_and_verdict(measured, config):
     assert any(t.axes == "fsdp" for t in d_step.traffic)
 
 
-def test_what_is_computed_again_follows_the_policy(measured, config):
-    """The blocks of D's two passes that take a gradient, forward once more, and no more."""
-    *_, results = measured
-    d_step, g_step, _ = results
+def test_what_is_computed_again_follows_the_policy(measured):
+    """remat full: the blocks of the passes that take a gradient, forward once more, and no more."""
+    _, _, programs, (d_step, g_step, draw) = measured
     assert d_step.executed.backward - d_step.flops.backward == pytest.approx(
         3 / 4 * d_step.flops.forward, rel=0.2)
-    assert g_step.executed.total > 1.2 * g_step.flops.total
-    config = config.copy_and_resolve_references()
-    config.model.remat = "none"
-    program = training_programs(config, jax.devices())[0]
-    model, executed = work(program)
-    assert executed == model == d_step.flops
+    assert g_step.executed.total > 1.2 * g_step.flops.total and draw.executed == draw.flops
+    plain = dataclasses.replace(  # the policy "none": nothing
+        programs[2], training=True, reference=lambda remat: programs[2].reference("none"))
+    model, executed = work(plain)
+    assert executed == model == draw.flops
 
 
 def test_only_what_cannot_be_counted_is_estimated(measured, monkeypatch):
