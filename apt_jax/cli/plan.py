@@ -50,11 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print the tables; status 0 when it fits, 1 when it does not."""
+    from apt_jax.errors import UserError
     from apt_jax.plan.devices import prepare_environment
 
+    if args.reuse and not args.hlo:
+        raise UserError("--reuse reads kept programs; name their folder with --hlo DIR")
     prepare_environment()
     from apt_jax.config import load_config, validate
-    from apt_jax.errors import UserError
     from apt_jax.parallel.flags import compiler_options
     from apt_jax.plan import run as planning
     from apt_jax.plan.chips import parse_topology

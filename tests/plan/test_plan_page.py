@@ -83,6 +83,8 @@ def test_every_case_is_a_command_that_the_cli_takes(monkeypatch):
         ("wan_14b", "h100:8x8"), ("wan_1_3b_apt_video", "h100:1x1"),
         ("seaweed_8b_video", "v5p:4x4x4"), ("seaweed_8b_image", "v6e:16x16")}
     assert all((ROOT / a.config).is_file() for a in seen)
+    monkeypatch.undo()
+    assert main(["plan", "--config", "x.py", "--topology", "h100:1x8", "--reuse"]) == 2  # of what
 
 
 def test_the_committed_page_is_what_the_committed_plans_say(tmp_path, monkeypatch):
