@@ -85,6 +85,48 @@ def test_the_8b_train_steps_run_the_kernels_they_should(tmp_path, remat, forward
     assert [steps[name]["apt_flash_dkv"] for name in ("D step", "G step")] == [36, 72]
 
 
+FP8 = "__cublas$lt$matmul$f8"
+ONE_GPU = ["--topology", "h100:1x1", *MESH, "--config.mesh.context=1"]
+
+
+@needs_cuda
+def test_eight_bit_weights_are_multiplied_as_such_and_not_copied(tmp_path):
+    """Eight products a layer; XLA would turn weights around that did not lie as cuBLASLt reads them,
+    and all layers' at once (7.6 GiB)."""
+    rows = bench(tmp_path, "forward", *VIDEO_8B, *ONE_GPU, "--weights", "fp8", "bfloat16",
+                 "--backends", "pallas")
+    eight, half = rows.values()
+    assert eight["kernels"][FP8] == 8 * 36 and half["kernels"][FP8] == 0
+    assert eight["temporary_bytes"] < half["temporary_bytes"] + 1.5 * 2**30
+
+
+@needs_cuda
+def test_a_block_is_one_kernel_and_its_products(tmp_path):
+    rows = bench(tmp_path, "block", *VIDEO_8B, *ONE_GPU, "--weights", "bfloat16", "fp8",
+                 "--backends", "pallas")
+    assert [row["kernels"][FP8] for row in rows.values()] == [0, 0, 8, 24]
+    assert [row["kernels"]["apt_flash_dkv"] for row in rows.values()] == [0, 1, 0, 1]
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_training_multiplies_in_eight_bits(tmp_path):
+    rows = bench(tmp_path, "train", *VIDEO_8B, *ONE_GPU, "--config.model.depth=2",
+                 "--config.discriminator.taps=1,2", "--weights", "fp8", "--backends", "pallas")
+    d, g = rows.values()
+    assert d["kernels"][FP8] >= 8 * (2 + 3 * 2) and g["kernels"][FP8] >= 8 * (3 * 2 + 2 * 2)
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_the_pipelines_stages_compile(tmp_path):
+    rows = bench(tmp_path, "pipeline", *VIDEO_8B, *ONE_GPU, "--weights", "fp8", "--decoders",
+                 "chunk 1", "--backends", "pallas")
+    encode, draw, decode = rows.values()
+    assert draw["kernels"]["apt_flash_forward"] == 36
+    assert decode["temporary_bytes"] < 20 * 2**30 and encode["temporary_bytes"] < 2**30
+
+
 @needs_tpu
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_splash_attention_compiles_for_tpus(tmp_path, topology):

@@ -11,6 +11,8 @@ from apt_jax.kernels.fp8 import E4M3
 from apt_jax.models.presets import make_discriminator, make_generator, matmul_of
 from apt_jax.nn.fp8 import SCALE, store, stored
 from apt_jax.nn.functional import Network
+from apt_jax.parallel.mesh import make_mesh
+from apt_jax.parallel.sharding import spec_for
 
 MMDIT = dict(family="mmdit", in_channels=3, out_channels=3, patch=(1, 2, 2), width=32, depth=1,
              heads=2, head_dim=16, rope_axes=(4, 6, 6), text_width=8, dtype="bfloat16")
@@ -73,3 +75,13 @@ def test_g_and_d_choose_for_themselves():
     assert [matmul_of(m, {"matmul": d}) for m in (MMDIT, fp8) for d in ("model", "dtype", "fp8")
             ] == ["dtype", "dtype", "fp8", "fp8", "dtype", "fp8"]
     assert matmul_of(fp8) == "fp8" and matmul_of(MMDIT, {"taps": ()}) == "dtype"
+
+
+def test_stored_weights_are_cut_over_tensor_as_their_float_ones():
+    """They lie turned around: outputs of qkv and up, inputs of out and down."""
+    mesh = make_mesh({"replica": 1, "fsdp": 4, "tensor": 2})
+    cuts = {name: spec_for(f"backbone/blocks/video/{name}", shape, mesh) for name, shape in {
+        "qkv/kernel_fp8": (2, 96, 32), "qkv/kernel_scale": (2, 96), "mlp/down/kernel_fp8":
+        (2, 32, 128)}.items()}
+    assert [list(spec).index("tensor") for spec in cuts.values()] == [1, 1, 2]
+    assert spec_for("backbone/blocks/video/qkv/kernel", (2, 32, 96), mesh)[2] == "tensor"
