@@ -335,19 +335,27 @@ def test_a_hub_id_without_the_network(tmp_path, monkeypatch, capsys):
 
 
 def test_a_hub_id_is_recorded(wan_source, tmp_path, monkeypatch):
+    """The hub's cache is a folder of symbolic links, named by the commit."""
     import types
 
-    calls = {}
+    calls, snapshot = {}, tmp_path / "hub" / "snapshots" / "0123abc"
+    for name in tree(wan_source[0]):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(wan_source[0] / name)
 
     def snapshot_download(name, revision, allow_patterns):
         calls.update(name=name, revision=revision)
-        return str(wan_source[0])
+        return str(snapshot)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub",
                         types.SimpleNamespace(snapshot_download=snapshot_download))
     out = import_folder("Wan-AI/Tiny", tmp_path / "out", revision="v1")
     assert calls == {"name": "Wan-AI/Tiny", "revision": "v1"}
     source = json.loads((out / "config.json").read_text())["source"]
-    assert source["hub"] == "Wan-AI/Tiny" and source["revision"] == wan_source[0].name
-    readme = (export_folder(str(out), tmp_path / "e") / "README.md").read_text()
-    assert "base_model: Wan-AI/Tiny" in readme
+    assert source["hub"] == "Wan-AI/Tiny" and source["revision"] == "0123abc"
+    exported = export_folder(str(out), tmp_path / "e")
+    assert "base_model: Wan-AI/Tiny" in (exported / "README.md").read_text()
+    for folder in (out, exported):  # whole without the cache
+        assert not any(path.is_symlink() for path in folder.rglob("*"))
+    kept = f"vae/{STEM}.safetensors"
+    assert (exported / kept).samefile(wan_source[0] / kept)

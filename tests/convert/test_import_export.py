@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import synthetic
 
+from apt_jax import tensor_files
 from apt_jax.cli import main as cli
+from apt_jax.config.networks import NETWORKS
+from apt_jax.convert import engine, exporting
 from apt_jax.convert.exporting import export_folder
+from apt_jax.convert.families import transformer_plan
 from apt_jax.convert.importing import import_folder
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
@@ -120,6 +124,8 @@ def test_what_an_export_writes(wan_source, wan_components, tmp_path):
                      "--two-step-time", "0.25", "--quiet"]) == 0
     want = {n for n in tree(wan_source[0]) if not n.startswith("transformer/diff")}
     assert set(tree(out)) == want | {f"transformer/{STEM}.safetensors"}
+    for kept in (f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"):
+        assert (out / kept).samefile(wan_source[0] / kept)  # a hard link, through the import
     index = json.loads((out / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
@@ -143,6 +149,26 @@ def test_shards_and_dtypes_of_an_export(wan_source, wan_components, tmp_path):
         for name, value in wan_source[1].items():
             np.testing.assert_array_equal(found.read(name), value.astype(np.float32))
             assert found.tensors[name].dtype == np.float32
+
+
+def test_weights_above_5_gb_are_several_files(wan_components, tmp_path, monkeypatch):
+    """The limit that an export has unless told otherwise, on the sizes of Wan 1.3B."""
+    limits, write = [], exporting.write_files
+
+    def noting(*args, limit, **more):
+        limits.append(limit)
+        write(*args, limit=limit, **more)
+
+    monkeypatch.setattr(exporting, "write_files", noting)
+    assert cli.main(["convert", "export", "--checkpoint", str(wan_components), "--to",
+                     str(tmp_path / "out"), "--quiet"]) == 0
+    export_folder(str(wan_components), tmp_path / "again")
+    assert len(set(limits)) == 1 and len(limits) == 2
+    plan = transformer_plan(NETWORKS["wan_1_3b"])
+    for dtype, files in (("BF16", 1), ("F32", 2)):  # 2.8 and 5.7 GB
+        specs = engine.their_specs(plan, {engine.DEFAULT: dtype})
+        sizes = [sum(s.nbytes for s in group) for group in tensor_files._split(specs, limits[0])]
+        assert len(sizes) == files and max(sizes) <= 5e9
 
 
 def test_a_transformer_alone(tmp_path):
