@@ -128,10 +128,22 @@ def test_a_cut_file(wan_source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("model", [synthetic.WAN, synthetic.QWEN], ids=["wan", "qwen"])
-def test_what_we_write_reads_back_as_the_merge(model, tmp_path):
+# Every matrix of attention and MLP, by diffusers' names, and nothing else.
+BLOCK = {"wan": "blocks", "qwen": "transformer_blocks"}
+MATRICES = {
+    "wan": [*(f"attn{n}.{m}" for n in (1, 2) for m in ("to_q", "to_k", "to_v", "to_out.0")),
+            "ffn.net.0.proj", "ffn.net.2"],
+    "qwen": [*(f"attn.{m}" for m in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj",
+                                     "add_k_proj", "add_v_proj", "to_add_out")),
+             *(f"{side}_mlp.net.{m}" for side in ("img", "txt") for m in ("0.proj", "2"))],
+}
+
+
+@pytest.mark.parametrize("model_name", MATRICES)
+def test_what_we_write_reads_back_as_the_merge(model_name, tmp_path):
     """Adapters -> file -> adapters of their matrices: the same as merging ours, also for a fused
     qkv, whose three matrices share A."""
+    model = {"wan": synthetic.WAN, "qwen": synthetic.QWEN}[model_name]
     config = base_config()
     config.lora.rank, config.lora.alpha = 3, 6.0
     net = make_generator(model, config.lora)
@@ -144,6 +156,8 @@ def test_what_we_write_reads_back_as_the_merge(model, tmp_path):
     kernels = [leaf for leaf in table.leaves.values()
                if leaf.name.replace("kernel", "lora_a") in flatten(adapters)]
     assert len(found) == sum(len(row) for leaf in kernels for row in leaf.parts)
+    assert set(found) == {f"{BLOCK[model_name]}.{i}.{module}.weight" for i in range(model["depth"])
+                          for module in MATRICES[model_name]}
     merged = flatten(lora.merge(lora.join(base, adapters), 2.0))
     for leaf in kernels:
         value = flatten(base)[leaf.name]
