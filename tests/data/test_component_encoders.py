@@ -1,5 +1,6 @@
 """The VAE and the text encoder of a checkpoint, as preparation runs them."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
+from apt_jax.data import text_encoders
 from apt_jax.data.text_encoders import UMT5Encoder, load_text_encoder
 from apt_jax.data.vae_codec import VaeCodec
 from apt_jax.errors import UserError
 from apt_jax.models.umt5 import make_umt5
 from apt_jax.models.vae import load_vae
+from apt_jax.parallel import sharding
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,22 @@ def test_states_are_the_encoders_trimmed(checkpoint, caplog):
     long, mask = encoder.encode(["a film a film a film a film"], 4)
     assert "1 of 1 captions are longer than 4" in caplog.text and len(caplog.records) == 1
     assert mask.all() and np.abs(long[0, 3] - long[0, 1]).max() > 0.01
+
+
+def test_the_text_encoder_lies_in_shards_on_all_devices(checkpoint, monkeypatch):
+    """As XXL does; this one is small enough to be kept whole, so the threshold is lowered."""
+    whole, mask = load_text_encoder(checkpoint, "float32").encode(["a cat", "a film"], 4)
+    monkeypatch.setattr(sharding, "infer_shardings",
+                        functools.partial(sharding.infer_shardings, min_elements=8))
+    held, read = [], text_encoders._read_params
+    monkeypatch.setattr(text_encoders, "_read_params",
+                        lambda *given: held.append(read(*given)) or held[0])
+    cut, same = load_text_encoder(checkpoint, "float32").encode(["a cat", "a film"], 4)
+    np.testing.assert_array_equal(mask, same)
+    np.testing.assert_allclose(cut, whole, atol=1e-5)
+    here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(held[0]))
+    assert here < 0.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(held[0]))
+    assert len(held[0]["embedding"].sharding.device_set) == 8
 
 
 def test_names_tell_weights_and_precision_apart(checkpoint, codec, tmp_path):

@@ -4,6 +4,7 @@ sharded; and prompts become ids as in Wan's pipeline."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -112,8 +113,14 @@ def test_weights_in_bfloat16_serve(fixture, states):
     assert got.dtype == np.float32 and 1e-4 < relative_error(got, states) < 5e-2
 
 
-def test_xxl_builds_without_allocating():
-    assert make_umt5(UMT5Config()).parameter_count() == 5_680_910_336
+def test_xxl_builds_without_allocating_and_eight_devices_share_it():
+    net = make_umt5(UMT5Config())
+    assert net.parameter_count() == 5_680_910_336
+    abstract = net.abstract()
+    cut = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), abstract,
+                       infer_shardings(abstract, make_mesh({"fsdp": 8})))
+    share = sum(jax.tree.leaves(cut))
+    assert share < 1.001 * 5_680_910_336 / 8  # 1.4 GB each in bfloat16
 
 
 def test_config_of_a_component():
