@@ -200,6 +200,35 @@ def test_interrupted_and_continued_ends_with_the_same_bytes(prepared, tmp_path, 
     assert files(tmp_path / "out") == files(prepared / "out")
 
 
+def test_films_in_archives_give_the_latents_of_the_files(prepared, tmp_path):
+    """Bytes of films in a column of a parquet file and in a tar, beside captions."""
+    pa = pytest.importorskip("pyarrow")
+    import io
+    import tarfile
+
+    import pyarrow.parquet
+
+    names = ["film2.mp4", "slow.webm", "still0.png"]
+    data = [(prepared / "in" / name).read_bytes() for name in names]
+    pa.parquet.write_table(pa.table({"video": data, "caption": names}), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        for i, (name, content) in enumerate(zip(names, data)):
+            for member, part in ((name, content), (f"{name.split('.')[0]}.txt", name.encode())):
+                info = tarfile.TarInfo(f"{i}{member}")
+                info.size = len(part)
+                archive.addfile(info, io.BytesIO(part))
+    want = {(r.source, r.start): r.values for _, r in all_records(prepared / "out")
+            if r.source in names}
+    for source in ("a.parquet", "b.tar"):
+        run(tmp_path / source, tmp_path / f"out.{source}",
+            dataclasses.replace(SETTINGS, holdout=0.0))
+        found = {(r.caption, r.start): r.values
+                 for _, r in all_records(tmp_path / f"out.{source}")}
+        assert found.keys() == want.keys() and len(found) == 5
+        for key, values in want.items():
+            np.testing.assert_array_equal(found[key], values)
+
+
 def test_another_vae_is_another_data_set(prepared, tmp_path):
     run(prepared / "in", tmp_path / "out")
     other = tiny.PoolCodec()
