@@ -28,7 +28,7 @@ class Collective:
       kind: one of KINDS.
       axes: mesh axes that the devices of one group span ("fsdp", "replica+fsdp", "?" if none fit).
       group: devices of one group.
-      dtype: of what travels (the first array of several).
+      dtype: of what travels; of several arrays, the one that most of the bytes have.
       bytes: of the whole result (all-gather), the whole input (reduce-scatter) or the array.
       wire: bytes that each device sends, on a ring.
       times: runs per call of the program.
@@ -97,7 +97,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
             wire = _wire(kind, total, size)
             found[key] = Collective(
                 instruction.name, kind, _axes(members, groups_of_axes, kind), size,
-                next((a.dtype for a in arrays), "?"), total, wire, times, times > microbatches,
+                _dtype(arrays), total, wire, times, times > microbatches,
                 members[0] if members else (),
                 wire / link_rate(members[0] if members else (), chip) if chip else 0.0)
     if chip is None:
@@ -110,6 +110,14 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
 
 def _share(seconds: float, exposed: float) -> float:
     return 1.0 - min(1.0, exposed / seconds) if seconds > 0 else 1.0
+
+
+def _dtype(arrays: Sequence[Array]) -> str:
+    """XLA joins arrays of several types in one transfer: matrices, and their float32 scales."""
+    size: dict[str, int] = {}
+    for array in arrays:
+        size[array.dtype] = size.get(array.dtype, 0) + array.bytes
+    return max(size, key=size.__getitem__, default="?")
 
 
 def _bytes(arrays: Sequence[Array]) -> int:

@@ -179,6 +179,13 @@ def test_a_permute_of_several_arrays_sends_each_once():
         assert found.bytes == found.wire == count * 64 * 8 * 2
 
 
+def test_joined_arrays_have_the_type_of_most_bytes():
+    program = entry("ROOT %g = (f32[64]{0}, bf16[4096,4096]{1,0}) all-gather(%p, %q), "
+                    "replica_groups=[1,8]<=[8], dimensions={0}")
+    (found,) = collectives(program, {"fsdp": 8})
+    assert found.dtype == "bf16" and found.bytes == 2 * 4096**2 + 64 * 4
+
+
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         parse_hlo("not a module")

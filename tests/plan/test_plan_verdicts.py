@@ -177,6 +177,9 @@ def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
     gathers = [r for r in value["steady_collectives"] if r["kind"] == "all-gather"]
     assert {r["dtype"]: r["count"] for r in gathers} == {"bf16": 144.0, "f32": 72.0}  # a b, h
     assert "exposed in the layers" in format_plan(plan)
+    steps = [dataclasses.replace(one(name, hidden=0.0, steady=False), times=times)
+             for name, times in (("update", 1.0), ("turn", 500.0))]
+    assert made(found=steps).programs[0].exposed_once == pytest.approx(1e-3)
     program = Program("D step", None, (), None, {}, 8)
     notes = _notes(program, found, {"fsdp": 1})
     assert [n for n in notes if "(d)" in n and "outside the layers" in n]
