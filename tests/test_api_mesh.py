@@ -10,6 +10,7 @@ from PIL import Image
 import apt_jax
 from apt_jax.cli import main as cli
 from apt_jax.eval.generate import sample_noise
+from apt_jax.parallel.context import ContextParallel
 
 PROMPTS = ["red heart", "cat face", "red apple"]  # three: no batch axis divides them
 
@@ -55,3 +56,17 @@ def test_the_command_takes_the_mesh_flags_of_train(tmp_path, capsys):
     assert "the nearest size that works" in capsys.readouterr().err
     assert cli.main([*command, "--config.train.steps=3"]) == 2
     assert "but those of mesh" in capsys.readouterr().err
+
+
+def test_a_bfloat16_network_casts_its_matrices_before_they_travel(monkeypatch):
+    seen = []
+    layer = ContextParallel.layer
+    monkeypatch.setattr(ContextParallel, "layer", lambda self, tree: (
+        seen.extend(leaf.dtype for leaf in jax.tree.leaves(tree) if leaf.ndim == 2),
+        layer(self, tree))[1])
+    eight = apt_jax.load("bundled:base", mesh={"fsdp": 8})
+    model = {**dict(eight.model), "dtype": "bfloat16"}
+    generator = apt_jax.Generator(model, eight.params, eight.config, scope=eight.network.scope)
+    text, mask = generator.encode(PROMPTS)
+    pixels = generator.draw(text, mask, PROMPTS, null=(text[0], mask[0]), frames=1).frames
+    assert set(seen) == {np.dtype("bfloat16")} and pixels.std() > 10
