@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from apt_jax.cli import main as cli
 from apt_jax.config import base_config, save_json
 from apt_jax.convert.exporting import export_folder
 from apt_jax.convert.provenance import history
@@ -74,7 +75,10 @@ def test_the_asked_weights_in_the_dtypes_of_the_base(chain, wan_source, tmp_path
     from apt_jax.convert.families import transformer_plan
     from apt_jax.weights import flatten
 
-    out = export_folder(str(chain), tmp_path / "out", weights=weights)
+    out = tmp_path / "out"
+    asked = ["--weights", "raw"] if weights == "raw" else []  # the average unless asked otherwise
+    assert cli.main(["convert", "export", "--checkpoint", str(chain), "--to", str(out), "--quiet",
+                     *asked]) == 0
     plan, flat = transformer_plan(synthetic.WAN), flatten(params(weights))
     kinds = set()
     with open_folder(out / "transformer", STEM) as found:
