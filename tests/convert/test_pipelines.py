@@ -32,7 +32,7 @@ def folders(request, tmp_path_factory):
     base = tmp_path_factory.mktemp(request.param)
     source = getattr(tiny_pipelines, f"save_{request.param}")(base / "source")
     ours = import_folder(str(source), base / "ours")
-    out = export_folder(str(ours), base / "out", two_step_time=TWO_STEP_TIME)
+    out = export_folder(str(ours), base / "out", two_step_time=TWO_STEP_TIME, shard_bytes=60_000)
     return request.param, source, ours, out
 
 
@@ -46,9 +46,11 @@ def pipe(folders):
 
 
 def test_it_loads_with_the_same_weights(folders, pipe):
-    """from_pretrained gives the pipeline's class, our scheduler, and bit by bit the source."""
+    """from_pretrained gives the pipeline's class, our scheduler, and bit by bit the source; the
+    transformer is in several files with an index, as above 5 GB."""
     from diffusers import DiffusionPipeline
 
+    assert len(list((folders[3] / "transformer").glob("*-of-*.safetensors"))) > 2
     before = DiffusionPipeline.from_pretrained(folders[1])
     assert type(pipe) is type(before)
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
