@@ -196,6 +196,29 @@ def test_d_starts_from_the_diffusion_weights_and_g_from_its_own(tmp_path):
     assert_same(jax.tree.map(np.array, state["generator_ema"]), g)
 
 
+def test_the_teacher_is_guided_by_the_data_sets_negative_prompt(tmp_path, monkeypatch):
+    from apt_jax.train import loop
+
+    class Enough(Exception):
+        pass
+
+    real = loop.frozen_inputs
+
+    def stop(*given):
+        raise Enough(real(*given))
+
+    config = emoji_config("consistency", init__diffusion=random_weights(tmp_path / "diffusion"))
+    dataset = loop._open(config)
+    dataset.negative_text = np.full_like(dataset.null_text, 7.0)
+    dataset.negative_mask = ~dataset.null_mask
+    monkeypatch.setattr(loop, "frozen_inputs", stop)
+    with pytest.raises(Enough) as caught:
+        train(config, tmp_path / "run", quiet=True, dataset=dataset)
+    (frozen,) = caught.value.args
+    np.testing.assert_array_equal(frozen["null_text"], dataset.negative_text)
+    np.testing.assert_array_equal(frozen["null_mask"], dataset.negative_mask)
+
+
 def test_an_exported_run_is_the_same_generator(whole, tmp_path):
     export_run(whole[0], tmp_path / "out", card={"made_by": "a test"})
     model, params = load_generator(tmp_path / "out")
