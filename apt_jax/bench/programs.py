@@ -88,8 +88,9 @@ def expected_fp8(program: str, config: Any) -> int | None:
     for the products whose result no gradient needs.
     """
     g = config.model.depth if matmul_of(config.model) == "fp8" else 0
-    d = discriminator_taps(config.model, config.discriminator)[-1] if matmul_of(
-        config.model, config.discriminator) == "fp8" else 0
+    d = 0
+    if matmul_of(config.discriminator) == "fp8":
+        d = discriminator_taps(config.model, config.discriminator)[-1]
     layers = {"D step": g + 3 * d, "G step": 3 * g + 2 * d}[program]
     return MATRICES[config.model.family] * layers or None
 

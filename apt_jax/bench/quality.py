@@ -171,8 +171,8 @@ def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] =
             continue
         row = {}
         for key, matmul in (("dtype", "dtype"), ("fp8", "fp8")):
-            net = make_discriminator({**dict(generator.model), "matmul": matmul},
-                                     generator.config.discriminator)
+            net = make_discriminator(generator.model, {
+                **dict(generator.config.discriminator), "matmul": matmul})
             params = discriminator_from_diffusion(generator.params, net, jax.random.key(0))
             judge = jax.jit(net)
             difference = (judge(params, x, t, text, mask)

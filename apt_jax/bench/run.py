@@ -40,10 +40,11 @@ class Plan:
     peers: bool = True
 
     def config(self, backend: str, weights: str = "") -> Any:
-        """A config with this attention and, for benches that train, these products."""
+        """A config with this attention and, for benches that train, these products in G and D."""
         config = self.config_of(backend)
         if weights:
-            config.model.matmul = "fp8" if weights == "fp8" else "dtype"
+            matmul = "fp8" if weights == "fp8" else "dtype"
+            config.model.matmul = config.discriminator.matmul = matmul
         return config
 
 

@@ -73,8 +73,8 @@ FIELDS: tuple[Field, ...] = (
        choices=("per_block", "shared")),
     _f("model.dtype", "float32", "dtype of the computation; masters stay float32",
        choices=("float32", "bfloat16")),
-    _f("model.matmul", "dtype", "matrix products of the blocks: in model.dtype, or in eight bits with "
-       "scales taken on the fly (fp8: e4m3 forward, e5m2 gradients)", choices=("dtype", "fp8")),
+    _f("model.matmul", "dtype", "matrix products of the generator's blocks: in model.dtype, or in "
+       "eight bits, scaled on the fly (fp8: e4m3 forward, e5m2 gradients)", choices=("dtype", "fp8")),
     _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
        "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
@@ -87,8 +87,8 @@ FIELDS: tuple[Field, ...] = (
     _f("discriminator.backbone", "train", "train it, freeze it, or train it at backbone_rate",
        choices=("train", "frozen", "rate")),
     _f("discriminator.backbone_rate", 0.1, "multiplies the backbone's learning rate", low=0),
-    _f("discriminator.matmul", "model", "matrix products of its backbone: as model.matmul says, in "
-       "model.dtype, or in eight bits", choices=("model", "dtype", "fp8")),
+    _f("discriminator.matmul", "dtype", "the same for its backbone; in eight bits the penalty of "
+       "images is mostly rounding (docs/performance.md)", choices=("dtype", "fp8")),
     _f("discriminator.heads", 0, "attention heads of the head blocks; 0 takes model.heads", low=0),
     # -- low-rank adapters
     _f("lora.rank", 0, "train adapters of this rank on the blocks' attention and MLP matrices, the "

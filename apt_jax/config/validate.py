@@ -186,10 +186,9 @@ def _objective(c: ml_collections.ConfigDict) -> None:
     _require(not exact or c.model.attention in ("auto", "oracle"),
              f"model.attention = {c.model.attention!r} cannot be differentiated twice, which "
              "objective.adversarial.r1_mode = 'exact' needs; use 'auto' or 'oracle'")
-    judged = c.model.matmul if c.discriminator.matmul == "model" else c.discriminator.matmul
-    _require(not exact or judged == "dtype",
-             "products in eight bits cannot be differentiated twice, which "
-             "objective.adversarial.r1_mode = 'exact' needs; set discriminator.matmul = 'dtype'")
+    _require(not exact or c.discriminator.matmul == "dtype",
+             "discriminator.matmul = 'fp8' cannot be differentiated twice, which "
+             "objective.adversarial.r1_mode = 'exact' needs; set one of them back")
     _require(not (a.r2 and a.r1_mode == "exact"),
              "objective.adversarial.r2 has no exact form here; set r1_mode to 'approximate'")
 

@@ -55,13 +55,10 @@ def attention_of(model: Any) -> str:
     return model["attention"] if "attention" in model else "auto"
 
 
-def matmul_of(model: Any, discriminator: Any = None) -> str:
-    """"dtype" or "fp8", of config.model or of the discriminator's backbone; weights that say nothing
-    are older than the fields."""
-    own = discriminator["matmul"] if discriminator and "matmul" in discriminator else "model"
-    if own != "model":
-        return own
-    return model["matmul"] if "matmul" in model else "dtype"
+def matmul_of(section: Any) -> str:
+    """"dtype" or "fp8", of config.model or config.discriminator; weights that say nothing are older
+    than the field."""
+    return section["matmul"] if "matmul" in section else "dtype"
 
 
 def _with_matmul(make: Callable[..., nnx.Module], matmul: str) -> Callable[..., nnx.Module]:
@@ -100,7 +97,7 @@ def make_discriminator(model: Any, discriminator: Any, lora: Any = None) -> Netw
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads
-    make = _with_matmul(family_of(model).backbone, matmul_of(model, discriminator))
+    make = _with_matmul(family_of(model).backbone, matmul_of(discriminator))
     make = _with_adapters(make, lora if lora and lora["discriminator"] else None)
     return Network.build(
         lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),

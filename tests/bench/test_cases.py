@@ -113,8 +113,8 @@ def test_the_pipeline_goes_from_ids_to_frames():
 
 
 def test_what_a_step_must_run_in_eight_bits():
-    config = latents("--config.model.matmul=fp8", "--config.model.depth=3",
-                     "--config.discriminator.taps=1,2")
+    config = latents("--config.model.matmul=fp8", "--config.discriminator.matmul=fp8",
+                     "--config.model.depth=3", "--config.discriminator.taps=1,2")
     assert programs.expected_fp8("D step", config) == 8 * (3 + 3 * 2)
     assert programs.expected_fp8("G step", config) == 8 * (3 * 3 + 2 * 2)
     assert programs.expected_fp8("D step", latents()) is None
