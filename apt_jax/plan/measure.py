@@ -29,6 +29,9 @@ HIDDEN = 0.95  # a collective of which less is hidden counts as exposed
 # What compilers say when a program does not fit: XLA:TPU names both figures, others the last one.
 _NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|[Oo]ut of memory")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? ?\w*")
+# Arguments and results are in this figure, whatever it calls it (tried: 2 + 6 + 24 + 6 GiB).
+_REQUIRED = re.compile(r"memory required for [\w ]+\(([\d.]+)([KMGT]?)\) exceeds available \w+ "
+                       r"\([\d.]+[KMGT]?\)")
 _ALLOCATE = re.compile(r"allocat\w+ (?:of )?([\d.]+) ?([KMGT]?)i?B")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -192,10 +195,9 @@ def refusal(message: str) -> tuple[str, int] | None:
     if not _NO_ROOM.search(message):
         return None
     said = " ".join(message.split())
-    if found := _USED.search(said):
-        return found.group(0), int(float(found.group(1)) * _UNITS[found.group(2)])
-    if found := _ALLOCATE.search(said):
-        return found.group(0), int(float(found.group(1)) * _UNITS[found.group(2)])
+    for pattern in (_USED, _REQUIRED, _ALLOCATE):
+        if found := pattern.search(said):
+            return found.group(0), int(float(found.group(1)) * _UNITS[found.group(2)])
     return said[:120], 0
 
 

@@ -35,6 +35,11 @@ def made(topology="h100:1x8", batch=8, **changes):
 
 @pytest.mark.parametrize(("message", "says", "used"), [
     (TPU, "Used 120.50G of 95.74G hbm", int(120.5 * GIB)),
+    # libtpu 0.0.52's own words, of a program of 38 GiB for a v5e
+    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+     "required for HLO temporaries (38.00G) exceeds available HBM (15.75G). HLO module: jit_f.\n"
+     "See https://openxla.org/xla/errors/error_1000 for more details.",
+     "(38.00G) exceeds available HBM (15.75G)", 38 * GIB),
     ("Ran out of memory in memory space vmem. Used 17.0M of 16.00M vmem.", "vmem", 17 * 2**20),
     ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5.00GiB.", "5.00GiB", 5 * GIB),
     ("RESOURCE_EXHAUSTED: the pool is empty", "the pool is empty", 0)])
