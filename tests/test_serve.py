@@ -39,13 +39,30 @@ def test_a_server_gives_what_sampling_gives_and_waits_for_nothing(generator, tex
     np.testing.assert_allclose(single[0], latents[1], atol=2e-6)
 
 
-def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator, text):
-    server = generator.server(frames=1, batch=2, weights="fp8")
-    kernels = server.params["backbone"]["blocks"]["video"]["qkv"]
+@pytest.fixture(scope="module")
+def eight(generator):
+    return generator.server(frames=1, batch=2, weights="fp8")
+
+
+def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator, eight, text):
+    kernels = eight.params["backbone"]["blocks"]["video"]["qkv"]
     assert kernels["kernel_fp8"].dtype == E4M3
-    ours = np.asarray(server.draw(text[0][:, :3], text[1][:, :3], seed=3))  # shorter: filled up
+    ours = np.asarray(eight.draw(text[0][:, :3], text[1][:, :3], seed=3))  # shorter: filled up
     want = generator.sample(PROMPTS, seed=3, frames=1, latents=True).latents
     assert 1e-3 < np.linalg.norm(ours - want) / np.linalg.norm(want) < 0.1
+
+
+def test_weights_in_eight_bits_lie_cut_over_a_mesh(eight, text):
+    """A layer's eight-bit kernel is gathered for its product: one device's numbers."""
+    server = api.load("bundled:base", mesh={"replica": 1, "fsdp": 8}).server(
+        frames=1, batch=2, weights="fp8")
+    kernel = server.params["backbone"]["blocks"]["video"]["qkv"]["kernel_fp8"]
+    assert len(kernel.addressable_shards) == 8 and not kernel.sharding.is_fully_replicated
+    found, alone = (np.asarray(s.draw(*text, seed=5)) for s in (server, eight))
+    # Seen: 0.022. bfloat16 is rounded at other places, as without fp8 (0.009, as far as bfloat16 is
+    # from float32); fp8 itself is 0.029 from float32. In float32 the two differ by 4e-7.
+    assert np.linalg.norm(found - alone) / np.linalg.norm(alone) < 0.04
+    assert server.decode(jax.numpy.asarray(found)).shape == (2, 1, 16, 16, 3)
 
 
 def test_latents_are_decoded_on_the_device(generator, text):
@@ -53,12 +70,12 @@ def test_latents_are_decoded_on_the_device(generator, text):
                        mean=(0.0,) * 3, std=(1.0,) * 3)
     vae = make_vae(config)
     params = jax.jit(vae.init)(jax.random.key(0))
-    server = Server(generator.model, generator.params, (3, 4, 4, 3), tokens=8, weights="",
+    server = Server(generator.model, generator.params, (1, 4, 4, 3), tokens=8, weights="",
                     decoder=(vae, params))
     latents = server.draw(text[0][:1], text[1][:1])
     want = np.asarray(jax.jit(vae.decode)(params, latents), np.float32)
     got = np.asarray(server.decode(latents))
-    assert got.shape == (1, 5, 8, 8, 3) == want.shape
+    assert got.shape == (1, 1, 8, 8, 3) == want.shape
     assert np.abs(got - np.clip(np.rint((want + 1) * 127.5), 0, 255)).max() <= 1
 
 
