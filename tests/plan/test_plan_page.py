@@ -1,7 +1,6 @@
 """The page of the committed plans: what it says of made-up ones, and that it is up to date."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -97,4 +96,4 @@ def test_the_committed_page_is_what_the_committed_plans_say(tmp_path, monkeypatc
     assert committed == (tmp_path / "README.md").read_text()
     for name, value in found.items():
         assert value["command"] == " ".join(["apt-jax", *script.command(name)])
-        assert json.dumps(value["plan"]["fits"]) in ("true", "false") and value["versions"]["jax"]
+        assert script.slim(value["plan"]) == value["plan"] and value["versions"]["jax"]
