@@ -93,6 +93,10 @@ def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
     """
     compiled = case.function.lower(*case.args).compile()
     args = random_like(case.args)
+    devices = {d for leaf in jax.tree.leaves(args) for d in leaf.sharding.device_set}
+    # A CPU's virtual devices share its threads: with two calls under way some of them may wait in
+    # a collective of the first and some in one of the second, for ever.
+    apart = len(devices) > 1 and jax.default_backend() == "cpu"
     if case.donates:
         held = [args[0]]
 
@@ -101,9 +105,9 @@ def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
             return out
 
         timing = measure(call, [args[1:]], lambda out: jax.block_until_ready((out, held[0])),
-                         seconds=seconds)
+                         seconds=seconds, apart=apart)
     else:
-        timing = measure(compiled, [args], jax.block_until_ready, seconds=seconds)
+        timing = measure(compiled, [args], jax.block_until_ready, seconds=seconds, apart=apart)
     return {**dataclasses.asdict(timing), "backend": case.backend, "samples_per_call": case.samples,
             **rates(case.flops() if case.flops else None, timing.median, device),
             **memory(compiled)}

@@ -25,7 +25,7 @@ class Timing:
 
 
 def measure(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[Any], Any], *,
-            seconds: float = 2.0, samples: int = 9, warmup: int = 2) -> Timing:
+            seconds: float = 2.0, samples: int = 9, warmup: int = 2, apart: bool = False) -> Timing:
     """Times call(*inputs[i]), going round the inputs.
 
     Args:
@@ -33,13 +33,14 @@ def measure(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[A
       wait: waits for a result. It is waited once per sample, after as many calls as take 50 ms, so
         that what the host does between two calls is hidden as it is in a real program.
       seconds: what all samples together should take; at least three are taken.
+      apart: wait after every call.
     """
     for i in range(warmup):
         wait(call(*inputs[i % len(inputs)]))
     start = time.perf_counter()
     wait(call(*inputs[0]))
     once = time.perf_counter() - start
-    calls = max(1, min(200, int(0.05 / max(once, 1e-6))))
+    calls = 1 if apart else max(1, min(200, int(0.05 / max(once, 1e-6))))
     count = max(3, min(samples, int(seconds / max(once * calls, 1e-6))))
     found = []
     for sample in range(count):

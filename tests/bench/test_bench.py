@@ -102,6 +102,18 @@ def test_a_ring_takes_a_turn_for_each_of_its_places():
         assert found == {"apt_flash_forward": 4 * 36, "apt_flash_dkv": 0, "apt_flash_dq": 0}
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_calls_are_waited_for_one_by_one_where_they_must_be(apart):
+    under_way, most = set(), []
+
+    def call(i):
+        under_way.add(len(most))
+        most.append(len(under_way))
+
+    measure(call, [(0,)], lambda _: under_way.clear(), seconds=0.01, warmup=1, apart=apart)
+    assert (max(most) == 1) == apart
+
+
 def test_timing_finds_the_median_of_waited_calls():
     timing = measure(lambda s: s, [(0.002,), (0.002,)], time.sleep, seconds=0.05)
     # many calls share one wait, as asynchronous calls of a device do
