@@ -83,16 +83,12 @@ def run_stack(
         return place(step(nnx.merge(graphdef, gather(block_state)), carry)), None
 
     policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy)
     tapped, start = [], 0
     for end in sorted({*taps, depth}):
-        run = body
-        if policy is not None:
-            # The forward and the backward loop share nothing that could be merged, and the barriers
-            # against it would keep the backward loop from gathering the next layer ahead. A loop of
-            # one round is no loop to the compiler.
-            run = jax.checkpoint(body, policy=policy, prevent_cse=end - start == 1)
         segment = jax.tree.map(lambda leaf: leaf[start:end], state) if (start, end) != (0, depth) else state  # noqa: B023
-        carry, _ = jax.lax.scan(run, carry, segment)
+        carry, _ = jax.lax.scan(body, carry, segment)
         if end in taps:
             tapped.append(carry)
         start = end
