@@ -16,7 +16,6 @@ takes 4 minutes of processor time and 4 GB of memory. The plot needs pip install
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -25,6 +24,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from apt_jax.installed import versions_of  # noqa: E402
+
 PLANS = ROOT / "docs" / "plans"
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 WAN_480P = ["--config.data.height=60", "--config.data.width=104"]
@@ -78,7 +81,7 @@ def run(name: str, hlo: str) -> bool:
             print(f"plans.py: {name} failed with status {done.returncode}", file=sys.stderr)
             return False
         plan = slim(json.loads(out.read_text()))
-    value = {"command": " ".join(["apt-jax", *words]), "versions": versions(), "plan": plan}
+    value = {"command": " ".join(["apt-jax", *words]), "versions": versions_of(PACKAGES), "plan": plan}
     (PLANS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     return True
 
@@ -89,16 +92,6 @@ def slim(plan: dict) -> dict:
         program["exposed_steady"] = [
             row for row in program["exposed_steady"] if row["bytes"] >= 2**20]
     return plan
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def results() -> dict[str, dict]:
@@ -124,7 +117,6 @@ def main() -> int:
     missing = [name for name in cases() if name not in there]
     wanted = args.only or (missing if args.all else missing[:1])
     failed = [] if args.page else [name for name in wanted if not run(name, args.hlo)]
-    sys.path.insert(0, str(ROOT))
     from apt_jax.plan import page
 
     page.write(PLANS, results(), {name: " ".join(["apt-jax", *command(name)]) for name in cases()})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,21 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apt_jax.installed import versions_of
+
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "tokamax", "flax",
             "torch", "diffusers")
 
 
 def environment(device: str) -> dict[str, Any]:
     """Versions of what decides a speed, the device's name, and the command."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {"device": device, "cpu": platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)), "load_before": round(os.getloadavg()[0], 2),
-            "python": platform.python_version(), "versions": versions, "revision": revision(),
+            "python": platform.python_version(), "versions": versions_of(PACKAGES),
+            "revision": revision(),
             "command": ["apt-jax", *sys.argv[1:]]}
 
 

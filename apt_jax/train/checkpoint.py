@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from apt_jax.config import config_from_json, config_to_json
 from apt_jax.config.schema import BY_KEY
 from apt_jax.errors import UserError
+from apt_jax.installed import versions_of
 from apt_jax.train.distributed import everywhere, same_everywhere
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
 
@@ -225,15 +226,9 @@ def write_run_files(workdir: Path, config: Any) -> None:
 def versions() -> dict[str, Any]:
     """What a result depends on besides config and data: packages, Python, devices."""
     import platform
-    from importlib import metadata
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = versions_of(names)
     from apt_jax import __version__
 
     devices = jax.devices()
