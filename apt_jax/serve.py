@@ -208,7 +208,8 @@ class Server:
 
 def server_of(generator: Any, *, frames: int | None = None, height: int | None = None,
               width: int | None = None, batch: int = 1, weights: str = "bfloat16",
-              tokens: int | None = None, chunk: int = 1, tiling: Tiling | None = None) -> Server:
+              attention: str = "auto", tokens: int | None = None, chunk: int = 1,
+              tiling: Tiling | None = None) -> Server:
     """The server of an `api.Generator`.
 
     Args:
@@ -216,12 +217,14 @@ def server_of(generator: Any, *, frames: int | None = None, height: int | None =
       batch: samples of one call.
       weights: "bfloat16", "fp8", "float32", or "" for the dtype of the generator's config, with
         which `Server.draw` gives what `Generator.sample` gives.
+      attention: the kernel by name, one of `kernels.choice.BACKENDS`; "cudnn_fp8" rounds to eight
+        bits on a Hopper GPU, "auto" never does.
       tokens: every prompt's states are filled up to so many (default: the config's).
       chunk, tiling: how the VAE decodes (`decode_stage`).
     """
     shape = generator.sample_shape(frames=frames, height=height, width=width)
     decoder = generator.latents and generator.latents.decoder
-    return Server({**dict(generator.model), "attention": "auto"}, generator.params, shape,
+    return Server({**dict(generator.model), "attention": attention}, generator.params, shape,
                   batch=batch, tokens=tokens or generator.config.data.max_text_tokens,
                   weights=weights, scope=generator.network.scope, chunk=chunk, tiling=tiling,
                   decoder=decoder and (decoder.vae, decoder.params))

@@ -52,6 +52,12 @@ def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator
     assert 1e-3 < np.linalg.norm(ours - want) / np.linalg.norm(want) < 0.1
 
 
+def test_attention_in_eight_bits_is_asked_for_by_name(generator, eight, text):
+    server = generator.server(frames=1, batch=2, weights="fp8", attention="cudnn_fp8")
+    ours, without = (np.asarray(s.draw(*text, seed=3)) for s in (server, eight))
+    assert 1e-3 < np.linalg.norm(ours - without) / np.linalg.norm(without) < 0.1
+
+
 def test_weights_in_eight_bits_lie_cut_over_a_mesh(eight, text):
     """A layer's eight-bit kernel is gathered for its product: one device's numbers."""
     server = api.load("bundled:base", mesh={"replica": 1, "fsdp": 8}).server(

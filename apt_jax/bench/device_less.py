@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from apt_jax.bench.cases import MARKERS, AttentionCase
+from apt_jax.bench.cases import MARKERS, AttentionCase, parts_of_backend
 from apt_jax.errors import UserError
 from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import Hardware, choosing
@@ -175,11 +175,12 @@ def _tokamax_for(device: Any) -> Iterator[None]:
 
 def compile_all(cases: Sequence[AttentionCase], backends: Sequence[str], device: Any,
                 done: Callable[[Compiled], None] = lambda row: None) -> list[Compiled]:
-    """Every case by every backend, forward and gradient; `done` is told of each as it ends."""
+    """Every case by every backend, forward and, where it has one, gradient; `done` is told of each
+    as it ends."""
     rows = []
     for case in cases:
         for backend in backends:
-            for part in ("forward", "gradient"):
+            for part in parts_of_backend(backend):
                 row = compile_attention(case, backend, part, device)
                 rows.append(row)
                 done(row)

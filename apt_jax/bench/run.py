@@ -8,6 +8,7 @@ from typing import Any
 
 from apt_jax.bench import block, pipeline, programs, torch_peers
 from apt_jax.bench.case import Case, compile_case, line, time_case
+from apt_jax.bench.cases import INFERENCE_ONLY, parts_of_backend
 from apt_jax.bench.device_less import Compiled
 from apt_jax.bench.report import Results, row_name
 from apt_jax.errors import UserError
@@ -57,6 +58,8 @@ def cases(plan: Plan) -> Iterator[Case]:
                                        overrides=plan.overrides)
         return
     for backend in plan.backends:
+        if plan.what == "train" and backend in INFERENCE_ONLY:
+            continue
         for weights in plan.weights:
             if plan.what == "forward":
                 yield programs.forward_case(plan.config(backend), plan.devices, weights,
@@ -66,6 +69,8 @@ def cases(plan: Plan) -> Iterator[Case]:
                                                 plan.overrides)
             elif plan.what == "block":
                 for part in plan.parts:
+                    if part not in parts_of_backend(backend):
+                        continue
                     yield block.block_case(plan.config(backend, weights), first, part,
                                            plan.overrides)
             else:

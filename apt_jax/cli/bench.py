@@ -100,11 +100,16 @@ def _config(args: argparse.Namespace, backend: str = ""):
 
 
 def _plan(args: argparse.Namespace, devices, backends):
+    from apt_jax.bench.cases import INFERENCE_ONLY
     from apt_jax.bench.pipeline import DECODERS
     from apt_jax.bench.run import Plan
+    from apt_jax.errors import UserError
     from apt_jax.serve import WEIGHTS
 
     _config(args)  # complain of it before anything is compiled
+    for name in set(args.backends) & set(INFERENCE_ONLY):
+        if args.what == "train":
+            raise UserError(f"--backends {name!r} is for inference and has no gradient; leave it out")
     kinds = WEIGHTS[1:] if args.what in ("forward", "pipeline") else ("bfloat16", "fp8")
     return Plan(args.what, lambda backend: _config(args, backend), devices, backends,
                 _some(args.weights or ["bfloat16"], kinds, "--weights"),

@@ -13,7 +13,7 @@ import ml_collections
 
 STAGES = ("pretrain", "consistency", "adversarial")
 INITS = ("", "bundled:base")
-ATTENTION = ("auto", "oracle", "pallas", "tokamax", "cudnn", "splash")
+ATTENTION = ("auto", "oracle", "pallas", "tokamax", "cudnn", "cudnn_fp8", "splash")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.errors import UserError
-from apt_jax.kernels import choice, peers
+from apt_jax.kernels import choice, cudnn_fp8, peers
 from apt_jax.kernels.choice import BACKENDS, Hardware
 from apt_jax.kernels.flash.attention import flash_attention, flash_gradients, rowsum
 from apt_jax.kernels.oracle import oracle
@@ -105,6 +105,17 @@ def _cudnn(r: Request) -> str | None:
     return None
 
 
+def _cudnn_fp8(r: Request) -> str | None:
+    if r.hardware.platform == "tpu" or r.hardware.platform == "gpu" and r.hardware.capability < 9:
+        return ("it needs an NVIDIA GPU of compute capability 9.0 or newer, and this is a "
+                f"{r.hardware.name}")
+    if r.head_dim > cudnn_fp8.HEAD_DIM:
+        return f"its heads have up to {cudnn_fp8.HEAD_DIM} channels, not {r.head_dim}"
+    if r.hardware.platform == "gpu" and not cudnn_fp8.available():
+        return f"jax {jax.__version__} does not have it"
+    return None
+
+
 def _splash(r: Request) -> str | None:
     if r.hardware.platform == "gpu":
         return f"it is a kernel for TPUs, and this is a {r.hardware.name}"
@@ -114,7 +125,8 @@ def _splash(r: Request) -> str | None:
 
 
 _REFUSALS: dict[str, Callable[[Request], str | None]] = {
-    "pallas": _pallas, "tokamax": _tokamax, "cudnn": _cudnn, "splash": _splash}
+    "pallas": _pallas, "tokamax": _tokamax, "cudnn": _cudnn,
+    "cudnn_fp8": _cudnn_fp8, "splash": _splash}
 
 
 def select(backend: str, r: Request) -> str:
@@ -158,6 +170,8 @@ def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = N
         return flash_attention(q, k, v, key_mask, interpret=interpret)[0]
     if backend == "splash":
         return peers.splash(q, k, v, key_mask, interpret=interpret)
+    if backend == "cudnn_fp8":
+        return cudnn_fp8.cudnn_fp8(q, k, v, key_mask, emulate=interpret)
     if backend in ("tokamax", "cudnn"):
         return getattr(peers, backend)(q, k, v, key_mask)
     return oracle(q, k, v, key_mask)

@@ -25,6 +25,7 @@ from apt_jax.objectives.adversarial import exact_r1
 CPU = Hardware("cpu", "cpu")
 H100 = Hardware("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 V100 = Hardware("gpu", "Tesla V100", 7.0)
+A100 = Hardware("gpu", "NVIDIA A100", 8.0)
 V5P = Hardware("tpu", "TPU v5p")
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
@@ -76,6 +77,10 @@ def test_the_automatic_choice(tokamax, wanted, found, installed):
     ("cudnn", request(dtype=F32), "no float32.*bfloat16"),
     ("cudnn", request(dim=256), "up to 128 channels, not 256"),
     ("cudnn", request(derivatives=2), "differentiated once"),
+    ("cudnn_fp8", request(A100), "9.0 or newer.*A100"),
+    ("cudnn_fp8", request(V5P), "NVIDIA GPU.*TPU v5p"),
+    ("cudnn_fp8", request(dim=384), "up to 256 channels, not 384"),
+    ("cudnn_fp8", request(CPU, derivatives=2), "differentiated once"),
     ("tokamax", request(V100), "Hopper.*Tesla V100"),
     ("tokamax", request(), "not installed.*pip install"),
     ("splash", request(), "for TPUs.*H100"),
@@ -90,10 +95,22 @@ def test_a_named_kernel_that_cannot_serve_says_why(tokamax, backend, asked, word
 
 def test_a_named_kernel_leaves_few_queries_to_the_plain_path(tokamax):
     tokamax(True)
-    for backend in ("pallas", "cudnn", "tokamax"):
+    for backend in ("pallas", "cudnn", "cudnn_fp8", "tokamax"):
         assert refusal(backend, request()) is None
         assert select(backend, request()) == backend
         assert select(backend, request(queries=1)) == "oracle"
+
+
+def test_eight_bit_attention_is_only_taken_by_name():
+    for here in (CPU, H100, A100, V5P):
+        assert select("auto", request(here)) != "cudnn_fp8"
+    assert select("cudnn_fp8", request(CPU)) == select("cudnn_fp8", request()) == "cudnn_fp8"
+
+
+def test_a_jax_without_eight_bit_attention_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch.cudnn_fp8, "available", lambda: False)
+    with pytest.raises(UserError, match=f"jax {jax.__version__} does not have it"):
+        select("cudnn_fp8", request())
 
 
 def test_the_automatic_choice_is_logged_once(tokamax, caplog):
