@@ -121,6 +121,12 @@ FIELDS: tuple[Field, ...] = (
     _f("objective.adversarial.loss", "non_saturating", "the pair of GAN losses",
        choices=("non_saturating", "relativistic")),
     _f("objective.adversarial.r2", False, "the same penalty on generated samples"),
+    _f("objective.adversarial.translate", 0.0, "small data: D sees every sample moved by up to this "
+       "part of its height and width; 0 as it is", low=0, high=0.5),
+    _f("objective.adversarial.cutout", 0.0, "small data: D sees every sample with a hole of this "
+       "part of its height and width; 0 none", low=0, high=0.9),
+    _f("objective.adversarial.color", 0.0, "small data, RGB pixels: D sees every sample in other "
+       "brightness, saturation and contrast, by up to this; 0 as it is", low=0, high=1),
     # -- optimiser
     _f("optimizer.name", "rmsprop", "rmsprop (the paper's) or adamw", choices=("rmsprop", "adamw")),
     _f("optimizer.learning_rate", 1e-4, "learning rate", low=0, open_low=True),

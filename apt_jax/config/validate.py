@@ -182,6 +182,9 @@ def _objective(c: ml_collections.ConfigDict) -> None:
     _require(a.fixed_time == -1 or 0 <= a.fixed_time <= 1,
              f"objective.adversarial.fixed_time = {a.fixed_time} must be -1 (draw t) or lie in "
              "0 to 1")
+    _require(a.color == 0 or c.model.in_channels == 3,
+             f"objective.adversarial.color = {a.color} changes RGB pixels, and model.in_channels = "
+             f"{c.model.in_channels} are none; set it to 0 (translate and cutout work on latents)")
     exact = c.stage == "adversarial" and a.r1 and a.r1_mode == "exact"
     _require(not exact or c.model.attention in ("auto", "oracle"),
              f"model.attention = {c.model.attention!r} cannot be differentiated twice, which "

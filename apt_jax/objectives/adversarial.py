@@ -7,7 +7,7 @@
 D sees clean samples only (Eq. 6), with a time t ~ shift(U(0, 1), s) that conditions the network and
 nothing else. A real sample and its perturbed twin share their t; the fake draws its own (our choice).
 Switches, off in the paper's recipe: the exact R1 (Eq. 8), the relativistic pairing and R2 of the
-authors' later work.
+authors' later work, and augmentation of what D sees, for small data sets (augment.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from apt_jax.diffusion.interpolation import noise_like
 from apt_jax.diffusion.samplers import one_step
 from apt_jax.diffusion.time_shift import uniform_time
 from apt_jax.kernels.choice import choosing
+from apt_jax.objectives.augment import shown
 from apt_jax.objectives.types import Nets, split_keys
 
 
@@ -29,6 +30,11 @@ def _draw_time(keys: jax.Array, config) -> jax.Array:
     if config["fixed_time"] >= 0:
         return jnp.full(keys.shape, config["fixed_time"], jnp.float32)
     return uniform_time(keys, config["time_shift"])
+
+
+def _shown(keys: jax.Array, x: jax.Array, config) -> jax.Array:
+    """What D sees of x, with keys of its own: runs that augment nothing keep their other draws."""
+    return shown(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), x, config)
 
 
 def generate(velocity, params, batch, keys) -> jax.Array:
@@ -60,6 +66,8 @@ def discriminator_loss(params, frozen, batch, keys, nets: Nets, config):
     fake = jax.lax.stop_gradient(generate(nets.velocity, frozen["generator"], batch, fake_keys))
     t_real, t_fake = _draw_time(real_time, config), _draw_time(fake_time, config)
     sigma, approximate = config["r1_sigma"], config["r1_mode"] == "approximate"
+    # T before the perturbation: the twin is x's own, moved alike, as near as sigma says.
+    x, fake = _shown(real_time, x, config), _shown(fake_time, fake, config)
 
     samples, times = [x, fake], [t_real, t_fake]
     if config["r1"] and approximate:
@@ -103,9 +111,11 @@ def generator_loss(params, frozen, batch, keys, nets: Nets, config):
     fake_keys, fake_time, real_time = split_keys(keys, 3)
     fake = generate(nets.velocity, params, batch, fake_keys)
     discriminate = functools.partial(nets.discriminate, frozen["discriminator"])
-    logit = discriminate(fake, _draw_time(fake_time, config), text, mask)
+    seen = _shown(fake_time, fake, config)
+    logit = discriminate(seen, _draw_time(fake_time, config), text, mask)
     if config["loss"] == "relativistic":
-        real = discriminate(batch["x"], _draw_time(real_time, config), text, mask)
+        real = discriminate(_shown(real_time, batch["x"], config), _draw_time(real_time, config),
+                            text, mask)
         value = jax.nn.softplus(real - logit)
     else:
         value = jax.nn.softplus(-logit)

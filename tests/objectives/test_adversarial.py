@@ -33,6 +33,9 @@ def config_of(variant):
     return ADVERSARIAL | VARIANTS[variant]
 
 
+AUGMENTED = ADVERSARIAL | {"translate": 0.5, "cutout": 0.5, "color": 1.0, "r1_sigma": 0.1}
+
+
 def d_calls(recorder, batch):
     """D's calls by what they were given: real, perturbed, fake, perturbed_fake."""
     [g_call] = recorder.of("velocity")
@@ -126,23 +129,27 @@ def test_generator_loss_by_hand(x64, variant):
     np.testing.assert_allclose(aux["g_logit"], fake, rtol=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_discriminator_gradient_in_float64(x64, variant):
+@pytest.mark.parametrize("config", [*map(config_of, VARIANTS), AUGMENTED],
+                         ids=[*VARIANTS, "augmented"])
+def test_discriminator_gradient_in_float64(x64, config):
     batch, keys = make_batch(), make_keys()
     loss = sum_of(adversarial.discriminator_loss)
     check_gradient(
-        lambda p: loss(p, {"generator": G}, batch, keys, NETS, config_of(variant)), D,
-        directions=2, rtol=1e-5,
+        lambda p: loss(p, {"generator": G}, batch, keys, NETS, config), D, directions=2, rtol=1e-5,
     )
 
 
-@pytest.mark.parametrize("variant", ["plain", "relativistic_r1_r2", "fixed_time"])
-def test_generator_gradient_in_float64(x64, variant):
+GENERATOR_VARIANTS = ["plain", "relativistic_r1_r2", "fixed_time"]
+
+
+@pytest.mark.parametrize("config", [*map(config_of, GENERATOR_VARIANTS), AUGMENTED],
+                         ids=[*GENERATOR_VARIANTS, "augmented"])
+def test_generator_gradient_in_float64(x64, config):
+    """With augmentation too: what D says of T(G(z)) reaches G through T."""
     batch, keys = make_batch(), make_keys()
     loss = sum_of(adversarial.generator_loss)
     check_gradient(
-        lambda p: loss(p, {"discriminator": D}, batch, keys, NETS, config_of(variant)), G,
-        directions=2,
+        lambda p: loss(p, {"discriminator": D}, batch, keys, NETS, config), G, directions=2,
     )
 
 
