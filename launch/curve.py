@@ -90,7 +90,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     with open(args.out, "w", encoding="utf-8") as out:
         losses = []
         for step in trange(1, args.updates + 1, desc=config.name):
-            state, metrics = update(state, {}, put_batch(next(stream), mesh))
+            state, metrics = update(state, {}, put_batch(
+                next(stream), mesh, config.train.accumulate))
             losses.append(metrics["discriminator/d_gan"])
             if step % STRIDE == 0:
                 now = jax.device_get(state["generator"])

@@ -141,14 +141,22 @@ def check_model(mesh: Mesh, model: Mapping[str, Any], discriminator_heads: int =
     ulysses_size(mesh.shape["context"], model["heads"] // ways, ulysses)
 
 
-def batch_spec() -> PartitionSpec:
-    """The leading (batch) axis over every axis of `BATCH_AXES`."""
-    return PartitionSpec(BATCH_AXES)
+def waiting_axes(mesh: Mesh, microbatches: int) -> tuple[str, ...]:
+    """Further axes over which the samples of one update can wait for their turn, memory shared.
+
+    The devices of the context and tensor axes work on the same sample, but only on one of
+    `microbatches` at a time: each keeps a part of the others until they are due.
+    """
+    axes, ways = (), 1
+    for axis in ("context", "tensor"):
+        if mesh.shape[axis] > 1 and microbatches % (ways * mesh.shape[axis]) == 0:
+            axes, ways = (*axes, axis), ways * mesh.shape[axis]
+    return axes
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of one array of a batch, [B, ...]."""
-    return NamedSharding(mesh, batch_spec())
+def update_sharding(mesh: Mesh, microbatches: int) -> NamedSharding:
+    """Sharding of one array [B, ...] of the samples of an update, before it is cut up."""
+    return NamedSharding(mesh, PartitionSpec((*BATCH_AXES, *waiting_axes(mesh, microbatches))))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,7 +22,7 @@ from apt_jax.eval.generate import Generation
 from apt_jax.models.presets import discriminator_taps, make_generator
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import (
-    batch_sharding, batch_ways, check_batch, make_mesh, replicated, ulysses_size,
+    batch_ways, check_batch, make_mesh, replicated, ulysses_size, update_sharding,
 )
 from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up
@@ -117,8 +117,8 @@ def text_length(config: Any) -> int:
 
 def abstract_batch(config: Any, mesh: Mesh, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `batch` samples as the pipeline would deliver it, split over the mesh."""
-    sharding = batch_sharding(mesh)
-    length = text_length(config)
+    parts = microbatches(config.train.accumulate, batch, mesh)
+    sharding, length = update_sharding(mesh, parts), text_length(config)
 
     def array(shape, dtype):
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=sharding)
@@ -163,7 +163,7 @@ def training_programs(config: Any, devices: list) -> list[Program]:
     return [Program(STEP_NAMES[name], step, (state, frozen, inputs),
                     functools.partial(reference, name),
                     {**_parts(state), "teacher": frozen.get("teacher", {}), "batch": inputs},
-                    batch, microbatches(config, batch, mesh),
+                    batch, microbatches(config.train.accumulate, batch, mesh),
                     context_minimum=context_minimum(config, mesh, batch, STEP_NAMES[name]))
             for name, step in steps.items()]
 

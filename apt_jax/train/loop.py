@@ -16,7 +16,7 @@ from apt_jax.config import config_to_json, validate
 from apt_jax.errors import UserError
 from apt_jax.nn.lora import join
 from apt_jax.parallel.mesh import (
-    batch_sharding, batch_ways, check_batch, make_mesh, replicated,
+    batch_ways, check_batch, make_mesh, replicated, update_sharding,
 )
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
@@ -25,20 +25,30 @@ from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
 from apt_jax.train.state import frozen_inputs, init_state, set_up
-from apt_jax.train.steps import build_update
+from apt_jax.train.steps import build_update, microbatches
 from apt_jax.train.watchdog import Watchdog
 from apt_jax.weights import record_directory
 
 BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch (`batch_part`) to the devices: arrays [B, ...] of it all."""
-    sharding, (_, parts) = batch_sharding(mesh), batch_part(mesh)
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1
+              ) -> dict[str, jax.Array]:
+    """This process's part of a batch (`batch_part`) to the devices: arrays [B, ...] of it all.
 
-    def put(part):
-        return jax.make_array_from_process_local_data(
-            sharding, part, (len(part) * parts, *part.shape[1:]))
+    accumulate: train.accumulate of the step that takes it; decides where samples wait.
+    """
+    part, parts = batch_part(mesh)
+
+    def put(mine):
+        shape = (len(mine) * parts, *mine.shape[1:])
+        sharding = update_sharding(mesh, microbatches(accumulate, shape[0], mesh))
+        pieces = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            start, stop, _ = index[0].indices(shape[0])
+            rows = mine[start - part * len(mine): stop - part * len(mine)]
+            pieces.append(jax.device_put(rows, device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
     return {name: put(np.asarray(batch[name])) for name in BATCH_KEYS}
 
@@ -163,7 +173,7 @@ class _Run:
             while step < total:
                 self.dog.alive(slowly=batch["x"].shape not in shapes)  # a new shape compiles
                 shapes.add(batch["x"].shape)
-                on_device = put_batch(batch, self.mesh)
+                on_device = put_batch(batch, self.mesh, config.train.accumulate)
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, frozen, on_device)
                 step += 1

@@ -7,6 +7,7 @@ microbatches or over devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.nn.lora import join
 from apt_jax.objectives import adversarial, consistency, flow_matching
-from apt_jax.parallel.mesh import BATCH_AXES, batch_ways, replicated
+from apt_jax.parallel.mesh import BATCH_AXES, batch_ways, replicated, waiting_axes
 from apt_jax.train.adapters import BASE
 from apt_jax.train.ema import update_ema
 from apt_jax.train.optimizers import stop_frozen
@@ -40,16 +41,19 @@ def sample_keys(key_data: jax.Array, step: jax.Array, tag: int, batch_size: int)
 
 
 def _split(tree: Any, microbatches: int, mesh: Mesh) -> Any:
-    """[B, ...] -> [A, B / A, ...], every device keeping the samples it has.
+    """[B, ...] -> [A / W, W, B / A, ...], every device keeping the samples it has.
 
-    Sample i goes to microbatch i % A: with contiguous microbatches each of them would lie on a
-    few devices only and had to be sent around.
+    Sample i goes to a microbatch of its own device: with contiguous microbatches each of them would
+    lie on a few devices only and had to be sent around. W microbatches wait side by side on the
+    devices that share a sample (`waiting_axes`); they are collected when their turn comes.
     """
-    spec = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    axes = waiting_axes(mesh, microbatches)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    spec = NamedSharding(mesh, PartitionSpec(None, axes or None, BATCH_AXES))
 
     def one(x):
-        x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])  # [B/A, A, ...]
-        return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), spec)  # [A, B/A, ...]
+        x = x.reshape(x.shape[0] // microbatches, ways, microbatches // ways, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.moveaxis(x, 0, 2).swapaxes(0, 1), spec)
 
     return jax.tree.map(one, tree)
 
@@ -87,19 +91,25 @@ def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
         grads, means = on_part(batch, keys)
     else:
         parts = _split((batch, keys), microbatches, mesh)
-        one = jax.eval_shape(on_part, *jax.tree.map(lambda x: x[0], parts))
+        one = jax.eval_shape(on_part, *jax.tree.map(lambda x: x[0, 0], parts))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
+        due = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
         def body(carry, part):
             return jax.tree.map(jnp.add, carry, on_part(*part)), None
 
-        (grads, means), _ = jax.lax.scan(body, zero, parts)
+        def collected(carry, group):  # [W, B / A, ...]
+            if group[1].shape[0] == 1:
+                return body(carry, jax.tree.map(lambda x: x[0], group))
+            return jax.lax.scan(body, carry, jax.lax.with_sharding_constraint(group, due))
+
+        (grads, means), _ = jax.lax.scan(collected, zero, parts)
     return grads, {**means, "gradient_norm": optax.global_norm(grads)}
 
 
-def microbatches(config: Any, batch_size: int, mesh: Mesh) -> int:
+def microbatches(accumulate: int, batch_size: int, mesh: Mesh) -> int:
     """train.accumulate; 0 is one sample at a time for each part of a batch of this global size."""
-    return config.train.accumulate or batch_size // batch_ways(mesh)
+    return accumulate or batch_size // batch_ways(mesh)
 
 
 def _apply(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any,
@@ -129,7 +139,7 @@ def generator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTrans
         grads, metrics = gradient(
             lambda params, part, part_keys: loss_fn(params, frozen, part, part_keys),
             state["generator"], batch, keys, mesh=mesh, shardings=shardings["generator"],
-            microbatches=microbatches(config, batch["x"].shape[0], mesh))
+            microbatches=microbatches(config.train.accumulate, batch["x"].shape[0], mesh))
         params, opt_state, metrics = _apply(optimizer, grads, state["generator_opt"],
                                             state["generator"], metrics)
         count = state["step"] + 1
@@ -158,7 +168,7 @@ def discriminator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientT
         grads, metrics = gradient(
             loss, state["discriminator"], batch, keys, mesh=mesh,
             shardings=shardings["discriminator"],
-            microbatches=microbatches(config, batch["x"].shape[0], mesh))
+            microbatches=microbatches(config.train.accumulate, batch["x"].shape[0], mesh))
         params, opt_state, metrics = _apply(optimizer, grads, state["discriminator_opt"],
                                             state["discriminator"], metrics)
         return {**state, "discriminator": params, "discriminator_opt": opt_state}, metrics

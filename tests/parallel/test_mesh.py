@@ -16,6 +16,8 @@ from apt_jax.parallel.mesh import (
     make_mesh,
     resolve_sizes,
     ulysses_size,
+    update_sharding,
+    waiting_axes,
 )
 
 
@@ -77,3 +79,13 @@ def test_batch_must_split_over_devices_and_microbatches():
         check_batch(mesh, 40, accumulate=4)
     with pytest.raises(UserError, match="nearest size that works is 8"):
         check_batch(mesh, 3)
+
+
+@pytest.mark.parametrize(("microbatches", "axes", "rows"), [
+    (16, ("context", "tensor"), 2), (8, ("context", "tensor"), 2), (4, ("context",), 4),
+    (2, ("tensor",), 8), (3, (), 16), (1, (), 16),
+])
+def test_microbatches_wait_on_the_devices_that_share_a_sample(microbatches, axes, rows):
+    mesh = make_mesh({"context": 4, "tensor": 2})
+    assert waiting_axes(mesh, microbatches) == axes
+    assert update_sharding(mesh, microbatches).shard_shape((16, 3)) == (rows, 3)

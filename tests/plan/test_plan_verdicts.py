@@ -99,7 +99,7 @@ def test_the_plan_takes_the_batch_and_the_microbatch_of_training(given, batch, p
     mesh = on(fsdp=8)
     assert batch_of(config, mesh) == batch == check_batch(mesh, config.train.batch_size,
                                                           config.train.accumulate)
-    assert microbatches(config, batch, mesh) == parts
+    assert microbatches(config.train.accumulate, batch, mesh) == parts
     config.data.frames = (1, 5)  # clips: train.clip_batch_size, where it is set
     wanted = config.train.clip_batch_size or config.train.batch_size
     assert batch_of(config, mesh) == -(-wanted // 8) * 8

@@ -74,7 +74,10 @@ def train(family, shape, ulysses=-1, accumulate=1, heads=8):
             jax.tree.map(lambda s: np.zeros(s.shape, s.dtype),
                          jax.eval_shape(optimizer.init, start[name])), shardings[f"{name}_opt"])
     update = build_update(config, setup.nets, optimizers, mesh, shardings)
-    batches = [put_batch(tiny_batch(16, seed=i, padded=3, pixels=8), mesh) for i in range(STEPS)]
+    batches = [put_batch(tiny_batch(16, seed=i, padded=3, pixels=8), mesh, accumulate)
+               for i in range(STEPS)]
+    kept = {shard.data.shape[0] for shard in batches[0]["x"].addressable_shards}
+    assert kept == {2 if accumulate == 16 else 16 // (shape[0] * shape[1])}
     state, metrics = update(state, {}, batches[0])
     metrics = host(metrics)
     gradients = {name: host(state[f"{name}_opt"][1]) for name in optimizers}
@@ -119,7 +122,8 @@ def test_every_mesh_equals_one_device(family, shape):
 
 @pytest.mark.parametrize(("shape", "ulysses", "accumulate"), [
     pytest.param((1, 1, 8, 1), 1, 1, marks=pytest.mark.mesh),  # ring 8
-    ((1, 1, 4, 2), 2, 2),  # Ulysses 2 inside ring 2, heads over tensor, two microbatches
+    # Ulysses 2 inside ring 2, heads over tensor; sixteen microbatches wait on the eight devices.
+    ((1, 1, 4, 2), 2, 16),
 ])
 def test_the_ring_and_microbatches_equal_one_device(shape, ulysses, accumulate):
     assert_same(train("mmdit", shape, ulysses, accumulate), one_device("mmdit"))
