@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import html
 import json
 import statistics
@@ -135,8 +136,9 @@ class Generator:
 
     def __init__(self, model: Any, params: Any, config: ml_collections.ConfigDict | None = None,
                  source: str = "", weights: str = "ema", base: str | Path | None = None,
-                 scope: Scope | None = None, tiled: bool = False):
-        """scope: how samples lie on a mesh (`parallel.context.on_mesh`), None for one device."""
+                 scope: Scope | None = None, tiled: bool = False, attention: str = "auto"):
+        """scope: how samples lie on a mesh (`parallel.context.on_mesh`), None for one device;
+        attention: the kernel by name."""
         self.model = model
         self.latents = None
         if base is not None and model["in_channels"] != 3:
@@ -145,9 +147,12 @@ class Generator:
         self.config = config if config is not None else base_config()
         self.source, self.weights = source, weights
         # The kernel is the machine's matter: weights trained with one go with any.
-        self.network = make_generator({**dict(model), "attention": "auto"}).on(scope)
+        self.network = make_generator({**dict(model), "attention": attention}).on(scope)
         self.params = jax.tree.map(jnp.asarray, params)
         self._generations: dict[tuple, Generation] = {}
+        # Networks of one kind share what was compiled for them, on one device and without a VAE.
+        self._alike = "" if scope is not None or self.latents else json.dumps(
+            {**dict(model), "attention": attention}, sort_keys=True)
         self._encoder = None
 
     def __repr__(self) -> str:
@@ -236,7 +241,7 @@ class Generator:
         def forward(rows: slice, label: str = "", kept: list | None = None) -> np.ndarray:
             return generation(
                 self.params, np.asarray(text[rows], np.float32), np.asarray(text_mask[rows], bool),
-                shape, seed=seed, guidance=settings.get("guidance", 1.0),
+                shape, seed=seed, guidance=settings.get("guidance", 1.0), time=settings.get("time"),
                 null_text=np.asarray(null[0], np.float32), null_mask=np.asarray(null[1], bool),
                 label=label, decoder=decoder, kept=kept)
 
@@ -312,14 +317,21 @@ class Generator:
 
     def _generation(self, settings: dict[str, Any], batch: int) -> Generation:
         """The sampler of these settings, compiled at most once per shape of its inputs."""
-        known = {"steps": "steps", "shift": "shift", "time": "two_step_time",
-                 "fresh_noise": "two_step_fresh"}
+        known = {"steps": "steps", "shift": "shift", "fresh_noise": "two_step_fresh"}
         options = {name: settings[key] for key, name in known.items() if key in settings}
-        key = (settings["mode"], batch, *sorted(options.items()))
+        key = (settings["mode"], batch, tuple(sorted(options.items())))
+        if self._alike:
+            return _shared(self._alike, *key)
         if key not in self._generations:
             self._generations[key] = Generation(self.network, settings["mode"], batch=batch,
                                                 **options)
         return self._generations[key]
+
+
+@functools.lru_cache(maxsize=16)
+def _shared(model: str, mode: str, batch: int, options: tuple) -> Generation:
+    """The sampler of every generator on one device with this network: the weights are arguments."""
+    return Generation(make_generator(json.loads(model)), mode, batch=batch, **dict(options))
 
 
 # -- looking and keeping ---------------------------------------------------------------------------

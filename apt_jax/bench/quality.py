@@ -1,9 +1,10 @@
 """What eight bits cost in quality: a trained model's FD, and a large network's distance from float32.
 
 Two gates, and one number for training: how much of the approximated R1 penalty (Eq. 9) is rounding.
-On a trained model of the demo's family the FD must move by less than it moves from one seed of the
-noise to the next. On a network like the 8B preset, narrower and shallower, with random weights that
-have the trained model's statistics, fp8 must stay within twice bfloat16's distance from float32.
+On a trained model of the demo's family the FD must move by less than from seed to seed: of the
+training, where runs of several seeds are given, else of the noise. On a network like the 8B preset,
+narrower and shallower, with random weights that have the trained model's statistics, eight bits must
+stay within twice bfloat16's distance from float32.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ from apt_jax.models.presets import make_discriminator, make_generator
 
 LIMIT = 2.0  # times bfloat16's own error
 
+# What is in eight bits -> the fields of config.model that say so.
+KINDS: dict[str, dict[str, str]] = {
+    "products": {"matmul": "fp8"},
+    "attention": {"attention": "cudnn_fp8"},
+    "both": {"matmul": "fp8", "attention": "cudnn_fp8"},
+}
+
 # The 8B preset's structure (heads of 128, shared modulation, 16 latent channels) at a size for a CPU.
 LIKE_8B = {"family": "mmdit", "in_channels": 16, "out_channels": 16, "patch": (1, 2, 2),
            "width": 512, "heads": 4, "head_dim": 128, "rope_axes": (16, 56, 56),
@@ -38,39 +46,60 @@ SHAPE, WORDS = (3, 16, 24, 16), 32  # 288 video tokens
 
 
 def fd_rows(checkpoint: str, results: Results, *, seeds: Sequence[int], count: int, mode: str,
-            tell: Callable[[str], None] = print) -> None:
-    """A row per seed: FD with the checkpoint's own products and in eight bits, from the same noise.
+            kinds: Sequence[str] = tuple(KINDS), tell: Callable[[str], None] = print) -> None:
+    """A row per seed: FD as the checkpoint computes ("dtype") and in eight bits, same noise.
 
-    Pictures (one frame) on captions of the training split, as `apt-jax evaluate` measures them.
+    Pictures, or clips of a checkpoint that was trained on nothing else, on captions of the training
+    split, as `apt-jax evaluate` measures them.
     """
     plain = api.load(checkpoint)
-    eight = api.Generator({**dict(plain.model), "matmul": "fp8"}, plain.params, plain.config)
     data = plain.config.data
-    real = load_split(data.path, data.split, 1, data.height, data.width,
-                      max_text_tokens=data.max_text_tokens)
-    extract, reference = MobileNetFeatures(), None
+    frames = min(data.frames)
+    real, reference, extract = None, None, MobileNetFeatures()
     for seed in seeds:
         name = f"fd/{checkpoint}/{mode}/{count}/seed {seed}"
-        if name in results:
+        row = dict(results.rows[name]) if name in results else {}
+        missing = [kind for kind in ("dtype", *kinds) if kind not in row]
+        if not missing:
             continue
+        real = real or load_split(data.path, data.split, frames, data.height, data.width,
+                                  max_text_tokens=data.max_text_tokens)
         reference = reference or Reference.build(real.frames, extract=extract)
-        row = {}
-        for key, generator in (("dtype", plain), ("fp8", eight)):
+        for kind in missing:
+            generator = _in(plain, kind) if kind in KINDS else plain
             samples, _ = draw(generator, real, count, "", mode=mode, seed=seed)
-            row[key] = float(measure(samples.frames, reference, extract)["fd"])
+            row[kind] = float(measure(samples.frames, reference, extract)["fd"])
         results.add(name, row)
-        tell(f"{name:<44} {row['dtype']:8.2f}  fp8 {row['fp8']:8.2f}")
+        tell(f"{name:<44} {row['dtype']:8.2f}  " + "  ".join(
+            f"{kind} {row[kind] - row['dtype']:+.2f}" for kind in kinds))
 
 
-def fd_verdict(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """How far fp8 moves the FD, and how far a new seed does.
+def _in(generator: api.Generator, kind: str) -> api.Generator:
+    """The generator with what KINDS says in eight bits."""
+    fields = KINDS[kind]
+    return api.Generator({**dict(generator.model), **fields}, generator.params, generator.config,
+                         attention=fields.get("attention", "auto"))
 
-    spread: standard deviation of the FD over seeds. moved: mean of fp8's FD less the other's, from
-    the same noise. passes: it is smaller than the spread.
+
+def fd_verdict(runs: Sequence[Sequence[Mapping[str, float]]], kind: str) -> dict[str, Any]:
+    """How far eight bits move the FD, and how far a seed does.
+
+    runs: the rows of one run or of several that differ in the training's seed; a row per seed of
+      the noise.
+    Returns: runs, seeds; moved: mean over all rows of the FD in eight bits less the other's, from
+      the same noise; each: the same of each run; noise: standard deviation of the FD over seeds of
+      the noise, the root mean square over runs; training: standard deviation over runs of their
+      mean FD, None of one run; passes: moved is smaller than training's, or noise's of one run.
     """
-    moved = statistics.mean(row["fp8"] - row["dtype"] for row in rows)
-    spread = statistics.stdev(row["dtype"] for row in rows)
-    return {"seeds": len(rows), "moved": moved, "spread": spread, "passes": abs(moved) < spread}
+    each = [statistics.mean(row[kind] - row["dtype"] for row in run) for run in runs]
+    variances = [statistics.variance([row["dtype"] for row in run]) for run in runs]
+    noise = statistics.mean(variances) ** 0.5
+    training = None
+    if len(runs) > 1:
+        training = statistics.stdev(statistics.mean(row["dtype"] for row in run) for run in runs)
+    moved = statistics.mean(each)
+    return {"runs": len(runs), "seeds": len(runs[0]), "moved": moved, "each": each, "noise": noise,
+            "training": training, "passes": abs(moved) < (noise if training is None else training)}
 
 
 # -- distance from float32 ---------------------------------------------------------------------------
@@ -111,17 +140,18 @@ def _like(rng: np.random.Generator, shape: tuple[int, ...], have: np.ndarray, pa
     return np.concatenate(made, axis=-1)
 
 
-def distances(model: Mapping[str, Any], params: Any, inputs: Sequence[tuple]) -> dict[str, float]:
-    """Relative distance (norms over all outputs) from float32 in "bfloat16" and in "fp8"."""
-    kinds = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"},
-             "fp8": {"dtype": "bfloat16", "matmul": "fp8"}}
+def distances(model: Mapping[str, Any], params: Any, inputs: Sequence[tuple],
+              kinds: Sequence[str] = tuple(KINDS)) -> dict[str, float]:
+    """Relative distance (norms over all outputs) from float32, in "bfloat16" and of each kind."""
+    ways = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"},
+            **{kind: {"dtype": "bfloat16", **KINDS[kind]} for kind in kinds}}
     found = {}
-    for kind, fields in kinds.items():
+    for way, fields in ways.items():
         net = jax.jit(make_generator({**model, **fields}))
-        found[kind] = np.concatenate([np.asarray(net(params, *x)).ravel() for x in inputs])
-    exact = np.linalg.norm(found["float32"])
-    return {kind: float(np.linalg.norm(found[kind] - found["float32"]) / exact)
-            for kind in ("bfloat16", "fp8")}
+        found[way] = np.concatenate([np.asarray(net(params, *x)).ravel() for x in inputs])
+    exact = found.pop("float32")
+    return {way: float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
+            for way, out in found.items()}
 
 
 def random_inputs(model: Mapping[str, Any], seed: int) -> tuple:
@@ -133,21 +163,28 @@ def random_inputs(model: Mapping[str, Any], seed: int) -> tuple:
 
 
 def distance_rows(checkpoint: str, results: Results, *, depths: Sequence[int],
-                  seeds: Sequence[int], tell: Callable[[str], None] = print) -> None:
-    """A row per depth: distances of networks like the 8B's with the checkpoint's statistics."""
+                  seeds: Sequence[int], kinds: Sequence[str] = tuple(KINDS),
+                  tell: Callable[[str], None] = print) -> None:
+    """A row per depth: distances of networks like the 8B's with the checkpoint's statistics, and
+    how many times bfloat16's each kind's is ("times")."""
     trained = api.load(checkpoint).params
     for depth in depths:
         name = f"distance/{checkpoint}/{depth} layers of {LIKE_8B['width']}"
-        if name in results:
+        if name in results and set(kinds) <= set(results.rows[name]["times"]):
             continue
         model = {**LIKE_8B, "depth": depth}
         params = like_trained(make_generator(model).abstract(), trained)
-        row = distances(model, params, [random_inputs(model, seed) for seed in seeds])
-        row["ratio"] = row["fp8"] / row["bfloat16"]
-        row["passes"] = row["ratio"] < LIMIT
+        row: dict[str, Any] = distances(model, params,
+                                        [random_inputs(model, seed) for seed in seeds], kinds)
+        row["times"] = {kind: row[kind] / row["bfloat16"] for kind in kinds}
         results.add(name, row)
-        tell(f"{name:<44} bfloat16 {row['bfloat16']:.2%}  fp8 {row['fp8']:.2%}  "
-             f"{row['ratio']:.1f} times: {'passes' if row['passes'] else 'fails'}")
+        tell(f"{name:<44} bfloat16 {row['bfloat16']:.2%}  " + "  ".join(
+            f"{kind} {row[kind]:.2%}, {times:.1f} times: {_word(times < LIMIT)}"
+            for kind, times in row["times"].items()))
+
+
+def _word(passes: bool) -> str:
+    return "passes" if passes else "fails"
 
 
 # -- the penalty -------------------------------------------------------------------------------------
@@ -183,16 +220,30 @@ def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] =
         tell(f"{name:<44} {row['dtype']:.2e}  fp8 {row['fp8']:.2e}  {row['ratio']:.1f} times")
 
 
-def report(checkpoint: str, results: Results, tell: Callable[[str], None] = print) -> bool:
-    """Prints the verdicts of all rows of a checkpoint; True where both gates hold."""
-    rows = {name: row for name, row in results.rows.items() if checkpoint in name.split("/", 1)[1]}
-    good = [row["passes"] for name, row in rows.items() if name.startswith("distance/")]
-    fd = [row for name, row in rows.items() if name.startswith("fd/")]
-    if len(fd) > 1:
-        verdict = fd_verdict(fd)
-        results.add(f"verdict/{checkpoint}", verdict)
-        tell(f"fp8 moves the FD by {verdict['moved']:+.2f}; a new seed by {verdict['spread']:.2f} "
-             f"(standard deviation of {verdict['seeds']}): "
-             f"{'passes' if verdict['passes'] else 'fails'}")
-        good.append(verdict["passes"])
+def report(checkpoints: Sequence[str], results: Results, *, mode: str, count: int,
+           kinds: Sequence[str] = tuple(KINDS), tell: Callable[[str], None] = print) -> bool:
+    """Prints and keeps the verdicts: of each checkpoint, and of several as one training from
+    several seeds. True where the gates hold: both of one checkpoint; of several each one's distance
+    and the FD's of them all."""
+    good, runs = [], []
+    for checkpoint in checkpoints:
+        rows = {name: row for name, row in results.rows.items()
+                if name.startswith((f"distance/{checkpoint}/", f"fd/{checkpoint}/{mode}/{count}/"))}
+        good += [row["times"][kind] < LIMIT for name, row in rows.items()
+                 if name.startswith("distance/") for kind in kinds]
+        runs.append([row for name, row in rows.items() if name.startswith("fd/")])
+    groups = [[i] for i in range(len(runs))] + ([list(range(len(runs)))] if len(runs) > 1 else [])
+    for group in groups:
+        if any(len(runs[i]) < 2 for i in group):
+            continue
+        name = "verdict/" + " ".join(checkpoints[i] for i in group)
+        found = {kind: fd_verdict([runs[i] for i in group], kind) for kind in kinds}
+        results.add(name, found)
+        for kind, verdict in found.items():
+            seed = ("a new seed of the noise" if len(group) == 1 else "a new seed of the training")
+            tell(f"{name}: {kind} in eight bits move the FD by {verdict['moved']:+.2f}; {seed} by "
+                 f"{verdict['training'] or verdict['noise']:.2f} (standard deviation): "
+                 f"{_word(verdict['passes'])}")
+        if group is groups[-1]:
+            good += [verdict["passes"] for verdict in found.values()]
     return bool(good) and all(good)

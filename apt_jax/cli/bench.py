@@ -8,9 +8,11 @@ train       the D and the G step of an adversarial --config.
 vae         the VAE's decoder on a sample of --config's size: in causal chunks of 1, 2 and 4 latents,
             and in tiles.
 pipeline    UMT5-XXL, one step of --config's network and the VAE: latency, each stage, throughput.
-fp8         what products in eight bits cost in quality: the FD of --checkpoint, the distance from
-            float32 of networks like the 8B preset with the checkpoint's statistics, and how much of
-            the approximated R1 penalty is rounding.
+fp8         what eight bits cost in quality, in products, in attention and in both: the FD of
+            --checkpoint, the distance from float32 of networks like the 8B preset with the
+            checkpoint's statistics, and how much of the approximated R1 penalty is rounding. Of
+            several checkpoints, one training from several seeds, the FD may move by less than from
+            one to the next.
 cpu         the demo's network and one of 100M parameters against the same in PyTorch, eager and
             compiled: forward and training step. Needs torch.
 
@@ -39,6 +41,7 @@ EXAMPLES = """\
   apt-jax bench block --config configs/seaweed_8b_video.py --weights bfloat16 fp8 --backends tokamax
   apt-jax bench vae --config configs/seaweed_8b_video.py --decoders 'chunk 1' tiles
   apt-jax bench fp8 --json docs/results/performance/fp8_quality.json
+  apt-jax bench fp8 --checkpoint runs/demo-long-0/image runs/demo-long-1/image --kinds both
   apt-jax bench cpu --models demo --seconds 10
 """
 
@@ -64,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vae, pipeline: 'chunk 1', 'chunk 2', 'chunk 4', tiles (default: vae all, pipeline the "
              "first)")
     add("--no-peers", action="store_true", help="leave out PyTorch's models")
-    add("--checkpoint", default="bundled:base", metavar="PATH", help="fp8: a trained generator")
+    add("--checkpoint", nargs="+", default=["bundled:base"], metavar="PATH",
+        help="fp8: a trained generator, or several of one training from different seeds")
+    add("--kinds", nargs="+", default=[], metavar="NAME",
+        help="fp8: what is in eight bits: products, attention, both (default: each in turn)")
     add("--mode", default="", choices=("one_step", "two_step", "euler"),
         help="fp8: how the FD's pictures are drawn (default: euler for bundled:base, else one_step)")
     add("--seeds", type=int, default=4, metavar="N", help="fp8: seeds of the noise (default: 4)")
@@ -182,11 +188,16 @@ def _fp8(args: argparse.Namespace) -> int:
     from apt_jax.bench.report import Results
 
     results = Results(_path(args), "cpu")
-    quality.distance_rows(args.checkpoint, results, depths=args.depths, seeds=range(2))
-    quality.penalty_rows(args.checkpoint, results)
-    quality.fd_rows(args.checkpoint, results, seeds=range(args.seeds), count=args.count,
-                    mode=args.mode or ("euler" if args.checkpoint == "bundled:base" else "one_step"))
-    return 0 if quality.report(args.checkpoint, results) else 1
+    kinds = _some(args.kinds, quality.KINDS, "--kinds")
+    mode = args.mode or ("euler" if args.checkpoint == ["bundled:base"] else "one_step")
+    for checkpoint in args.checkpoint:
+        quality.distance_rows(checkpoint, results, depths=args.depths, seeds=range(2), kinds=kinds)
+        if "products" in kinds:
+            quality.penalty_rows(checkpoint, results)
+        quality.fd_rows(checkpoint, results, seeds=range(args.seeds), count=args.count, mode=mode,
+                        kinds=kinds)
+    good = quality.report(args.checkpoint, results, mode=mode, count=args.count, kinds=kinds)
+    return 0 if good else 1
 
 
 def _cpu(args: argparse.Namespace) -> int:

@@ -1,17 +1,17 @@
 """Attention in eight bits by cuDNN, for inference on Hopper GPUs; a CPU computes the same rounding.
 
 The kernel takes q, k and v in e4m3 with one scale each, rounds softmax's numerators to e4m3 before
-they meet v, sums in float32 and returns e4m3. As jax hands it on it knows no mask and no lengths. Three
-facts keep what that costs small:
+they meet v, sums in float32 and returns e4m3. As jax hands it on it knows no mask and no lengths.
+Three facts keep what that costs small:
 
 * Softmax does not change when all keys move by one vector. With the visible keys' mean taken from
   them they need less of the format, and a query's visible scores have the mean 0, so that their
-  exponentials sum to at least their number (Jensen). v's mean comes off too, and goes on again after.
-* A key that is zero has the score 0. Hidden keys and padding are made zero, with their v: each adds 1
-  to the sum of exponentials, which the kernel returns, and nothing to the result, which is multiplied
-  by sum / (sum - their number): a factor between 1 and keys / visible keys.
-* Scales are powers of two. What a number is rounded to does not depend on its neighbours, so a batch
-  gives what its samples give alone, but for numbers too small for the format.
+  exponentials sum to at least their number (Jensen). v's mean comes off too, and on again after.
+* A key that is zero has the score 0. Hidden keys and padding are made zero, with their v: each adds
+  1 to the sum of exponentials, which the kernel returns, and nothing to the result. That is
+  multiplied by sum / (sum - their number), a factor between 1 and keys / visible keys.
+* Scales are powers of two. What a number is rounded to does not depend on its neighbours, so a
+  batch gives what its samples give alone, but for numbers too small for the format.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Rounded(NamedTuple):
 
 
 def rounded(x: jax.Array) -> Rounded:
-    """x [...] float -> e4m3, with the smallest power of two as its scale that leaves all of it inside.
+    """x [...] float -> e4m3; its scale is the smallest power of two that leaves all of it inside.
 
     With a NaN or an infinity in x everything becomes NaN: it is not hidden.
     """
@@ -60,8 +60,8 @@ def cudnn_fp8(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | No
     """`kernels.attention.attention` in eight bits, for heads of up to 256 channels of any dtype.
 
     emulate: the same rounding in float32 on any hardware, scores in memory. Two things differ from
-      the kernel: it rounds numerators against the largest score that it has seen so far, this against
-      the row's largest; and Hopper's tensor cores sum eight-bit products in fewer bits than float32.
+      the kernel: it rounds numerators against the largest score that it has seen so far, this
+      against the row's largest; and Hopper's tensor cores sum in fewer bits than float32.
     Raises UserError where it is differentiated.
     """
     return _attend(q, k, v, key_mask, emulate)
@@ -91,7 +91,7 @@ def _refuse(emulate, primals, tangents):
 
 
 def _centred(x: jax.Array, shown: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [B, N, heads, d] less its mean over shown tokens, zero in the others; and that mean, float32
+    """x [B, N, heads, d] less its mean over shown tokens, zero in the others; and that mean,
     [B, 1, heads, d]. Both float32."""
     seen = shown[:, :, None, None]
     h = jnp.where(seen, x.astype(jnp.float32), 0.0)
@@ -106,7 +106,7 @@ def _filled(x: jax.Array) -> jax.Array:
 
 
 def _without_hidden(lse: jax.Array, shown: jax.Array, keys: int) -> jax.Array:
-    """What the result is multiplied by, so that keys of score 0 have no part in it: [B, N, heads, 1].
+    """What takes keys of score 0 out of the result that it is multiplied by: [B, N, heads, 1].
 
     lse: float32 [B, heads, N], of all `keys`, hidden ones and padding among them.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -198,21 +199,59 @@ def test_random_weights_keep_the_statistics_of_trained_ones():
     assert abs(float(made["bias"].mean()) - 5) < 0.3
 
 
-def test_the_gates_pass_and_fail(capsys):
-    rows = [{"dtype": 100.0, "fp8": 100.5}, {"dtype": 104.0, "fp8": 103.5}]
-    assert quality.fd_verdict(rows) == {
-        "seeds": 2, "moved": 0.0, "spread": pytest.approx(8**0.5), "passes": True}
-    assert not quality.fd_verdict([{"dtype": 100.0, "fp8": 109.0}, {"dtype": 104.0, "fp8": 113.0}]
-                                  )["passes"]
+def test_eight_bits_may_move_the_fd_by_less_than_a_seed_does():
+    def run(*values):
+        return [{"dtype": dtype, "both": eight} for dtype, eight in values]
+
+    noise = run((100.0, 100.5), (104.0, 103.5))
+    found = quality.fd_verdict([noise], "both")
+    assert found["moved"] == 0.0 and found["noise"] == pytest.approx(8**0.5)
+    assert found["passes"] and found["training"] is None
+    assert (found["runs"], found["seeds"]) == (1, 2)
+    assert not quality.fd_verdict([run((100.0, 109.0), (104.0, 113.0))], "both")["passes"]
+    # Two seeds of the training, 10 apart: three is much beside the noise and little beside those.
+    first, second = run((99.0, 102.0), (101.0, 104.0)), run((109.0, 112.0), (111.0, 114.0))
+    far = quality.fd_verdict([first, second], "both")
+    assert far["training"] == pytest.approx(50**0.5) and far["noise"] == pytest.approx(2**0.5)
+    assert far["moved"] == 3.0 and far["each"] == [3.0, 3.0] and far["passes"]
+    near = quality.fd_verdict([first] * 2, "both")
+    assert near["training"] == 0.0 and not near["passes"]
+
+
+def test_the_gates_of_several_checkpoints(capsys):
     results = Results(None, "cpu")
-    results.add("distance/x/4", {"passes": True})
-    assert quality.report("x", results) and not quality.report("other", results)
-    results.add("distance/x/36", {"passes": False})
-    assert not quality.report("x", results)
-    for seed, row in enumerate(rows):
-        results.add(f"fd/x/{seed}", row)
-    quality.report("x", results)
-    assert "moves the FD by +0.00; a new seed by 2.83" in capsys.readouterr().out
+    ask = {"mode": "one_step", "count": 9, "kinds": ["attention"]}
+    for name, times, fd in (("a/1", 1.9, 100.0), ("a/2", 1.5, 110.0), ("a", 2.1, 0.0)):
+        results.add(f"distance/{name}/4 layers", {"times": {"attention": times, "both": 9.0}})
+        for seed in range(2):
+            results.add(f"fd/{name}/one_step/9/seed {seed}",
+                        {"dtype": fd + 2 * seed, "attention": fd + 2 * seed + 3})
+    assert quality.report(["a/1", "a/2"], results, **ask)
+    said = capsys.readouterr().out
+    assert "verdict/a/1: attention in eight bits move the FD by +3.00" in said
+    assert "a new seed of the noise by 1.41 (standard deviation): fails" in said
+    assert said.count("fails") == 2 and "by 7.07 (standard deviation): passes" in said
+    assert results.rows["verdict/a/1 a/2"]["attention"]["training"] == pytest.approx(50**0.5)
+    assert not quality.report(["a/1"], results, **ask)  # 3 is more than the noise's 1.41
+    assert not quality.report(["a"], results, **ask)
+    assert not quality.report(["other"], results, **ask)
+
+
+def test_an_fd_row_is_filled_up_with_the_kinds_it_lacks(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quality, "load_split", lambda *a, **k: SimpleNamespace(frames=None))
+    monkeypatch.setattr(quality, "Reference", SimpleNamespace(build=lambda *a, **k: None))
+    monkeypatch.setattr(quality, "MobileNetFeatures", lambda: None)
+    monkeypatch.setattr(quality, "draw", lambda generator, *a, **k: (drawn.append(
+        (generator.model.get("matmul"), generator.network.attention, k["seed"]))
+        or SimpleNamespace(frames=None), None))
+    monkeypatch.setattr(quality, "measure", lambda *a: {"fd": float(len(drawn))})
+    results, ask = Results(None, "cpu"), {"seeds": [5], "count": 3, "mode": "one_step"}
+    quality.fd_rows("bundled:base", results, kinds=["products"], tell=lambda _: None, **ask)
+    quality.fd_rows("bundled:base", results, kinds=["products", "both"], tell=lambda _: None, **ask)
+    (row,) = results.rows.values()
+    assert drawn[1:] == [("fp8", "auto", 5), ("fp8", "cudnn_fp8", 5)] and len(drawn) == 3
+    assert (row["dtype"], row["products"], row["both"]) == (1.0, 2.0, 3.0)
 
 
 def test_a_network_like_the_8b_is_measured_in_both_ways(monkeypatch):
@@ -221,7 +260,8 @@ def test_a_network_like_the_8b_is_measured_in_both_ways(monkeypatch):
     monkeypatch.setitem(quality.LIKE_8B, "text_width", 16)
     monkeypatch.setattr(quality, "SHAPE", (1, 4, 4, 16))
     results = Results(None, "cpu")
-    quality.distance_rows("bundled:base", results, depths=[1], seeds=[0], tell=lambda _: None)
+    quality.distance_rows("bundled:base", results, depths=[1], seeds=[0], kinds=["both"],
+                          tell=lambda _: None)
     (row,) = results.rows.values()
-    assert 0 < row["bfloat16"] < row["fp8"] < 0.2
-    assert row["passes"] == (row["ratio"] < 2.0)
+    assert 0 < row["bfloat16"] < row["both"] < 0.2
+    assert row["times"] == {"both": row["both"] / row["bfloat16"]}
