@@ -107,6 +107,23 @@ def test_fresh_noise_time_and_guidance_matter(generator):
     assert (draw("euler") != draw("euler", guidance=6.0)).any()
 
 
+def test_generators_of_one_network_share_what_is_compiled(folder, generator):
+    """A study draws from four of them; the weights, guidance and time are arguments."""
+    other = apt_jax.load(folder)
+    other._encoder = Encoder()
+    other.params = jax.tree.map(lambda p: 0.5 * p, other.params)
+    settings = dict(mode="two_step", seed=4, frames=1)
+    mine, half = (g.sample(PAIR, time=0.7, **settings) for g in (generator, other))
+    assert (mine.frames != half.frames).any()
+    used = generator._generation(mine.settings, 2)
+    assert used is other._generation(half.settings, 2)
+    compiled = used._program._cache_size()
+    generator.sample(PAIR, time=0.3, **settings)
+    assert used._program._cache_size() == compiled
+    deeper = api.Generator({**generator.model, "depth": 2}, generator.params, generator.config)
+    assert deeper._generation(mine.settings, 2) is not used
+
+
 @pytest.mark.parametrize("arguments, words", [
     (dict(prompts=[]), "no prompt"),
     (dict(prompts="a", mode="onestep"), "did you mean 'one_step'"),

@@ -32,8 +32,9 @@ class Generation:
     """One sampler, compiled once per sample shape and used for any number of sets.
 
     net(params, x, t, text, text_mask) -> velocity. mode: "one_step", "two_step" (two_step_time,
-    fresh noise or the same) or "euler" (steps, shift; the guidance is an argument of the call, so a
-    sweep compiles nothing anew). `seconds` is the time of the last call without compilation.
+    fresh noise or the same) or "euler" (steps, shift). Guidance and the time between two steps are
+    arguments of the call, so a sweep compiles nothing anew. `seconds` is the time of the last call
+    without compilation.
     """
 
     def __init__(self, net: Callable, mode: str, *, steps: int = 25, shift: float = 1.0,
@@ -47,7 +48,8 @@ class Generation:
         self._warm: set[tuple] = set()  # shapes that were compiled
         self._program = jax.jit(self.draw, static_argnames=("shape",))
 
-    def draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape):
+    def draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape,
+             time=None):
         """What is compiled: samples float32 [B, *shape] of rows `index` [B]; see __call__."""
         # On a mesh half as many bytes travel when matrices are cast before they are gathered.
         copy = getattr(self.net, "compute_copy", None)
@@ -57,21 +59,24 @@ class Generation:
             return samplers.one_step(velocity, z, text, mask)
         if self.mode == "two_step":
             fresh = sample_noise(seed, index, shape, stream=1) if self.two_step_fresh else None
-            return samplers.two_step(velocity, z, text, mask, self.two_step_time, fresh)
+            time = self.two_step_time if time is None else time
+            return samplers.two_step(velocity, z, text, mask, time, fresh)
         return samplers.euler(velocity, z, text, mask, null_text, null_mask, steps=self.steps,
                               guidance=guidance, shift=self.shift)
 
     def __call__(self, params, text: np.ndarray, mask: np.ndarray,
                  shape: tuple[int, int, int, int], *, seed: int = 0, guidance: float = 1.0,
                  null_text: np.ndarray | None = None, null_mask: np.ndarray | None = None,
-                 first: int = 0, label: str = "", decoder: FrameDecoder | None = None,
-                 kept: list[np.ndarray] | None = None) -> np.ndarray:
+                 time: float | None = None, first: int = 0, label: str = "",
+                 decoder: FrameDecoder | None = None, kept: list[np.ndarray] | None = None
+                 ) -> np.ndarray:
         """Samples for text float32 [N, L, D], mask bool [N, L] -> frames uint8 [N, F, H, W, C].
 
         shape: (F, H, W, C) of one sample; of its latents where a `decoder` makes frames of them,
         whose time then counts. null_text [L, D], null_mask [L]: the negative prompt,
-        needed by "euler". first: index of the first sample, for its noise. The last batch is
-        padded. kept: takes the samples before they become frames, float32 [n, *shape] a batch.
+        needed by "euler". time: between two steps, in place of two_step_time. first: index of the
+        first sample, for its noise. The last batch is padded. kept: takes the samples before they
+        become frames, float32 [n, *shape] a batch.
         """
         if self.mode == "euler" and (null_text is None or null_mask is None):
             raise UserError("euler sampling needs null_text and null_mask, the states of the "
@@ -80,12 +85,13 @@ class Generation:
             null_text, null_mask = np.zeros_like(text[0]), np.zeros_like(mask[0])
         shape, total = tuple(int(side) for side in shape), len(text)
         batch = min(self.batch, total)
+        time = np.float32(self.two_step_time if time is None else time)
         out = np.empty((total, *(decoder.frame_shape(shape) if decoder else shape)), np.uint8)
         index = np.minimum(np.arange(-(-total // batch) * batch), total - 1)  # padded: the last
 
         def run(rows):
             return self._program(params, jnp.asarray(rows + first), seed, text[rows], mask[rows],
-                                 null_text, null_mask, guidance, shape)
+                                 null_text, null_mask, guidance, shape, time)
 
         shapes = (batch, shape, text.shape[1:])
         if shapes not in self._warm:  # compile first: it is not part of the sampling time
