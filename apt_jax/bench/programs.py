@@ -26,6 +26,8 @@ from apt_jax.serve import draw_stage, served
 KEEPING = ("none", "attention", "exchange", "offload")
 
 
+STEPS = ("D step", "G step")
+
 # Matrices of one block that model.matmul = "fp8" multiplies in eight bits.
 MATRICES = {"mmdit": 8, "wan": 10}
 

@@ -24,7 +24,7 @@ class Plan:
       what: one of WHAT.
       config_of: attention's backend -> a fresh config.
       devices: to compile or run on.
-      backends, weights, parts, decoders: the choices of each; not every bench reads all of them.
+      backends, weights, parts, steps, decoders: the choices of each; not every bench reads all.
       overrides: of the config, for the rows' names.
       seconds: to time each row for. peers: whether PyTorch runs beside it.
     """
@@ -35,6 +35,7 @@ class Plan:
     backends: Sequence[str] = ("auto",)
     weights: Sequence[str] = ("bfloat16",)
     parts: Sequence[str] = block.PARTS
+    steps: Sequence[str] = programs.STEPS
     decoders: Sequence[str] = tuple(pipeline.DECODERS)
     overrides: Sequence[str] = ()
     seconds: float = 5.0
@@ -65,8 +66,9 @@ def cases(plan: Plan) -> Iterator[Case]:
                 yield programs.forward_case(plan.config(backend), plan.devices, weights,
                                             plan.overrides)
             elif plan.what == "train":
-                yield from programs.train_cases(plan.config(backend, weights), plan.devices,
-                                                plan.overrides)
+                yield from (case for case in programs.train_cases(
+                    plan.config(backend, weights), plan.devices, plan.overrides)
+                    if case.part in plan.steps)
             elif plan.what == "block":
                 for part in plan.parts:
                     if part not in parts_of_backend(backend):
@@ -167,7 +169,7 @@ def _peers(plan: Plan, device: str) -> Iterator[tuple[str, Callable[[], dict[str
             lambda: torch_peers.forward(config, place),
             lambda: programs.forward_case(plan.config("auto"), plan.devices, "bfloat16"))
     elif plan.what == "train":
-        for step in ("D step", "G step"):
+        for step in plan.steps:
             yield name(step), row(
                 lambda step=step: torch_peers.training(config, place)[step],
                 lambda step=step: next(c for c in programs.train_cases(

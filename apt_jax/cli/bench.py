@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backends", nargs="+", default=[], metavar="NAME", help="some of the attention kernels")
     add("--weights", nargs="+", default=[], metavar="KIND",
         help="block, forward, train, pipeline: bfloat16 (default), fp8; forward and pipeline: float32")
+    add("--steps", nargs="+", default=[], metavar="NAME", help="train: 'D step', 'G step'")
     add("--decoders", nargs="+", default=[], metavar="NAME",
         help="vae, pipeline: 'chunk 1', 'chunk 2', 'chunk 4', tiles (default: vae all, pipeline the "
              "first)")
@@ -108,6 +109,7 @@ def _config(args: argparse.Namespace, backend: str = ""):
 def _plan(args: argparse.Namespace, devices, backends):
     from apt_jax.bench.cases import INFERENCE_ONLY
     from apt_jax.bench.pipeline import DECODERS
+    from apt_jax.bench.programs import STEPS
     from apt_jax.bench.run import Plan
     from apt_jax.errors import UserError
     from apt_jax.serve import WEIGHTS
@@ -119,6 +121,7 @@ def _plan(args: argparse.Namespace, devices, backends):
     kinds = WEIGHTS[1:] if args.what in ("forward", "pipeline") else ("bfloat16", "fp8")
     return Plan(args.what, lambda backend: _config(args, backend), devices, backends,
                 _some(args.weights or ["bfloat16"], kinds, "--weights"),
+                steps=_some(args.steps, STEPS, "--steps"),
                 decoders=_some(args.decoders, DECODERS, "--decoders"), overrides=args.overrides,
                 seconds=args.seconds or 5.0, peers=not args.no_peers)
 

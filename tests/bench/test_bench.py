@@ -215,6 +215,9 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["forward"], "needs --config"),
     (["train", "--config", "configs/demo_pretrain.py"], "stage is 'pretrain'"),
     (["forward", "--config", "configs/demo_image.py", "--weights", "int4"], "'int4' is unknown"),
+    (["train", "--config", "configs/demo_image.py", "--steps", "G"], "did you mean 'G step'"),
+    (["train", "--config", "configs/demo_image.py", "--backends", "cudnn_fp8"], "has no gradient"),
+    (["fp8", "--kinds", "product"], "did you mean 'products'"),
     (["vae", "--config", "configs/demo_image.py", "--decoders", "tile"], "did you mean 'tiles'"),
 ])
 def test_wrong_requests_are_one_line(capsys, arguments, words):

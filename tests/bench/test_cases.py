@@ -100,6 +100,15 @@ def test_training_has_two_programs_whose_work_is_known():
     assert 1.5 < d.flops() / g.flops() < 2.2
 
 
+def test_one_step_of_two_can_be_asked_for_and_none_without_a_gradient(monkeypatch):
+    asked = []
+    monkeypatch.setattr(programs, "train_cases", lambda config, *_: (
+        asked.append(config.model.attention), [SimpleNamespace(part=s) for s in programs.STEPS])[1])
+    plan = run.Plan("train", lambda name: tiny(f"--config.model.attention={name}"), [None],
+                    ["pallas", "cudnn_fp8"], steps=["G step"])
+    assert [made.part for made in run.cases(plan)] == ["G step"] and asked == ["pallas"]
+
+
 def test_the_pipeline_goes_from_ids_to_frames():
     umt5 = UMT5Config(vocabulary=20, width=16, depth=1, heads=2, head_dim=8, mlp_width=24)
     vae = VAEConfig(base=4, multipliers=(1, 1), blocks=1, temporal=(True,))
