@@ -2,8 +2,10 @@
 
 The kernel takes q, k and v in e4m3 with one scale each, rounds softmax's numerators to e4m3 before
 they meet v, sums in float32 and returns e4m3. As jax hands it on it knows no mask and no lengths.
-Three facts keep what that costs small:
+Four facts keep what that costs small:
 
+* q . k does not change when both are multiplied by one orthogonal matrix. Where a few channels make
+  most of it, only their few rounding errors could cancel; a Hadamard matrix spreads it over all.
 * Softmax does not change when all keys move by one vector. With the visible keys' mean taken from
   them they need less of the format, and a query's visible scores have the mean 0, so that their
   exponentials sum to at least their number (Jensen). v's mean comes off too, and on again after.
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from apt_jax.errors import UserError
 from apt_jax.kernels.fit import pad_tokens
@@ -70,13 +73,15 @@ def cudnn_fp8(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | No
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _attend(q, k, v, key_mask, emulate):
     dtype, queries, dim = q.dtype, q.shape[1], q.shape[3]
+    (q, grown), (k, _) = _spread(q), _spread(k)
     sums = key_mask is not None or k.shape[1] % TILE != 0
     shown = jnp.ones(k.shape[:2], bool) if key_mask is None else key_mask
     (k, _), (v, mean) = _centred(k, shown), _centred(v, shown)
     q, k, v = (rounded(_filled(x)) for x in (q, k, v))
     run = _emulated if emulate else _cudnn
     # A mean of v's rows is no larger than they are: v's scale is the result's too.
-    out, lse = run(q.values, k.values, v.values, q.scale, k.scale, v.scale, dim**-0.5, sums)
+    out, lse = run(q.values, k.values, v.values, q.scale, k.scale, v.scale,
+                   dim**-0.5 / grown, sums)
     out = out[:, :queries, :, :dim].astype(jnp.float32) * v.scale
     if sums:
         out = out * _without_hidden(lse[:, :, :queries], shown, k.values.shape[1])
@@ -88,6 +93,22 @@ def _attend(q, k, v, key_mask, emulate):
 def _refuse(emulate, primals, tangents):
     raise UserError("the attention kernel 'cudnn_fp8' is for inference and has no gradient; set "
                     "model.attention to 'auto' for training")
+
+
+def _spread(x: jax.Array) -> tuple[jax.Array, int]:
+    """x [..., d] times a matrix of 1 and -1, and what it makes products of two such x larger by.
+
+    A Hadamard matrix of random signs for each block of channels; blocks are the largest power of two
+    that divides d. Its numbers are exact in every dtype.
+    """
+    dim = x.shape[-1]
+    block = dim & -dim
+    hadamard = np.ones((1, 1), np.float32)
+    while len(hadamard) < block:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (dim, 1))
+    matrix = jnp.asarray(signs * np.kron(np.eye(dim // block), hadamard), x.dtype)
+    return jnp.dot(x, matrix, precision=jax.lax.Precision.HIGHEST), block
 
 
 def _centred(x: jax.Array, shown: jax.Array) -> tuple[jax.Array, jax.Array]:

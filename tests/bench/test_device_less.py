@@ -46,20 +46,25 @@ def gpu_backends() -> list[str]:
 
 @needs_cuda
 def test_attention_compiles_for_h100_by_every_gpu_kernel(tmp_path):
-    rows = bench(tmp_path, "attention", "--topology", "h100:1x1", "--backends", *gpu_backends())
-    assert len(rows) == 8 * 2 * len(gpu_backends())
+    rows = bench(tmp_path, "attention", "--topology", "h100:1x1", "--backends", *gpu_backends(),
+                 "cudnn_fp8")
+    assert len(rows) == 8 * 2 * len(gpu_backends()) + 8  # eight bits have no gradient
     ours = rows["8b_720p_joint/gradient/pallas"]
     assert ours["kernels"] == {"apt_flash_forward": 1, "apt_flash_dkv": 1, "apt_flash_dq": 1}
     # q, k, v are read as they lie: no copy of them, only delta and one gradient beside the results
     assert ours["temporary_bytes"] < 300 * 2**20
+    eight = rows["8b_720p_joint/forward/cudnn_fp8"]
+    assert eight["kernels"] == {'"__cudnn$fmhaSoftmaxF8"': 1}
+    # q, k and v are written once, in eight bits, and the result once: no copy in between
+    assert eight["written_bytes"] < 1.1 * (3 * 1 + 2) * 47_104 * 24 * 128
 
 
 @needs_cuda
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_the_8b_one_step_forward_runs_each_kernel_36_times(tmp_path, gpus):
     rows = bench(tmp_path, "forward", *VIDEO_8B, "--topology", f"h100:1x{gpus}", *MESH,
-                 f"--config.mesh.context={gpus}", "--backends", *gpu_backends())
-    assert len(rows) == len(gpu_backends())
+                 f"--config.mesh.context={gpus}", "--backends", *gpu_backends(), "cudnn_fp8")
+    assert len(rows) == len(gpu_backends()) + 1
     for row in rows.values():
         assert max(row["kernels"].values()) == 36
         assert row["largest"] < 46_800**2
@@ -98,6 +103,21 @@ def test_eight_bit_weights_are_multiplied_as_such_and_not_copied(tmp_path):
     eight, half = rows.values()
     assert eight["kernels"][FP8] == 8 * 36 and half["kernels"][FP8] == 0
     assert eight["temporary_bytes"] < half["temporary_bytes"] + 1.5 * 2**30
+
+
+@needs_cuda
+def test_everything_in_eight_bits_is_cudnns_attention_and_cublass_products(tmp_path):
+    (row,) = bench(tmp_path, "forward", *VIDEO_8B, *ONE_GPU, "--weights", "fp8", "--backends",
+                   "cudnn_fp8").values()
+    assert row["kernels"] == {'"__cudnn$fmhaSoftmaxF8"': 36, FP8: 8 * 36}
+
+
+@needs_cuda
+def test_a_block_takes_one_kernel_of_any_name(tmp_path):
+    rows = bench(tmp_path, "block", *VIDEO_8B, *ONE_GPU, "--backends", "cudnn_fp8",
+                 *gpu_backends()[1:])
+    assert [list(row["kernels"].values())[0] for row in rows.values()] == (
+        [1, 1, 1] + [1, 3] * has("tokamax"))
 
 
 @needs_cuda

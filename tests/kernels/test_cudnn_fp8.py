@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.linalg
 from attention_float64 import attention64, draw
 
 from apt_jax.errors import UserError
@@ -29,6 +30,10 @@ def scale_of(x):
 def in_eight_bits(q, k, v, mask=None):
     """float64 sums of numbers rounded as the kernel does; hidden keys taken out of them at the end."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    softmax_scale = q.shape[-1] ** -0.5
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], q.shape[-1])
+    turn = signs[:, None] * scipy.linalg.hadamard(q.shape[-1]) / q.shape[-1]
+    q, k = q @ turn * q.shape[-1], k @ turn
     mask = np.ones(k.shape[:2], bool) if mask is None else mask
     mean = np.zeros((len(k), 1, *v.shape[2:]))
     for b, seen in enumerate(mask):
@@ -39,7 +44,7 @@ def in_eight_bits(q, k, v, mask=None):
     k, v, mask = np.pad(k, fill), np.pad(v, fill), np.pad(mask, fill[:2])
     sq, sk, sv = map(scale_of, (q, k, v))
     q, k, v = e4m3(q / sq), e4m3(k / sk), e4m3(v / sv)
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * sq * sk * q.shape[-1] ** -0.5
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * sq * sk * softmax_scale
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     total, seen = (np.swapaxes(w.sum(-1), 1, 2)[..., None]
                    for w in (weights, weights * mask[:, None, None]))
