@@ -38,8 +38,6 @@ from apt_jax.parallel.sharding import infer_shardings
 from apt_jax.serve import Server, server_of
 from apt_jax.weights import load_generator, open_generator
 
-FPS = 8.0  # of the clips that `save` and `show` write, unless their settings say otherwise
-LATENT_FPS = 16.0  # of Wan's clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +291,7 @@ class Generator:
             "frames": sizes[0] if frames is None else int(frames),
             "height": sizes[1] if height is None else int(height),
             "width": sizes[2] if width is None else int(width),
-            "shift": float(sample.shift), "fps": FPS if self.latents is None else LATENT_FPS,
+            "shift": float(sample.shift), "fps": media.frame_rate(sample.fps, self.latents is not None),
         }
         if mode == "euler":
             settings["steps"] = int(sample.steps if steps is None else steps)
@@ -358,7 +356,7 @@ def show(samples: Samples, size: int = 128, columns: int = 0) -> Any:
         sheet = media.grid(samples.frames[:, 0], columns, samples.captions, size)
         return Image.fromarray(sheet)
     sheet = media.webp_bytes(media.clip_grid(samples.frames, columns, samples.captions, size),
-                             samples.settings.get("fps", FPS))
+                             samples.settings.get("fps", media.FPS))
     name = html.escape(", ".join(dict.fromkeys(samples.captions)), quote=True)
     data = base64.b64encode(sheet).decode()
     return Page(f'<img alt="{name}" src="data:image/webp;base64,{data}">')
@@ -376,7 +374,7 @@ def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    clips, fps = samples.frames.shape[1] > 1, samples.settings.get("fps", FPS)
+    clips, fps = samples.frames.shape[1] > 1, samples.settings.get("fps", media.FPS)
     paths, files = [], []
     for i, (frames, caption) in enumerate(zip(samples.frames, samples.captions)):
         stem = f"{i:03d}_{_slug(caption)}"

@@ -16,6 +16,15 @@ from PIL import Image, ImageDraw, ImageFont
 from apt_jax.errors import UserError
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+FPS, LATENT_FPS = 8.0, 16.0  # of clips whose settings say nothing: pixels, and Wan's latents
+
+
+def frame_rate(asked: float, latents: bool) -> float:
+    """Frames a second of a clip as it is written.
+
+    asked: config.sample.fps, 0 where it is not said; latents: a VAE makes the frames.
+    """
+    return float(asked) or (LATENT_FPS if latents else FPS)
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:

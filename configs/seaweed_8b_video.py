@@ -30,4 +30,5 @@ def get_config():
     config.mesh.context = 4  # four devices share a clip's tokens: activations are a quarter
     config.mesh.replica = config.mesh.fsdp = -1  # copies of at most 128 devices
     config.sample.shift = 12.0
+    config.sample.fps = 24.0
     return config

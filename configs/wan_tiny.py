@@ -52,4 +52,5 @@ def get_config(stage="video"):
     config.train.log_every = 5
     config.mesh.replica = 1
     config.mesh.fsdp = -1
+    config.sample.fps = 8.0  # as wan_tiny_data.py
     return config

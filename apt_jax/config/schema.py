@@ -172,6 +172,8 @@ FIELDS: tuple[Field, ...] = (
     _f("sample.shift", 1.0, "time shift of the Euler grid", low=0, open_low=True),
     _f("sample.two_step_time", 0.5, "t between the two steps", low=0, high=1, open_low=True),
     _f("sample.two_step_fresh", False, "fresh noise for the second step instead of the same"),
+    _f("sample.fps", 0.0, "frames a second of clips that are written, those of the training data; "
+       "0: 8, and 16 where a VAE makes the frames", low=0),
 )
 
 BY_KEY: dict[str, Field] = {field.key: field for field in FIELDS}

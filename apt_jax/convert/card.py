@@ -8,6 +8,7 @@ from typing import Any
 
 from apt_jax.convert.families import Family
 from apt_jax.convert.provenance import History
+from apt_jax.media import frame_rate
 
 _USE = {
     "wan": '''from diffusers import WanPipeline
@@ -140,7 +141,8 @@ def _usage(name: str, family: Family, past: History, two_step_time: float,
                 f"{trained}", ""]
     more = trained or " More were not trained for. No guidance: leave the scale at 1."
     return ["## Use", "", "```python", "import torch",
-            _USE[family.name].format(name=name, size=_size(past.stages), fps=16), "```", "",
+            _USE[family.name].format(name=name, size=_size(past.stages), fps=_fps(past.stages)),
+            "```", "",
             "One step computes z - v(z, text, t = 1). `num_inference_steps=2` evaluates the "
             f"network again at t = {two_step_time:g}.{more}", ""]
 
@@ -148,6 +150,10 @@ def _usage(name: str, family: Family, past: History, two_step_time: float,
 def _size(stages: Sequence[Any]) -> str:
     """The clip length that the model was trained on; a latent frame is four, the first is one."""
     return f"num_frames={1 + 4 * (max(stages[0].data.frames) - 1)}, " if stages else ""
+
+
+def _fps(stages: Sequence[Any]) -> str:
+    return f"{frame_rate(stages[0].sample.fps if stages else 0.0, latents=True):g}"
 
 
 def _recipe(config: Any, done: int | None) -> str:

@@ -45,6 +45,7 @@ def make_run(folder, stage, **init):
         config.model[key] = value
     config.model.rope_axes = (8, 12, 12)  # Wan does not read it
     config.sample.two_step_time = 0.6
+    config.sample.fps = 12.5
     config.data.frames = (1, 21)
     for key, value in init.items():
         config.init[key] = str(value)
@@ -121,7 +122,7 @@ def test_the_card_tells_the_recipe(chain, tmp_path):
     for words in ("trained from tiny-wan", "consistency distillation: `consistency_wan`",
                   "adversarial post-training (APT): `apt_wan`", "R1 approximate, weight 100",
                   "the moving average", "bfloat16 (some tensors otherwise", "t = 0.6",
-                  "num_frames=81", "apt-jax convert export ...", '"stage": "adversarial"',
+                  "num_frames=81", "fps=12.5)", "apt-jax convert export ...", '"stage": "adversarial"',
                   f"`apt_wan`, 3 of {base_config().train.steps} updates", "- one-step\n- apt\n",
                   "More were not trained for. No guidance"):
         assert words in text, words

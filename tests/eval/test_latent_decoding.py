@@ -76,6 +76,9 @@ def test_a_sample_is_the_decoded_latent(generator):
                                latents=True)
     assert samples.frames.shape == (2, 3, 16, 24, 3) and samples.frames.dtype == np.uint8
     assert samples.settings["height"] == 16 and samples.settings["fps"] == 16
+    generator.config.sample.fps = 24.0  # what the data's clips have, where the config says it
+    assert generator._resolve("one_step", 0, 3, 16, 24, *[None] * 4)["fps"] == 24
+    generator.config.sample.fps = 0.0
     assert samples.settings["batch"] == 1  # clips of a large model come one at a time
 
     z = sample_noise(3, np.arange(2), (2, 4, 6, 4))
