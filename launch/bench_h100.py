@@ -23,7 +23,7 @@ RESULTS = "docs/results/performance"
 ONE = ["--config.mesh.replica=1", "--config.mesh.fsdp=1", "--config.mesh.context=1"]
 VIDEO_8B = ["--config", "configs/seaweed_8b_video.py", *ONE]
 WAN = ["--config", "configs/wan_1_3b_apt_video.py", *ONE]
-KERNELS = ["--backends", "tokamax", "cudnn", "pallas"]
+KERNELS = ["--backends", "tokamax", "cudnn", "cudnn_fp8", "pallas"]
 BOTH = ["--weights", "bfloat16", "fp8"]
 # Full-width layers of G, D, their masters, moments and average that one GPU holds.
 FEW = ["--config.model.depth=4", "--config.discriminator.taps=2,3,4"]
@@ -43,7 +43,8 @@ GROUPS: dict[str, list[list[str]]] = {
     "inference": [
         ["forward", *VIDEO_8B, *BOTH, *KERNELS, *saved("forward_8b")],
         ["vae", *VIDEO_8B, *saved("vae")],
-        ["pipeline", *VIDEO_8B, *BOTH, "--backends", "tokamax", *saved("pipeline_8b")],
+        ["pipeline", *VIDEO_8B, *BOTH, "--backends", "tokamax", "cudnn_fp8",
+         *saved("pipeline_8b")],
         ["forward", *WAN, *BOTH, *KERNELS, *saved("forward_wan")],
     ],
     "training": [
