@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import html
 import json
 import statistics
@@ -28,7 +27,7 @@ from apt_jax.config import base_config, load_json
 from apt_jax.config.load import nearest
 from apt_jax.convert.provenance import history
 from apt_jax.errors import UserError
-from apt_jax.eval.generate import MODES, Generation, sample_noise
+from apt_jax.eval.generate import MODES, Generation, Itself, generation_of, sample_noise
 from apt_jax.eval.latents import LatentSpace
 from apt_jax.kernels.scope import Scope
 from apt_jax.models.presets import make_generator
@@ -147,9 +146,8 @@ class Generator:
         # The kernel is the machine's matter: weights trained with one go with any.
         self.network = make_generator({**dict(model), "attention": attention}).on(scope)
         self.params = jax.tree.map(jnp.asarray, params)
-        self._generations: dict[tuple, Generation] = {}
-        # Networks of one kind share what was compiled for them, on one device and without a VAE.
-        self._alike = "" if scope is not None or self.latents else json.dumps(
+        # Weights of one network share what was compiled for it, on one device and without a VAE.
+        self._kind = Itself(self.network) if scope is not None or self.latents else json.dumps(
             {**dict(model), "attention": attention}, sort_keys=True)
         self._encoder = None
 
@@ -317,19 +315,7 @@ class Generator:
         """The sampler of these settings, compiled at most once per shape of its inputs."""
         known = {"steps": "steps", "shift": "shift", "fresh_noise": "two_step_fresh"}
         options = {name: settings[key] for key, name in known.items() if key in settings}
-        key = (settings["mode"], batch, tuple(sorted(options.items())))
-        if self._alike:
-            return _shared(self._alike, *key)
-        if key not in self._generations:
-            self._generations[key] = Generation(self.network, settings["mode"], batch=batch,
-                                                **options)
-        return self._generations[key]
-
-
-@functools.lru_cache(maxsize=16)
-def _shared(model: str, mode: str, batch: int, options: tuple) -> Generation:
-    """The sampler of every generator on one device with this network: the weights are arguments."""
-    return Generation(make_generator(json.loads(model)), mode, batch=batch, **dict(options))
+        return generation_of(self._kind, settings["mode"], batch, tuple(sorted(options.items())))
 
 
 # -- looking and keeping ---------------------------------------------------------------------------

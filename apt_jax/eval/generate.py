@@ -1,5 +1,6 @@
 """Draw samples for a measurement: fixed noise per index, so that methods share their seeds."""
 
+import json
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -12,6 +13,7 @@ from apt_jax.errors import UserError
 from apt_jax.eval.latents import decode_latents
 from apt_jax.eval.progress import Progress
 from apt_jax.media import to_uint8
+from apt_jax.models.presets import make_generator
 from apt_jax.models.vae import FrameDecoder
 
 MODES = ("one_step", "two_step", "euler")
@@ -113,7 +115,7 @@ class Generation:
         return out
 
 
-class _Identity:
+class Itself:
     """A key that is equal to itself only; a Network holds dicts and has no hash of its own."""
 
     def __init__(self, value):
@@ -123,12 +125,18 @@ class _Identity:
         return id(self.value)
 
     def __eq__(self, other) -> bool:
-        return self.value is other.value
+        return isinstance(other, Itself) and self.value is other.value
 
 
-@lru_cache(maxsize=8)
-def _generation(net: _Identity, mode: str, batch: int, settings: tuple) -> Generation:
-    return Generation(net.value, mode, batch=batch, **dict(settings))
+@lru_cache(maxsize=16)
+def generation_of(net: Itself | str, mode: str, batch: int, settings: tuple) -> Generation:
+    """The sampler of a network, kept with what it compiled.
+
+    net: the network's own key, or config.model as JSON for one that all weights of that network
+    share, on one device. settings: ((name, value), ...) of `Generation`.
+    """
+    net = make_generator(json.loads(net)) if isinstance(net, str) else net.value
+    return Generation(net, mode, batch=batch, **dict(settings))
 
 
 def generate(net: Callable, params, text: np.ndarray, mask: np.ndarray,
@@ -140,6 +148,6 @@ def generate(net: Callable, params, text: np.ndarray, mask: np.ndarray,
     Calls with the same network object and settings share one compiled sampler, whatever the
     weights.
     """
-    generation = _generation(_Identity(net), mode, batch, tuple(sorted(settings.items())))
+    generation = generation_of(Itself(net), mode, batch, tuple(sorted(settings.items())))
     return generation(params, text, mask, shape, seed=seed, guidance=guidance,
                       null_text=null_text, null_mask=null_mask, label=label)
