@@ -20,8 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = (
-    ("configs/demo_image.py", "--config.train.batch_size=64", "--config.train.accumulate=1"),
-    ("configs/demo_image.py", "--config.train.batch_size=256", "--config.train.accumulate=4"),
+    ("configs/demo_image.py", "--config.train.batch_size=64", "--config.train.accumulate=1",
+     "--config.model.remat=full"),
+    ("configs/demo_image.py", "--config.train.batch_size=256", "--config.train.accumulate=4",
+     "--config.model.remat=full"),
 )
 MIB = 2**20
 
