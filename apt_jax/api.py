@@ -289,7 +289,8 @@ class Generator:
             "frames": sizes[0] if frames is None else int(frames),
             "height": sizes[1] if height is None else int(height),
             "width": sizes[2] if width is None else int(width),
-            "shift": float(sample.shift), "fps": media.frame_rate(sample.fps, self.latents is not None),
+            "shift": float(sample.shift),  # runs from before the field say no rate
+            "fps": media.frame_rate(sample.get("fps", 0.0), self.latents is not None),
         }
         if mode == "euler":
             settings["steps"] = int(sample.steps if steps is None else steps)

@@ -124,6 +124,14 @@ def test_generators_of_one_network_share_what_is_compiled(folder, generator):
     assert deeper._generation(mine.settings, 2) is not used
 
 
+def test_a_run_from_before_the_frame_rate_was_a_field_is_sampled(generator):
+    old = generator.config.copy_and_resolve_references()
+    with old.unlocked():
+        del old.sample["fps"]
+    again = api.Generator(generator.model, generator.params, old)
+    assert again.sample_shape(frames=1) == generator.sample_shape(frames=1)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (dict(prompts=[]), "no prompt"),
     (dict(prompts="a", mode="onestep"), "did you mean 'one_step'"),

@@ -153,7 +153,7 @@ def _size(stages: Sequence[Any]) -> str:
 
 
 def _fps(stages: Sequence[Any]) -> str:
-    return f"{frame_rate(stages[0].sample.fps if stages else 0.0, latents=True):g}"
+    return f"{frame_rate(stages[0].sample.get("fps", 0.0) if stages else 0.0, latents=True):g}"
 
 
 def _recipe(config: Any, done: int | None) -> str:
