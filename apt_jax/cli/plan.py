@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.reuse and not args.hlo:
         raise UserError("--reuse reads kept programs; name their folder with --hlo DIR")
-    prepare_environment()
+    prepare_environment(unrun=True)
     from apt_jax.config import load_config, validate
     from apt_jax.parallel.flags import compiler_options
     from apt_jax.plan import run as planning

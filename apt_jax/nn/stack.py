@@ -84,7 +84,9 @@ def run_stack(
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:
-        body = jax.checkpoint(body, policy=policy)
+        # Within a scan nothing needs the barriers against common subexpressions, and they keep the
+        # backward loop from gathering its next layer ahead.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     tapped, start = [], 0
     for end in sorted({*taps, depth}):
         segment = jax.tree.map(lambda leaf: leaf[start:end], state) if (start, end) != (0, depth) else state  # noqa: B023

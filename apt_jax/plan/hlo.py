@@ -7,6 +7,7 @@ the order of lines in a computation is the order in which a device starts them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_c
                      r"%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"\}')
+_INDEX = re.compile(r"\bindex=(\d+)")
 # Names of the Python source, which may hold any word: never to be taken for what the program does.
 _METADATA = re.compile(r',? ?\bmetadata=\{((?:[^"{}]|"(?:[^"\\]|\\.)*")*)\}')
 
@@ -110,7 +112,8 @@ class Program:
         return [(name, 1.0) for name in names if name in self.computations]
 
     def trip_count(self, loop: Instruction) -> float:
-        """How often a while loop runs: XLA's note, else the bound its condition compares with."""
+        """How often a while loop runs: XLA's note, else the bound its condition compares with,
+        written there or among the loop's first values."""
         if found := _TRIPS.search(loop.rest):
             return float(found.group(1))
         bounds = []
@@ -118,10 +121,32 @@ class Program:
         while todo:
             for instruction in self.computations.get(todo.pop(), ()):
                 todo += [name for key, name in instruction.called.items() if key == "calls"]
-                if instruction.opcode == "constant" and instruction.result[0].dtype == "s32":
-                    if re.fullmatch(r"-?\d+", instruction.operands.strip()):
-                        bounds.append(int(instruction.operands))
+                bounds += self._integer(instruction)
+                if instruction.opcode == "get-tuple-element":
+                    index = int(_INDEX.search(instruction.rest).group(1))
+                    bounds += self._first_value(loop, index)
         return float(max(bounds, default=1)) or 1.0
+
+    @functools.cached_property
+    def _named(self) -> dict[str, Instruction]:
+        return {i.name: i for body in self.computations.values() for i in body}
+
+    def _first_value(self, loop: Instruction, index: int) -> list[int]:
+        """[the integer with which element `index` of a loop's state begins], [] for all else."""
+        state = self._named.get(loop.operand_names[0])
+        if state is None or state.opcode != "tuple":
+            return []
+        found = self._named.get(state.operand_names[index])
+        while found is not None and found.opcode in ("copy", "bitcast", "opt-barrier"):
+            found = self._named.get(found.operand_names[0])
+        return self._integer(found) if found is not None else []
+
+    @staticmethod
+    def _integer(instruction: Instruction) -> list[int]:
+        if instruction.opcode == "constant" and instruction.result[0].dtype == "s32":
+            if re.fullmatch(r"-?\d+", instruction.operands.strip()):
+                return [int(instruction.operands)]
+        return []
 
 
 def parse_hlo(text: str) -> Program:

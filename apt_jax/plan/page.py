@@ -24,11 +24,13 @@ TARGETS = (  # (result, what, most GiB at the peak of a training step)
 CONTEXT_TARGET = 1.05
 WHY = """
 
-Why the misses on H100s, read in the compiled programs: XLA moves the forward gathers a layer ahead,
-beside that layer's products; in the backward loop the gather for the recomputed layer stays in its
-own turn, beside little, and so does most of the D step's reduce-scatter. Tokens: with remat `full`
-the backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer that takes
-a gradient; to keep them would take memory instead.
+What is left on H100s, read in the compiled programs: XLA gathers every layer of a loop a layer ahead,
+beside that layer's products; the first layer of each loop (there is one between two taps) has
+nothing to wait behind, and its gather comes once a microbatch. The exchange of tokens stands between
+a layer's products and its attention, so that part of it waits. Tokens sent: with remat `attention` the
+backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer that takes a
+gradient. To keep them is remat `exchange`: five arrays a layer and sample, 36 GiB more in the D step
+of four devices a clip and half of it for eight, hence the rows `context_8`.
 """
 
 

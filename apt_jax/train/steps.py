@@ -91,19 +91,27 @@ def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
         grads, means = on_part(batch, keys)
     else:
         parts = _split((batch, keys), microbatches, mesh)
-        one = jax.eval_shape(on_part, *jax.tree.map(lambda x: x[0, 0], parts))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
         due = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
-        def body(carry, part):
-            return jax.tree.map(jnp.add, carry, on_part(*part)), None
+        def part_at(i):
+            """Microbatch i, collected together with those that wait beside it."""
+            def one(x):  # [A / W, W, B / A, ...]
+                ways = x.shape[1]
+                beside = jax.lax.dynamic_index_in_dim(x, i // ways, keepdims=False)
+                if ways > 1:
+                    beside = jax.lax.with_sharding_constraint(beside, due)
+                return jax.lax.dynamic_index_in_dim(beside, i % ways, keepdims=False)
 
-        def collected(carry, group):  # [W, B / A, ...]
-            if group[1].shape[0] == 1:
-                return body(carry, jax.tree.map(lambda x: x[0], group))
-            return jax.lax.scan(body, carry, jax.lax.with_sharding_constraint(group, due))
+            return jax.tree.map(one, parts)
 
-        (grads, means), _ = jax.lax.scan(collected, zero, parts)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                            jax.eval_shape(lambda: on_part(*part_at(0))))
+
+        # How often it turns is kept from the compiler: XLA:GPU would pipeline and unroll this loop as
+        # it does those over the layers, and every copy of its body is all the networks.
+        turns = jax.lax.optimization_barrier(jnp.int32(microbatches))
+        grads, means = jax.lax.fori_loop(
+            0, turns, lambda i, sums: jax.tree.map(jnp.add, sums, on_part(*part_at(i))), zero)
     return grads, {**means, "gradient_norm": optax.global_norm(grads)}
 
 

@@ -56,6 +56,19 @@ def test_without_a_note_the_bound_of_the_condition_counts():
     assert found["ag-start"].times == 5
 
 
+def test_a_bound_among_the_first_values_of_a_loop_counts_too():
+    """What gradient() keeps from the compiler (train/steps.py) is still a constant in its text."""
+    text = GPU.replace(', backend_config={"known_trip_count":{"n":"9"}}', "")
+    text = text.replace("  %bound = s32[] constant(5)\n",
+                        "  %bound = s32[] get-tuple-element(%p.1), index=1\n")
+    text = text.replace("  %w =", """  %many = s32[] constant(7)
+  %copied = s32[] copy(%many)
+  %init = (s32[], bf16[4,8]{1,0}) tuple(%zero, %copied)
+  %w =""")
+    found = {c.name: c for c in collectives(parse_hlo(text), {"replica": 2, "fsdp": 4})}
+    assert found["ag-start"].times == 7
+
+
 def test_how_tpus_spell_a_reduce_scatter():
     text = '''HloModule m
 
