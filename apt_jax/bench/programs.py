@@ -57,7 +57,8 @@ def forward_case(config: Any, devices: Sequence[Any], weights: str,
     return Case(row_name(config.name, "forward", kind, backend, overrides=overrides),
                 "one-step inference", backend, found.function, found.args, flops,
                 expected_kernels("one-step inference", config, backend),
-                MATRICES[config.model.family] * config.model.depth if eight else None,
+                MATRICES[config.model.family] * (config.model.depth - config.model.matmul_kept)
+                if eight else None,
                 tokens(config) ** 2, device_share("one-step inference", config), batch)
 
 
@@ -89,7 +90,7 @@ def expected_fp8(program: str, config: Any) -> int | None:
     A matrix has one forward and two in the backward pass; what is computed again comes on top, but
     for the products whose result no gradient needs.
     """
-    g = config.model.depth if matmul_of(config.model) == "fp8" else 0
+    g = config.model.depth - config.model.matmul_kept if matmul_of(config.model) == "fp8" else 0
     d = 0
     if matmul_of(config.discriminator) == "fp8":
         d = discriminator_taps(config.model, config.discriminator)[-1]

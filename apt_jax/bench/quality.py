@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, str]] = {
     "products": {"matmul": "fp8"},
     "attention": {"attention": "cudnn_fp8"},
     "both": {"matmul": "fp8", "attention": "cudnn_fp8"},
+    "all but last": {"matmul": "fp8", "attention": "cudnn_fp8", "matmul_kept": 1},
 }
 
 # The 8B preset's structure (heads of 128, shared modulation, 16 latent channels) at a size for a CPU.

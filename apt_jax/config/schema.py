@@ -75,6 +75,8 @@ FIELDS: tuple[Field, ...] = (
        choices=("float32", "bfloat16")),
     _f("model.matmul", "dtype", "matrix products of the generator's blocks: in model.dtype, or in "
        "eight bits, scaled on the fly (fp8: e4m3 forward, e5m2 gradients)", choices=("dtype", "fp8")),
+    _f("model.matmul_kept", 0, "fp8: how many of the last blocks multiply in model.dtype all the same",
+       low=0),
     _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
        "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "

@@ -20,7 +20,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     _check_keys(config)
     for field in FIELDS:
         check_value(field, get_key(config, field.key))
-    for rule in (_data, _model, _family, _discriminator, _lora, _stage, _objective, _train,
+    for rule in (_data, _model, _family, _discriminator, _matmul, _lora, _stage, _objective, _train,
                  _mesh):
         rule(config)
     return config
@@ -144,6 +144,12 @@ def _discriminator(c: ml_collections.ConfigDict) -> None:
              f"discriminator.taps = {d.taps} must rise without repeats")
     _require(d.heads == 0 or c.model.width % d.heads == 0,
              f"discriminator.heads = {d.heads} must divide model.width = {c.model.width}")
+
+
+def _matmul(c: ml_collections.ConfigDict) -> None:
+    _require(c.model.matmul != "fp8" or c.model.matmul_kept < c.model.depth,
+             f"model.matmul_kept = {c.model.matmul_kept} leaves none of model.depth = "
+             f"{c.model.depth} blocks to multiply in eight bits; keep fewer")
 
 
 def _lora(c: ml_collections.ConfigDict) -> None:

@@ -61,8 +61,10 @@ def matmul_of(section: Any) -> str:
     return section["matmul"] if "matmul" in section else "dtype"
 
 
-def _with_matmul(make: Callable[..., nnx.Module], matmul: str) -> Callable[..., nnx.Module]:
-    return with_fp8(make) if matmul == "fp8" else make
+def _with_matmul(make: Callable[..., nnx.Module], section: Any) -> Callable[..., nnx.Module]:
+    if matmul_of(section) != "fp8":
+        return make
+    return with_fp8(make, section["matmul_kept"] if "matmul_kept" in section else 0)
 
 
 def adapter_scale(lora: Any) -> float:
@@ -80,7 +82,7 @@ def make_generator(model: Any, lora: Any = None) -> Network:
     lora: config.lora, for a network with adapters.
     """
     config = model_config(model)
-    make = _with_adapters(_with_matmul(family_of(model).generator, matmul_of(model)), lora)
+    make = _with_adapters(_with_matmul(family_of(model).generator, model), lora)
     return Network.build(lambda rngs: make(config, rngs=rngs), attention=attention_of(model))
 
 
@@ -97,7 +99,7 @@ def make_discriminator(model: Any, discriminator: Any, lora: Any = None) -> Netw
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
     heads = discriminator["heads"] or config.heads
-    make = _with_matmul(family_of(model).backbone, matmul_of(discriminator))
+    make = _with_matmul(family_of(model).backbone, discriminator)
     make = _with_adapters(make, lora if lora and lora["discriminator"] else None)
     return Network.build(
         lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),

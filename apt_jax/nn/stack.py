@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from apt_jax.kernels import scope
+from apt_jax.nn.fp8 import parts
 
 Carry = Any
 
@@ -71,27 +72,29 @@ def run_stack(
       remat: name of a rematerialisation policy (REMAT_POLICIES).
     Returns: the last carry, and the carries tapped after each block in `taps`.
     """
-    graphdef, state = nnx.split(blocks)
-
     mesh = scope.current()
     place = gather = lambda tree: tree
     if mesh is not None:
         place, gather = mesh.tokens, mesh.layer
 
-    def body(carry: Carry, block_state: Any) -> tuple[Carry, None]:
-        carry = jax.tree.map(lambda x: checkpoint_name(x, "block_in"), place(carry))
-        return place(step(nnx.merge(graphdef, gather(block_state)), carry)), None
+    policy, tapped = REMAT_POLICIES[remat], []
+    for first, last, graphdef, state in parts(blocks, depth):
+        def body(carry: Carry, block_state: Any, graphdef: Any = graphdef) -> tuple[Carry, None]:
+            carry = jax.tree.map(lambda x: checkpoint_name(x, "block_in"), place(carry))
+            return place(step(nnx.merge(graphdef, gather(block_state)), carry)), None
 
-    policy = REMAT_POLICIES[remat]
-    if policy is not None:
-        # Within a scan nothing needs the barriers against common subexpressions, and they keep the
-        # backward loop from gathering its next layer ahead.
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    tapped, start = [], 0
-    for end in sorted({*taps, depth}):
-        segment = jax.tree.map(lambda leaf: leaf[start:end], state) if (start, end) != (0, depth) else state  # noqa: B023
-        carry, _ = jax.lax.scan(body, carry, segment)
-        if end in taps:
-            tapped.append(carry)
-        start = end
+        if policy is not None:
+            # Within a scan nothing needs the barriers against common subexpressions, and they keep
+            # the backward loop from gathering its next layer ahead.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        start = first
+        for end in sorted({*(tap for tap in taps if first < tap <= last), last}):
+            segment = state
+            if (start, end) != (first, last):
+                piece = slice(start - first, end - first)
+                segment = jax.tree.map(lambda leaf: leaf[piece], state)  # noqa: B023
+            carry, _ = jax.lax.scan(body, carry, segment)
+            if end in taps:
+                tapped.append(carry)
+            start = end
     return carry, tapped

@@ -36,7 +36,7 @@ SMALL, FILE_BYTES, CHUNK_BYTES = 2**30, 12 * 2**20, 4 * 2**20
 IDENTITY = ("stage", "optimizer.name", "discriminator.taps", "discriminator.backbone",
             "discriminator.heads", "lora.rank", "lora.alpha", "lora.discriminator")
 # Fields of config.model that change how it is computed, not what it is.
-COMPUTE_ONLY = ("dtype", "matmul", "remat", "attention")
+COMPUTE_ONLY = ("dtype", "matmul", "matmul_kept", "remat", "attention")
 # Fields whose change is allowed but alters draws or data order.
 COURSE = ("seed", "data.path", "data.split", "data.frames", "train.batch_size",
           "train.clip_batch_size")

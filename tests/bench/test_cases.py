@@ -130,6 +130,8 @@ def test_what_a_step_must_run_in_eight_bits():
     assert programs.expected_fp8("D step", latents()) is None
     config.discriminator.matmul = "dtype"
     assert programs.expected_fp8("D step", config) == 8 * 3
+    config.model.matmul_kept = 1
+    assert programs.expected_fp8("D step", config) == 8 * 2
     made = programs.forward_case(latents("--config.model.depth=3"), jax.devices()[:1], "fp8")
     assert made.fp8 == 24 and "fp8" in made.name
     assert programs.expected_kernels("one-step inference", wan(), "cudnn") == {

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apt_jax.config import base_config, validate
+from apt_jax.errors import UserError
+from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.kernels.fp8 import E4M3
 from apt_jax.models.presets import make_discriminator, make_generator, matmul_of
 from apt_jax.nn.fp8 import SCALE, store, stored
 from apt_jax.nn.functional import Network
+from apt_jax.nn.stack import run_stack
 from apt_jax.parallel.mesh import make_mesh
 from apt_jax.parallel.sharding import spec_for
 
@@ -86,3 +90,55 @@ def test_stored_weights_are_cut_over_tensor_as_their_float_ones():
         (2, 32, 128)}.items()}
     assert [list(spec).index("tensor") for spec in cuts.values()] == [1, 1, 2]
     assert spec_for("backbone/blocks/video/qkv/kernel", (2, 32, 96), mesh)[2] == "tensor"
+
+
+def factors(jaxpr) -> list[tuple[str, int]]:
+    """The dtype of every product's first factor, and how often a scan runs it."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append((str(equation.invars[0].aval.dtype), 1))
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(list(equation.params.values()),
+                                     is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                found += [(dtype, times * n) for dtype, n in factors(getattr(inner, "jaxpr", inner))]
+    return found
+
+
+def test_the_last_blocks_can_stay_as_they_are():
+    """By hand: the first of two blocks in eight bits, the second not. Stored or not, and tapped."""
+    model = MMDIT | {"depth": 2, "matmul": "fp8", "matmul_kept": 1}
+    net, plain = make_generator(model), make_generator(MMDIT | {"depth": 2})
+    params, served = random(net), stored(net)
+    assert jax.tree.map(lambda a: a.shape, plain.shapes) == jax.tree.map(
+        lambda a: a.shape, net.shapes)
+    kept = jax.jit(lambda p: store(served, p))(params)
+    qkv = kept["backbone"]["blocks"]["video"]["qkv"]
+    assert {name: leaf.shape for name, leaf in qkv.items()} == {
+        "kernel_fp8": (1, 96, 32), "kernel_scale": (1, 96), "kernel": (1, 32, 96), "bias": (2, 96)}
+    assert qkv["kernel"].dtype == jnp.bfloat16
+    assert jax.tree.structure(kept) == jax.tree.structure(served.abstract())
+
+    ours = jax.jit(net)(params, *inputs())
+    assert (ours == jax.jit(served)(kept, *inputs())).all()
+    hardware = Hardware("gpu", "NVIDIA H100 80GB HBM3", 9.0)
+    for n, p in ((net, net.abstract()), (served, served.abstract())):
+        def run(p, *x, n=n):
+            with choosing(hardware=hardware):
+                return n(p, *x)
+
+        counted = sum(times for dtype, times in factors(jax.make_jaxpr(run)(p, *inputs()).jaxpr)
+                      if dtype == "float8_e4m3fn")
+        assert counted == 8  # one block's
+
+    _, tapped = run_stack(net.bind(params).backbone.blocks, lambda block, carry: carry + 1.0,
+                          jnp.zeros(()), depth=2, taps=(1, 2))
+    assert [float(x) for x in tapped] == [1.0, 2.0]
+
+
+def test_keeping_every_block_is_refused():
+    config = base_config()
+    config.model.matmul, config.model.matmul_kept = "fp8", config.model.depth
+    with pytest.raises(UserError, match="matmul_kept = 4 leaves none of model.depth = 4 blocks"):
+        validate(config)
