@@ -28,12 +28,14 @@ from apt_jax.models.presets import make_discriminator, make_generator
 
 LIMIT = 2.0  # times bfloat16's own error
 
-# What is in eight bits -> the fields of config.model that say so.
+# What is in eight bits -> the fields of config.model that say so. "but last": the last block's
+# products are not.
 KINDS: dict[str, dict[str, str]] = {
     "products": {"matmul": "fp8"},
     "attention": {"attention": "cudnn_fp8"},
     "both": {"matmul": "fp8", "attention": "cudnn_fp8"},
-    "all but last": {"matmul": "fp8", "attention": "cudnn_fp8", "matmul_kept": 1},
+    "products but last": {"matmul": "fp8", "matmul_kept": 1},
+    "both but last": {"matmul": "fp8", "attention": "cudnn_fp8", "matmul_kept": 1},
 }
 
 # The 8B preset's structure (heads of 128, shared modulation, 16 latent channels) at a size for a CPU.

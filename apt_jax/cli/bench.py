@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", nargs="+", default=["bundled:base"], metavar="PATH",
         help="fp8: a trained generator, or several of one training from different seeds")
     add("--kinds", nargs="+", default=[], metavar="NAME",
-        help="fp8: what is in eight bits: products, attention, both (default: each in turn)")
+        help="fp8: what is in eight bits: products, attention, both, 'products but last', 'both but "
+             "last' (default: each in turn)")
     add("--mode", default="", choices=("one_step", "two_step", "euler"),
         help="fp8: how the FD's pictures are drawn (default: euler for bundled:base, else one_step)")
     add("--seeds", type=int, default=4, metavar="N", help="fp8: seeds of the noise (default: 4)")

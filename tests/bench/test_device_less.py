@@ -106,10 +106,12 @@ def test_eight_bit_weights_are_multiplied_as_such_and_not_copied(tmp_path):
 
 
 @needs_cuda
-def test_everything_in_eight_bits_is_cudnns_attention_and_cublass_products(tmp_path):
-    (row,) = bench(tmp_path, "forward", *VIDEO_8B, *ONE_GPU, "--weights", "fp8", "--backends",
-                   "cudnn_fp8").values()
-    assert row["kernels"] == {'"__cudnn$fmhaSoftmaxF8"': 36, FP8: 8 * 36}
+@pytest.mark.parametrize("gpus, kept", [(1, 0), (1, 1), (8, 0)])
+def test_everything_in_eight_bits_is_cudnns_attention_and_cublass_products(tmp_path, gpus, kept):
+    (row,) = bench(tmp_path, "forward", *VIDEO_8B, "--topology", f"h100:1x{gpus}", *MESH,
+                   f"--config.mesh.context={gpus}", f"--config.model.matmul_kept={kept}",
+                   "--weights", "fp8", "--backends", "cudnn_fp8").values()
+    assert row["kernels"] == {'"__cudnn$fmhaSoftmaxF8"': 36, FP8: 8 * (36 - kept)}
 
 
 @needs_cuda
