@@ -28,6 +28,7 @@ from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up
 from apt_jax.train.steps import build_steps, microbatches
 
+KEEP_ATTENTION = ("attention", "exchange", "offload")
 STEP_NAMES = {"generator": "G step", "discriminator": "D step"}
 
 
@@ -40,6 +41,7 @@ class Program:
     names the argument trees, for accounting. samples: of one call. microbatches: parts, one after
     another, into which a call cuts them. training: it takes a gradient. context_minimum: bytes that
     a device sends at least in a call so that the tokens of its samples meet (`context_minimum`).
+    keeps_attention: the remat policy keeps what attention returned, so its kernel runs once.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Program:
     microbatches: int = 1
     training: bool = True
     context_minimum: float = 0.0
+    keeps_attention: bool = False
 
 
 def context_minimum(config: Any, mesh: Mesh, samples: int, name: str) -> float:
@@ -164,7 +167,8 @@ def training_programs(config: Any, devices: list) -> list[Program]:
                     functools.partial(reference, name),
                     {**_parts(state), "teacher": frozen.get("teacher", {}), "batch": inputs},
                     batch, microbatches(config.train.accumulate, batch, mesh),
-                    context_minimum=context_minimum(config, mesh, batch, STEP_NAMES[name]))
+                    context_minimum=context_minimum(config, mesh, batch, STEP_NAMES[name]),
+                    keeps_attention=config.model.remat in KEEP_ATTENTION)
             for name, step in steps.items()]
 
 

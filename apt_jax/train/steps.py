@@ -90,22 +90,31 @@ def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
     if microbatches == 1:
         grads, means = on_part(batch, keys)
     else:
-        parts = _split((batch, keys), microbatches, mesh)
+        parts, tree = jax.tree.flatten(_split((batch, keys), microbatches, mesh))
         due = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
+        def due_at(i, x):  # [A / W, W, B / A, ...]
+            """Microbatch i of one array, collected together with those that wait beside it."""
+            ways = x.shape[1]
+            beside = jax.lax.dynamic_index_in_dim(x, i // ways, keepdims=False)
+            if ways > 1:
+                beside = jax.lax.with_sharding_constraint(beside, due)
+            return jax.lax.dynamic_index_in_dim(beside, i % ways, keepdims=False)
+
+        shapes = [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in parts]
+        traced, one = jax.make_jaxpr(
+            lambda leaves: on_part(*jax.tree.unflatten(tree, leaves)), return_shape=True)(shapes)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
+        # What the loss does not read (G's: the real samples) is no argument of the step.
+        read = {id(v) for v in traced.jaxpr.outvars} | {
+            id(v) for equation in traced.jaxpr.eqns for v in equation.invars}
+        reads = [id(v) in read or jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key)
+                 for v in traced.jaxpr.invars]
+
         def part_at(i):
-            """Microbatch i, collected together with those that wait beside it."""
-            def one(x):  # [A / W, W, B / A, ...]
-                ways = x.shape[1]
-                beside = jax.lax.dynamic_index_in_dim(x, i // ways, keepdims=False)
-                if ways > 1:
-                    beside = jax.lax.with_sharding_constraint(beside, due)
-                return jax.lax.dynamic_index_in_dim(beside, i % ways, keepdims=False)
-
-            return jax.tree.map(one, parts)
-
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                            jax.eval_shape(lambda: on_part(*part_at(0))))
+            return jax.tree.unflatten(tree, [
+                due_at(i, x) if wanted else jnp.zeros(shape.shape, shape.dtype)
+                for x, shape, wanted in zip(parts, shapes, reads, strict=True)])
 
         # How often it turns is kept from the compiler: XLA:GPU would pipeline and unroll this loop as
         # it does those over the layers, and every copy of its body is all the networks.

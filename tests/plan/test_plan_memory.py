@@ -24,7 +24,7 @@ def config():
         "--config.model.depth=2", "--config.model.width=32", "--config.model.heads=4",
         "--config.model.head_dim=8", "--config.model.rope_axes=4,2,2", "--config.mesh.fsdp=4",
         "--config.mesh.replica=2", "--config.train.batch_size=30", "--config.train.accumulate=2",
-        "--config.model.remat=full", "--config.discriminator.heads=4"])
+        "--config.discriminator.heads=4"])
     return validate(config)
 
 
@@ -99,6 +99,9 @@ def test_what_is_computed_again_follows_the_policy(measured):
         programs[2], training=True, reference=lambda remat: programs[2].reference("none"))
     model, executed = work(plain)
     assert executed == model == draw.flops
+    # and where its result is kept, attention's kernel runs once
+    model, executed = work(dataclasses.replace(programs[1], keeps_attention=True))
+    assert executed.attention == model.attention and executed.matmul > 1.2 * model.matmul
 
 
 def test_only_what_cannot_be_counted_is_estimated(measured, monkeypatch):
