@@ -74,6 +74,10 @@ def served(model: Mapping[str, Any], weights: str = "", scope: Scope | None = No
     if weights:
         fields |= {"dtype": "bfloat16" if weights == "fp8" else weights,
                    "matmul": "fp8" if weights == "fp8" else "dtype"}
+    kept = fields.get("matmul_kept", 0)
+    if fields.get("matmul") == "fp8" and not 0 <= kept < fields["depth"]:
+        raise UserError(f"kept = {kept} of {fields['depth']} blocks leaves none in eight bits; keep "
+                        "fewer")
     net = make_generator(fields).on(scope)
     return Served(fp8.stored(net) if fields.get("matmul") == "fp8" else net, net.abstract())
 
@@ -208,8 +212,8 @@ class Server:
 
 def server_of(generator: Any, *, frames: int | None = None, height: int | None = None,
               width: int | None = None, batch: int = 1, weights: str = "bfloat16",
-              attention: str = "auto", tokens: int | None = None, chunk: int = 1,
-              tiling: Tiling | None = None) -> Server:
+              attention: str = "auto", kept: int | None = None, tokens: int | None = None,
+              chunk: int = 1, tiling: Tiling | None = None) -> Server:
     """The server of an `api.Generator`.
 
     Args:
@@ -219,12 +223,17 @@ def server_of(generator: Any, *, frames: int | None = None, height: int | None =
         which `Server.draw` gives what `Generator.sample` gives.
       attention: the kernel by name, one of `kernels.choice.BACKENDS`; "cudnn_fp8" rounds to eight
         bits on a Hopper GPU, "auto" never does.
+      kept: how many of the last blocks multiply in bfloat16 beside fp8 (default: the config's
+        model.matmul_kept); with 1, eight bits shift the samples' statistics by less than half.
       tokens: every prompt's states are filled up to so many (default: the config's).
       chunk, tiling: how the VAE decodes (`decode_stage`).
     """
     shape = generator.sample_shape(frames=frames, height=height, width=width)
     decoder = generator.latents and generator.latents.decoder
-    return Server({**dict(generator.model), "attention": attention}, generator.params, shape,
+    model = {**dict(generator.model), "attention": attention}
+    if kept is not None:
+        model["matmul_kept"] = kept
+    return Server(model, generator.params, shape,
                   batch=batch, tokens=tokens or generator.config.data.max_text_tokens,
                   weights=weights, scope=generator.network.scope, chunk=chunk, tiling=tiling,
                   decoder=decoder and (decoder.vae, decoder.params))

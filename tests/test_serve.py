@@ -52,8 +52,15 @@ def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator
     assert 1e-3 < np.linalg.norm(ours - want) / np.linalg.norm(want) < 0.1
 
 
+def test_some_block_must_be_left_to_multiply_in_eight_bits(generator):
+    with pytest.raises(UserError, match="kept = 4 of 4 blocks leaves none"):
+        generator.server(weights="fp8", kept=4)
+
+
 def test_attention_in_eight_bits_is_asked_for_by_name(generator, eight, text):
-    server = generator.server(frames=1, batch=2, weights="fp8", attention="cudnn_fp8")
+    server = generator.server(frames=1, batch=2, weights="fp8", attention="cudnn_fp8", kept=1)
+    qkv = server.params["backbone"]["blocks"]["video"]["qkv"]
+    assert (len(qkv["kernel_fp8"]), len(qkv["kernel"])) == (generator.model["depth"] - 1, 1)
     ours, without = (np.asarray(s.draw(*text, seed=3)) for s in (server, eight))
     assert 1e-3 < np.linalg.norm(ours - without) / np.linalg.norm(without) < 0.1
 
