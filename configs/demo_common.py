@@ -2,7 +2,7 @@
 
 Not a config by itself; demo_pretrain.py, demo_consistency.py, demo_image.py and demo_video.py
 import it. Each of them takes an argument: `demo_image.py:long` is the same stage at length, as
-`make demo-long` runs it: about two and a half hours on one core of a CPU, less on two.
+`make demo-long` runs it: about two hours on one core of a CPU, less on two.
 """
 
 from apt_jax.config import base_config
@@ -26,12 +26,14 @@ def demo_config(length: str = "short"):
     config.model.rope_axes = (8, 12, 12)
     config.model.modulation = "shared"  # as the 8B preset: 1.05M parameters
     config.model.text_width = 384  # all-MiniLM-L6-v2
-    config.model.remat = "full"  # on CPUs memory traffic costs more than computing twice
+    # Eight images or two clips at a time stay in the caches of a CPU, with the results of their
+    # matrix products; that is a third faster than 16 images computed twice (docs/tuning.md).
+    config.model.remat = "dots"
     config.discriminator.heads = 3
 
     config.train.batch_size = 64
     config.train.clip_batch_size = 16  # as many tokens as 64 images
-    config.train.accumulate = 4  # 16 images at a time stay in the caches of a CPU: 1.2 times as fast
+    config.train.accumulate = 8
     config.train.checkpoint_every = 100 if length == "short" else 500
     config.sample.guidance = 3.0
     return config

@@ -23,9 +23,10 @@ def get_config(length="short"):
     # and shift 12 left D without a gap between real and generated (docs/tuning.md).
     config.objective.adversarial.r1_sigma = 0.02
     config.objective.adversarial.time_shift = 1.0
+    config.objective.adversarial.translate = 0.125  # as on images
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.steps = 220 if length == "short" else 1700
+    config.train.steps = 200 if length == "short" else 1200
     if length == "long":
         at_length(config)
     return config

@@ -65,6 +65,7 @@ def get_config(stage="image"):
         config.init.diffusion = base
         config.objective.adversarial.r1_sigma = 0.05 if stage == "video" else 0.01
         config.objective.adversarial.time_shift = 1.0
+        config.objective.adversarial.translate = 0.125  # 1,527 pictures: configs/demo_image.py
         config.optimizer.name = "rmsprop"
         config.optimizer.learning_rate = 1e-4
         config.train.steps = 1500

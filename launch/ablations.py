@@ -20,7 +20,9 @@ from demo import ROOT  # noqa: E402
 
 # name -> (what it is called, overrides, what the paper saw)
 VARIANTS = {
-    "paper": ("the paper's recipe", [], ""),
+    "demo": ("the demo's recipe", [], ""),
+    "as_it_is": ("D sees samples as they are", ["--config.objective.adversarial.translate=0.0"],
+                 "as in the paper, with its millions of samples"),
     "no_r1": ("no R1 penalty", ["--config.objective.adversarial.r1=false"],
               "D's loss falls to 0 and G collapses (Sec. 5.1, Fig. 5)"),
     "last_head": ("heads at the last block only", ["--config.discriminator.taps=4,"],
