@@ -26,6 +26,7 @@ KINDS = {"image": 1, "video": 4}  # kind -> frames of a sample
 # Where a base model's card names no best guidance (a base trained just now), these are tried.
 GUIDANCE = (2.0, 3.0, 4.0)
 TWO_STEP_TIMES = (0.25, 0.5, 0.75)
+BATCH = 32  # frames drawn at a time; with guidance 64 are computed, more no longer fit the caches
 COUNT = {"image": 0, "video": 0}  # 0: one sample for every training caption
 
 
@@ -97,7 +98,7 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int) -> tupl
         results = []
         for trial in trials:
             samples, used = evaluate.draw(generator, split, COUNT[kind], f"{kind} {name}",
-                                          mode=mode, seed=seed, batch=64 // KINDS[kind], **trial)
+                                          mode=mode, seed=seed, batch=BATCH // KINDS[kind], **trial)
             result = measure(samples.frames, reference, extract)
             result["seconds"] = used["sampling_seconds"]
             result |= {key: used[key] for key in ("guidance", "steps", "time") if key in used}
