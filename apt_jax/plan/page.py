@@ -24,13 +24,17 @@ TARGETS = (  # (result, what, most GiB at the peak of a training step)
 CONTEXT_TARGET = 1.05
 WHY = """
 
-What is left on H100s, read in the compiled programs: XLA gathers every layer of a loop a layer ahead,
-beside that layer's products; the first layer of each loop (there is one between two taps) has
-nothing to wait behind, and its gather comes once a microbatch. The exchange of tokens stands between
-a layer's products and its attention, so that part of it waits. Tokens sent: with remat `attention` the
-backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer that takes a
-gradient. To keep them is remat `exchange`: five arrays a layer and sample, 36 GiB more in the D step
-of four devices a clip and half of it for eight, hence the rows `context_8`.
+What is left on H100s, read in the compiled programs. Memory: XLA's scheduler spends on overlap what
+memory there is (95% of 80% of the chip's, less the arguments), so that a D step that would run in
+less takes 50 GiB and more on 64 devices too; with remat `full` and jax.checkpoint's barriers, which
+hid half as much, it took 29.0. Gathers: those of a loop travel a layer ahead, beside that layer's
+products; the first layer of each loop (there is one between two taps) has nothing to wait behind, and
+its gather comes once a microbatch. On 1,024 devices the backward loops' gathers are joined to one of
+the layers' conditioning vector, which that mesh cuts, and cannot travel ahead. Tokens: with remat
+`attention` the backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer
+that takes a gradient. Keeping them is remat `exchange`: five arrays a layer and sample, 36 GiB more in
+the D step of four devices a clip and half of it for eight (`context_8`). The one float32 gather in the
+D step is that of the samples whose turn has come, 66 MiB a microbatch.
 """
 
 
