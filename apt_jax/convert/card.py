@@ -153,7 +153,8 @@ def _size(stages: Sequence[Any]) -> str:
 
 
 def _fps(stages: Sequence[Any]) -> str:
-    return f"{frame_rate(stages[0].sample.get("fps", 0.0) if stages else 0.0, latents=True):g}"
+    asked = stages[0].sample.get("fps", 0.0) if stages else 0.0  # runs older than the field
+    return f"{frame_rate(asked, latents=True):g}"
 
 
 def _recipe(config: Any, done: int | None) -> str:
