@@ -26,6 +26,9 @@ class Scope(Protocol):
     def tokens(self, carry: Any) -> Any:
         """The streams [B, N, D] of a tree, each on the devices that keep its tokens."""
 
+    def samples(self, tree: Any) -> Any:
+        """Arrays [B, ...] that belong to samples and have no tokens, with their samples."""
+
     def layer(self, params: Any) -> Any:
         """One layer's parameters, cut over devices as they lie, gathered for its computation."""
 
@@ -46,3 +49,9 @@ def entered(scope: Scope | None) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+def per_sample(tree: Any) -> Any:
+    """The arrays [B, ...] of a tree where their samples are; as they are on one device."""
+    scope = current()
+    return tree if scope is None else scope.samples(tree)

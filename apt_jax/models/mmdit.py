@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.kernels.attention import joint_attention
+from apt_jax.kernels.scope import per_sample
 from apt_jax.models.inputs import check_inputs
 from apt_jax.nn.embeddings import TimeEmbedding, patchify, token_grid, unpatchify
 from apt_jax.nn.linear import MLP, linear
@@ -134,6 +135,7 @@ class Backbone(nnx.Module):
         condition = jax.nn.silu(time)
         if c.modulation == "shared":
             condition = self.modulation(condition)  # [B, 6 D]
+        condition = per_sample(condition)
         rotations = (
             video_rotation(grid, c.rope_axes, c.rope_theta),
             text_rotation(length, grid, c.rope_axes, c.rope_theta),

@@ -76,6 +76,15 @@ class ContextParallel:
 
         return jax.tree.map(one, carry)
 
+    def samples(self, tree: Any) -> Any:
+        """Every [B, ...] of the tree with its samples over the batch axes and all else whole.
+
+        Left alone, what a matrix makes of the time lies cut like the matrix, and every layer
+        gathers it together with its weights, which then cannot travel ahead.
+        """
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, PartitionSpec(_batch_axes(self.mesh, x.shape[0])))), tree)
+
     def layer(self, params: Any) -> Any:
         """A layer's parameters whole on every device but for what the tensor axis cuts; their
         gradients leave by a reduce-scatter to where the parameters lie.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from apt_jax.kernels.attention import attention
+from apt_jax.kernels.scope import per_sample
 from apt_jax.models.inputs import check_inputs
 from apt_jax.models.wan.config import WanConfig
 from apt_jax.nn.embeddings import TimeEmbedding, patchify, unpatchify
@@ -102,6 +103,7 @@ class Backbone(nnx.Module):
         words = self.text_in(zero_padded(text, text_mask, c.text_tokens))  # [B, 512, D]
         time = self.time(t)  # [B, D], float32
         condition = self.modulation(jax.nn.silu(time)).reshape(-1, 6, c.width)
+        condition = per_sample(condition)
         video, tapped = run_stack(
             self.blocks,
             lambda block, tokens: block(tokens, words, condition, rotation),
