@@ -24,7 +24,7 @@ def config():
         "--config.model.depth=2", "--config.model.width=32", "--config.model.heads=4",
         "--config.model.head_dim=8", "--config.model.rope_axes=4,2,2", "--config.mesh.fsdp=4",
         "--config.mesh.replica=2", "--config.train.batch_size=30", "--config.train.accumulate=2",
-        "--config.discriminator.heads=4"])
+        "--config.model.remat=full", "--config.discriminator.heads=4"])
     return validate(config)
 
 
