@@ -29,8 +29,8 @@ memory there is (95% of 80% of the chip's, less the arguments), so that a D step
 less takes 50 GiB and more on 64 devices too; with remat `full` and jax.checkpoint's barriers, which
 hid half as much, it took 29.0. Gathers: those of a loop travel a layer ahead, beside that layer's
 products; the first layer of each loop (there is one between two taps) has nothing to wait behind, and
-its gather comes once a microbatch. On 1,024 devices the backward loops' gathers are joined to one of
-the layers' conditioning vector, which that mesh cuts, and cannot travel ahead. Tokens: with remat
+its gather comes once a microbatch. On 1,024 devices the layers' reduce-scatters wait, for the sum over
+the copies that follows them. Tokens: with remat
 `attention` the backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer
 that takes a gradient. Keeping them is remat `exchange`: five arrays a layer and sample, 36 GiB more in
 the D step of four devices a clip and half of it for eight (`context_8`). The one float32 gather in the
