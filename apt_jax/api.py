@@ -38,7 +38,6 @@ from apt_jax.serve import Server, server_of
 from apt_jax.weights import load_generator, open_generator
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Generated pictures or clips.

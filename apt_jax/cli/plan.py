@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--remats", nargs="+", default=["full", "attention", "none"], metavar="NAME",
         help="policies that --sweep tries (default: full attention none)")
     add("--flags", metavar="FILE", default="auto",
-        help="XLA flags to compile with: a file, 'none', or 'auto' for the platform's own "
-             "(default: auto)")
+        help="XLA flags to compile with: a file, 'none', or 'auto' for the platform's own, as "
+             "the launch scripts set them on so many hosts (default: auto)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     topology = parse_topology(args.topology)
     config = validate(load_config(args.config, args.overrides))
-    options = compiler_options(args.flags, topology.chip.kind)
+    options = compiler_options(args.flags, topology.chip.kind, topology.hosts)
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

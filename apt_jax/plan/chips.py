@@ -68,6 +68,11 @@ class Topology:
         return math.prod(self.sizes)
 
     @property
+    def hosts(self) -> int:
+        """Hosts of GPUs; a TPU slice, whose devices are on one network, counts as one."""
+        return self.sizes[0] if self.chip.host_devices else 1
+
+    @property
     def text(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.sizes))}"
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.nn.lora import join
@@ -102,25 +103,25 @@ def gradient(loss_fn: SampleLoss, params: Any, batch: dict, keys: jax.Array, *,
             return jax.lax.dynamic_index_in_dim(beside, i % ways, keepdims=False)
 
         shapes = [jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for x in parts]
-        traced, one = jax.make_jaxpr(
+        traced, found = jax.make_jaxpr(
             lambda leaves: on_part(*jax.tree.unflatten(tree, leaves)), return_shape=True)(shapes)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), found)
         # What the loss does not read (G's: the real samples) is no argument of the step.
-        read = {id(v) for v in traced.jaxpr.outvars} | {
-            id(v) for equation in traced.jaxpr.eqns for v in equation.invars}
+        read = {id(v) for equation in traced.jaxpr.eqns for v in equation.invars}
         reads = [id(v) in read or jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key)
                  for v in traced.jaxpr.invars]
 
-        def part_at(i):
-            return jax.tree.unflatten(tree, [
-                due_at(i, x) if wanted else jnp.zeros(shape.shape, shape.dtype)
-                for x, shape, wanted in zip(parts, shapes, reads, strict=True)])
+        def turn(i, sums):
+            part = [due_at(i, x) if wanted else jnp.zeros(shape.shape, shape.dtype)
+                    for x, shape, wanted in zip(parts, shapes, reads, strict=True)]
+            return jax.tree.map(
+                jnp.add, sums, jax.tree.unflatten(jax.tree.structure(zero),
+                                                  jaxpr_as_fun(traced)(*part)))
 
         # How often it turns is kept from the compiler: XLA:GPU would pipeline and unroll this loop as
         # it does those over the layers, and every copy of its body is all the networks.
         turns = jax.lax.optimization_barrier(jnp.int32(microbatches))
-        grads, means = jax.lax.fori_loop(
-            0, turns, lambda i, sums: jax.tree.map(jnp.add, sums, on_part(*part_at(i))), zero)
+        grads, means = jax.lax.fori_loop(0, turns, turn, zero)
     return grads, {**means, "gradient_norm": optax.global_norm(grads)}
 
 

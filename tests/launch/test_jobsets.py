@@ -141,19 +141,21 @@ def test_chips_hosts_and_topology_agree():
 
 def test_the_container_becomes_apt_jax_with_the_flags(jobset, tmp_path):
     """Its command, run with stand-ins for python and apt-jax; a signal must reach the latter."""
-    for name, code in {"python": 'echo "--flags=of_$3"', "apt-jax": (
+    for name, code in {"python": 'echo "--flags=of_$3${5:+_on_$5}"', "apt-jax": (
             'echo "$$|$XLA_FLAGS|$LIBTPU_INIT_ARGS|$*"')}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
         (tmp_path / name).chmod(0o755)
     first = container(jobset)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "XLA_FLAGS": "--mine"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "XLA_FLAGS": "--mine",
+           "APT_JAX_PROCESSES": "8"}
     process = subprocess.Popen([*first["command"], *first["args"]], env=env, text=True,
                                stdout=subprocess.PIPE)
     out, _ = process.communicate(timeout=60)
     pid, xla, tpu, arguments = out.strip().split("|")
     assert int(pid) == process.pid  # exec: no shell between
     gpu = "nvidia.com/gpu" in first["resources"]["limits"]
-    assert (xla, tpu) == (("--flags=of_gpu --mine", "") if gpu else ("--mine", "--flags=of_tpu "))
+    assert (xla, tpu) == (("--flags=of_gpu_on_8 --mine", "") if gpu
+                          else ("--mine", "--flags=of_tpu "))
     assert arguments.startswith("train --preempted-status 75 --config configs/")
     config = arguments.split("--config ")[1].split()[0]
     assert (LAUNCH.parent / config).is_file()

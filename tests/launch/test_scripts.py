@@ -43,13 +43,13 @@ def sbatch(stand_ins, tmp_path, srun):
     """Runs the batch script as slurmd would; `srun` is its stand-in's code."""
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/activate").touch()
-    stand_ins("python", 'echo "--xla_of=$3"')
+    stand_ins("python", 'echo "--xla_of=$3 $4=$5"')
     stand_ins("srun", srun)
     stand_ins("scancel")
     stand_ins("scontrol")
     env = {**stand_ins.env, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path),
-           "SLURM_JOB_NODELIST": "n1", "APT_JAX_VENV": str(tmp_path / "venv"),
-           "APT_JAX_RESTARTS": "2", "XLA_FLAGS": "--mine"}
+           "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "5",
+           "APT_JAX_VENV": str(tmp_path / "venv"), "APT_JAX_RESTARTS": "2", "XLA_FLAGS": "--mine"}
     return subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "--config", "a b.py"], env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -66,7 +66,7 @@ def test_slurm_starts_again_what_can_go_on(stand_ins, tmp_path, statuses, ends, 
     """The tasks of attempt n end with the nth of `statuses`."""
     code = f"""
 [ "$*" = "--kill-on-bad-exit=1 apt-jax train --preempted-status 75 --config a b.py" ] || exit 99
-[ "$7" = "a b.py" ] && [ "$XLA_FLAGS" = "--xla_of=gpu --mine" ] || exit 98
+[ "$7" = "a b.py" ] && [ "$XLA_FLAGS" = "--xla_of=gpu --hosts=5 --mine" ] || exit 98
 echo >> {tmp_path}/count
 set -- {statuses}
 shift $(($(wc -l < {tmp_path}/count) - 1))

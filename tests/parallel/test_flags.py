@@ -7,6 +7,7 @@ import pytest
 from apt_jax.errors import UserError
 from apt_jax.parallel import flags
 from apt_jax.parallel.flags import check
+from apt_jax.parallel.flags import __main__ as main_module
 from apt_jax.parallel.flags.__main__ import main
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -39,8 +40,8 @@ def test_unknown_flags_are_named_and_can_be_left_out(monkeypatch, capsys):
     """Two among two that are known: all are found, whatever their order."""
     made_up = {"xla_gpu_a_b": "1", "xla_gpu_enable_latency_hiding_scheduler": "true",
                "xla_gpu_c_d": "x", "xla_gpu_enable_pipelined_all_gather": "true"}
-    monkeypatch.setattr(flags, "platform_flags", lambda platform: made_up)
-    monkeypatch.setattr(check, "platform_flags", lambda platform: made_up)
+    monkeypatch.setattr(flags, "platform_flags", lambda platform, hosts: made_up)
+    monkeypatch.setattr(main_module, "platform_flags", lambda platform, hosts: made_up)
     assert main(["gpu", "--check"]) == 2
     said = capsys.readouterr().err
     assert "xla_gpu_a_b" in said and "xla_gpu_c_d" in said and "latency" not in said
@@ -62,3 +63,15 @@ def test_the_command_prints_one_line(capsys):
     assert out.count("\n") == 1 and out.split()[0].startswith("--xla_") and "#" not in out
     assert main(["abacus"]) == 2
     assert "use gpu or tpu" in capsys.readouterr().err
+
+
+def test_many_hosts_add_their_own_flags(capsys):
+    few, many = (flags.platform_flags("gpu", hosts) for hosts in (flags.MANY_HOSTS - 1,
+                                                                  flags.MANY_HOSTS))
+    assert few == flags.platform_flags("cuda")
+    assert few.items() < many.items() and "xla_gpu_memory_limit_slop_factor" in many
+    assert flags.platform_flags("tpu", 64) == flags.platform_flags("tpu")
+    assert main(["gpu", "--hosts", "16"]) == 0
+    assert "--xla_gpu_memory_limit_slop_factor=60" in capsys.readouterr().out.split()
+    assert main(["gpu", "--hosts", "0"]) == 2
+    assert "1 or more" in capsys.readouterr().err

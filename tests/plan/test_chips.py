@@ -7,6 +7,7 @@ from apt_jax.plan.timeline import link_rate
 
 def test_sizes_multiply_to_devices():
     assert parse_topology("h100:128x8").devices == 1024
+    assert parse_topology("h100:128x8").hosts == 128 and parse_topology("v5p:4x4x8").hosts == 1
     assert parse_topology("V5P:4x4x8").devices == 128
     assert parse_topology("v6e:16x16").text == "v6e:16x16"
     assert 79 < parse_topology("h100:1x1").chip.memory / GIB < 79.2

@@ -1,6 +1,7 @@
 """Print a platform's flags on one line.
 
     python -m apt_jax.parallel.flags gpu            for XLA_FLAGS (tpu: LIBTPU_INIT_ARGS)
+    python -m apt_jax.parallel.flags gpu --hosts 8  for a run on eight hosts
     python -m apt_jax.parallel.flags gpu --known    only those that the installed XLA knows; all
                                                     where it cannot be asked
     python -m apt_jax.parallel.flags gpu --check    status 2 if it lacks one
@@ -18,16 +19,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m apt_jax.parallel.flags", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("platform", help="gpu or tpu")
+    parser.add_argument("--hosts", type=int, default=1, metavar="N",
+                        help="how many hosts the run has (default: 1)")
     asks = parser.add_mutually_exclusive_group()
     asks.add_argument("--known", action="store_true")
     asks.add_argument("--check", action="store_true")
     args = parser.parse_args(arguments)
     try:
-        flags = platform_flags(args.platform)
+        flags = platform_flags(args.platform, args.hosts)
         unknown = []
         if args.known or args.check:
             try:
-                unknown = unknown_flags(args.platform)
+                unknown = unknown_flags(args.platform, flags)
             except UserError as error:
                 if args.check:
                     raise
@@ -40,7 +43,7 @@ def main(arguments: list[str]) -> int:
             return 0
         for name in unknown:
             print(f"flags: left out {name}: the installed XLA does not know it", file=sys.stderr)
-        print(environment_value(args.platform, without=unknown))
+        print(environment_value(args.platform, args.hosts, unknown))
     except UserError as error:
         print(f"flags: {error}", file=sys.stderr)
         return 2

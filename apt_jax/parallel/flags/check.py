@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.flags import PLATFORMS, platform_flags
+from apt_jax.parallel.flags import MANY_HOSTS, PLATFORMS, platform_flags
 
 _VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 _ASK = {
@@ -31,12 +31,12 @@ def unknown_flags(platform: str, flags: Mapping[str, str] | None = None) -> list
     """Names of the flags that the installed jaxlib ("gpu", "cuda") or libtpu ("tpu") lacks.
 
     Args:
-      flags: {"xla_...": "value"}; default: those of the platform's file.
+      flags: {"xla_...": "value"}; default: all that the platform's files have.
 
     Raises:
       UserError: no libtpu, or it fails for another reason.
     """
-    left = dict(platform_flags(platform) if flags is None else flags)
+    left = dict(platform_flags(platform, MANY_HOSTS) if flags is None else flags)
     platform = PLATFORMS[platform]
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError("only libtpu knows its flags; run: pip install 'apt_jax[plan]'")
