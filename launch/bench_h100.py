@@ -4,84 +4,101 @@
     python launch/bench_h100.py inference        # one-step 8B, VAE, whole pipeline
     python launch/bench_h100.py training         # the G and the D step on full-width layers
 
-A group runs `apt-jax bench` commands one after another; every case is written to
-docs/results/performance/ as soon as it is measured. After --minutes (9) the group ends; the same
-command goes on with the cases that are missing, and measures again what other sources made.
-Needs pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers.
+A group runs `apt-jax bench` commands one after another; every case is written to --out as soon as it
+is measured. After --minutes (9) the group ends; the same command goes on with the cases that are
+missing, and measures again what other sources or configs made, or what failed. Compiled programs are
+kept in --cache, so that a command which was stopped goes on from there too. Needs
+pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not
+installed is left out with a line; docs/performance.md says how to carry wheels to a machine without
+a network.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = "docs/results/performance"
+RESULTS = ROOT / "docs" / "results" / "performance"
 ONE = ["--config.mesh.replica=1", "--config.mesh.fsdp=1", "--config.mesh.context=1"]
 VIDEO_8B = ["--config", "configs/seaweed_8b_video.py", *ONE]
-WAN = ["--config", "configs/wan_1_3b_apt_video.py", *ONE]
-KERNELS = ["--backends", "tokamax", "cudnn", "cudnn_fp8", "pallas"]
+# 81 frames of 480 x 832; its configs take whatever sizes a data set has
+WAN = ["--config", "configs/wan_1_3b_apt_video.py", *ONE, "--config.data.height=60",
+       "--config.data.width=104"]
+# What trains; where tokamax is not installed its rows say so, and the others are measured.
+TRAINING = ["--backends", "tokamax", "cudnn", "pallas"]
+KERNELS = [*TRAINING, "cudnn_fp8"]
 BOTH = ["--weights", "bfloat16", "fp8"]
 # Full-width layers of G, D, their masters, moments and average that one GPU holds.
 FEW = ["--config.model.depth=4", "--config.discriminator.taps=2,3,4"]
 
-
-def saved(name: str) -> list[str]:
-    return ["--json", f"{RESULTS}/{name}_h100.json"]
-
-
-GROUPS: dict[str, list[list[str]]] = {
+# group -> (name of the file, command), in the order in which they matter
+GROUPS: dict[str, list[tuple[str, list[str]]]] = {
     "attention": [
-        ["attention", "--cases", "8b_720p_joint", "8b_720p_no_mask", "16k", "wan_480p_self",
-         "--seconds", "1", *saved("attention")],
-        ["block", *VIDEO_8B, *BOTH, *KERNELS, "--seconds", "1", *saved("block_8b")],
-        ["attention", "--seconds", "1", *saved("attention")],  # the other shapes
+        ("attention", ["attention", "--cases", "8b_720p_joint", "8b_720p_no_mask", "16k",
+                       "wan_480p_self", "--seconds", "1"]),
+        ("block_8b", ["block", *VIDEO_8B, *BOTH, *KERNELS, "--seconds", "1"]),
+        ("attention", ["attention", "--seconds", "1"]),  # the other shapes
     ],
     "inference": [
-        ["forward", *VIDEO_8B, *BOTH, *KERNELS, *saved("forward_8b")],
-        ["vae", *VIDEO_8B, *saved("vae")],
-        ["pipeline", *VIDEO_8B, *BOTH, "--backends", "tokamax", "cudnn_fp8",
-         *saved("pipeline_8b")],
-        ["forward", *WAN, *BOTH, *KERNELS, *saved("forward_wan")],
+        ("forward_8b", ["forward", *VIDEO_8B, *BOTH, *KERNELS]),
+        ("vae", ["vae", *VIDEO_8B]),
+        ("pipeline_8b", ["pipeline", *VIDEO_8B, *BOTH, *KERNELS]),
+        ("forward_wan", ["forward", *WAN, *BOTH, *KERNELS]),
     ],
     "training": [
-        ["train", *VIDEO_8B, *FEW, *BOTH, "--backends", "tokamax", "pallas", *saved("train_8b")],
-        ["train", *VIDEO_8B, *FEW, "--config.model.remat=attention", "--backends", "cudnn",
-         "pallas", "--no-peers", *saved("train_8b")],
-        ["train", *WAN, "--backends", "tokamax", "pallas", *saved("train_wan")],
+        ("train_8b", ["train", *VIDEO_8B, *FEW, *BOTH, *TRAINING]),  # remat: the config's "attention"
+        ("train_8b", ["train", *VIDEO_8B, *FEW, "--config.model.remat=full", *TRAINING,
+                      "--no-peers"]),
+        ("train_wan", ["train", *WAN, *TRAINING]),
     ],
 }
+
+
+def command(name: str, arguments: list[str], out: Path, device_less: bool = False) -> list[str]:
+    """The arguments of `apt-jax bench`, with the file of its rows in `out`. device_less: the same
+    cases, compiled: written beside the measured ones."""
+    if not device_less:
+        return [*arguments, "--json", str(out / f"{name}_h100.json")]
+    return [*(a for a in arguments if a != "--no-peers"), "--json",
+            str(out / f"{name}_h100_compiled.json"), "--device-less", "--topology", "h100:1x1"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """This process's, and jax's cache of every program that it compiles in `cache`."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **os.environ}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--minutes", type=float, default=9.0, help="end the group after these")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR",
+                        help="where the results go (default: docs/results/performance)")
+    parser.add_argument("--cache", type=Path, metavar="DIR",
+                        help="where compiled programs are kept (default: .cache in --out)")
     parser.add_argument("--device-less", action="store_true",
                         help="compile every case of the group for an H100 that is not there")
     args = parser.parse_args(argv)
     end, status = time.monotonic() + 60 * args.minutes, 0
-    for command in GROUPS[args.group]:
-        if args.device_less:
-            command = compiled_only(command)
-        line = [sys.executable, "-m", "apt_jax", "bench", *command]
-        print("$ apt-jax bench", *command, flush=True)
+    out = args.out.resolve()
+    env = environment((args.cache or out / ".cache").resolve())
+    for name, arguments in GROUPS[args.group]:
+        arguments = command(name, arguments, out, args.device_less)
+        print("$ apt-jax bench", *arguments, flush=True)
         try:
             left = end - time.monotonic()
-            status |= subprocess.run(line, cwd=ROOT, timeout=max(left, 1.0)).returncode
+            status |= subprocess.run([sys.executable, "-m", "apt_jax", "bench", *arguments], cwd=ROOT,
+                                     env=env, timeout=max(left, 1.0)).returncode
         except subprocess.TimeoutExpired:
             print(f"{args.minutes:g} minutes are over; the same command goes on from here")
             return 75  # as sysexits.h calls it: try again
     return status
-
-
-def compiled_only(command: list[str]) -> list[str]:
-    """The same cases, compiled: written beside the measured ones, by the kernels that there are."""
-    return [part.replace("_h100.json", "_h100_compiled.json") for part in command
-            if part != "--no-peers"] + ["--device-less", "--topology", "h100:1x1"]
 
 
 if __name__ == "__main__":
