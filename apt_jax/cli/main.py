@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from apt_jax.cli.ending import WRONG, complain, left
 from apt_jax.errors import UserError
 
 COMMANDS = {
@@ -157,10 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     _show_log()
     try:
-        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        return left(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
     except UserError as error:
-        print(f"apt-jax: {error}", file=sys.stderr)
-        return 2
+        complain(error)
+        return left(WRONG)
     except KeyboardInterrupt:
         print("apt-jax: interrupted", file=sys.stderr)
         return 130

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; after a signal, when the state is saved, the status is --preempted-status."""
+    import jax
+
+    from apt_jax.cli.ending import leave_job
     from apt_jax.config import load_config, validate
     from apt_jax.train.distributed import find_job, start
     from apt_jax.train.loop import train
@@ -46,10 +49,12 @@ def run(args: argparse.Namespace) -> int:
     config = validate(load_config(args.config, args.overrides))
     start(find_job(coordinator=args.coordinator, processes=args.processes, process=args.process,
                    automatic=args.distributed))
-
-    summary = train(config, args.workdir, quiet=args.quiet)
-    import jax
-
+    try:
+        summary = train(config, args.workdir, quiet=args.quiet)
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            leave_job(error)
+        raise
     if summary["status"] == "complete" and jax.process_index() == 0:
         print(f"{config.name}: {summary['step']} steps in {summary['seconds']:.0f} s of training, "
               f"in {summary['workdir']}")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,10 +202,14 @@ class Checkpoints:
         """Returns when everything started is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, then releases the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def close(self, seconds: float | None = None) -> None:
+        """Waits, so many seconds at most, then releases the folder."""
+        if seconds is None:
+            self._manager.close()
+            return
+        closing = threading.Thread(target=self._manager.close, daemon=True)
+        closing.start()
+        closing.join(seconds)
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:

@@ -29,6 +29,8 @@ from apt_jax.train.steps import build_update, microbatches
 from apt_jax.train.watchdog import Watchdog
 from apt_jax.weights import record_directory
 
+# A save that had begun when a process of several failed may end in this time; it needs the others.
+LEAVE_SECONDS = 60.0
 BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
 
 
@@ -77,10 +79,14 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
     with Watchdog(hang) as dog:
         run = _Run(config, Path(workdir), quiet, dog)
         try:
-            return run.train(dataset)
-        finally:
+            summary = run.train(dataset)
+        except BaseException:
             dog.alive(slowly=True)
-            run.close()
+            run.close(LEAVE_SECONDS if jax.process_count() > 1 else None)
+            raise
+        dog.alive(slowly=True)
+        run.close()
+        return summary
 
 
 class _Run:
@@ -124,12 +130,13 @@ class _Run:
         if not self.quiet:
             self.say(text)
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
+        """Releases all; what is being saved has so many seconds left (default: all it takes)."""
         if self.progress is not None:
             self.progress.close()
         if self.log is not None:
             self.log.close()
-        self.checkpoints.close()
+        self.checkpoints.close(seconds)
 
     def train(self, dataset: Any) -> dict[str, Any]:
         config, total = self.config, self.config.train.steps

@@ -1,0 +1,54 @@
+"""How a process ends: its exit status, told to whoever started it even where jax or srun would not.
+
+With APT_JAX_STATUS=FOLDER in the environment (launch/slurm.sbatch sets it) a status is left there
+too, in a file of this process's own: srun tells only the highest of its tasks', which is that of
+the tasks it killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from apt_jax.errors import UserError
+
+FOLDER = "APT_JAX_STATUS"
+WRONG, CRASHED = 2, 1
+
+
+def left(status: int) -> int:
+    """Leaves the status in $APT_JAX_STATUS, where that is set, and returns it."""
+    if folder := os.environ.get(FOLDER):
+        try:
+            (Path(folder) / f"{socket.gethostname()}-{os.getpid()}").write_text(f"{status}\n")
+        except OSError as error:
+            print(f"apt-jax: cannot leave the status in {folder} ({error.strerror})",
+                  file=sys.stderr)
+    return status
+
+
+def complain(error: UserError) -> None:
+    """The one line of a UserError, on stderr."""
+    print(f"apt-jax: {error}", file=sys.stderr, flush=True)
+
+
+def leave_job(error: BaseException) -> NoReturn:
+    """Says what happened and ends this process of a job now: status 2 for a UserError, else 1.
+
+    jax's own way out waits for all processes, five minutes, and then aborts: the others wait in a
+    collective for this one, and the launcher would be told of the abort only.
+    """
+    if isinstance(error, UserError):
+        complain(error)
+    else:
+        traceback.print_exception(error)
+    status = left(WRONG if isinstance(error, UserError) else CRASHED)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
