@@ -23,7 +23,7 @@ from apt_jax.config import config_from_json, config_to_json
 from apt_jax.config.schema import BY_KEY
 from apt_jax.errors import UserError
 from apt_jax.installed import versions_of
-from apt_jax.train.distributed import everywhere, same_everywhere
+from apt_jax.train.distributed import check_shared, everywhere, same_everywhere
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
 
 BROKEN = "broken_checkpoints"
@@ -83,13 +83,23 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, workdir: str | Path, config: Any, say: Callable[[str], None] = print):
-        """Opens (and makes) WORKDIR/checkpoints; `say` takes one-line warnings."""
+        """Opens (and makes) WORKDIR/checkpoints; `say` takes one-line warnings.
+
+        UserError, before anything of the run is written, where not all processes see one folder.
+        """
         # Orbax reports every phase of every save at INFO, and a torn folder at WARNING.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._workdir = Path(workdir).resolve()
         self._folder = self._workdir / CHECKPOINTS
         self._config, self._say = config, say
+        check_shared(self._folder, max(self._on_disk(), default=-1))
         self._manager = self._open()
+
+    def _on_disk(self) -> list[int]:
+        """The steps whose folders this process sees, before the manager is asked."""
+        if not self._folder.is_dir():
+            return []
+        return [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
 
     def _open(self) -> ocp.CheckpointManager:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +144,13 @@ class Checkpoints:
         Unreadable ones newer than it are moved to WORKDIR/broken_checkpoints with a warning.
         UserError for a checkpoint of another config, or if none of several can be read.
         """
-        steps = same_everywhere(sorted(self._manager.all_steps(), reverse=True))
+        seen = sorted(self._manager.all_steps(), reverse=True)
+        steps = same_everywhere(seen)
+        latest = everywhere(seen[0] if seen else -1)
+        if not steps and max(latest) >= 0:
+            raise UserError(f"the processes see no common checkpoint in {self._folder} (the newest "
+                            f"of each, in their order: {latest}; -1: none); have all see the same "
+                            "storage, and start again")
         broken: dict[int, str] = {}
         for step in steps:
             restored = problem = None

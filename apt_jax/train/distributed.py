@@ -18,7 +18,9 @@ import functools
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from apt_jax.parallel.mesh import BATCH_AXES
 
 JOBSET_PORT = 8476
 JOIN_SECONDS = 900  # hosts of a cluster may still be fetching their image
+SEEN_SECONDS = 30.0  # network storage shows a new file to other hosts after a while
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +219,48 @@ def same_everywhere(numbers: list[int]) -> list[int]:
     padded[:len(numbers)] = numbers
     given = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, longest)
     return [n for n in numbers if all(n in row for row in given)]
+
+
+def check_shared(folder: Path, latest: int) -> None:
+    """UserError on all processes where `folder` is not the same one for all of them.
+
+    Args:
+      folder: made where no process sees a checkpoint in it.
+      latest: the newest checkpoint that this process sees in it, -1 for none.
+    """
+    if jax.process_count() == 1:
+        return
+    found = everywhere(latest)
+    blind = [p for p, step in enumerate(found) if step < 0]
+    if blind and max(found) >= 0:
+        raise UserError(f"{_named(blind)} no checkpoint in {folder} where the others see step "
+                        f"{max(found)}; is the storage mounted there?")
+    if not blind:
+        return
+    from jax.experimental import multihost_utils
+
+    # Nobody has been here: process 0 leaves something for the others to find.
+    number = int(multihost_utils.broadcast_one_to_all(np.asarray(os.getpid(), np.int32)))
+    mark = folder / f".seen_by_all.{number}.tmp"
+    if first := jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    everywhere(0)  # until it is there
+    end = time.monotonic() + SEEN_SECONDS
+    while not (there := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [p for p, sees in enumerate(everywhere(int(there))) if not sees]
+    if first:
+        mark.unlink()
+    if blind:
+        raise UserError(f"{_named(blind)} nothing of what process 0 writes into {folder}; is the "
+                        "storage mounted there?")
+
+
+def _named(processes: list[int]) -> str:
+    """The subject and verb of what they see."""
+    return (f"process {processes[0]} sees" if len(processes) == 1 else
+            f"the processes {_spans(processes)} see")
 
 
 def agree(value: Any) -> None:

@@ -10,7 +10,7 @@ import time
 
 from apt_jax.cli.main import main
 from apt_jax.errors import UserError
-from apt_jax.train import loop
+from apt_jax.train import distributed, loop
 
 FAULTS = {"user": UserError("no data set at /data/clips on this host"),
           "crash": OSError("stale file handle")}
@@ -28,6 +28,7 @@ def broken(error):
 
 if __name__ == "__main__":
     fault, *arguments = sys.argv[1:]
+    distributed.SEEN_SECONDS = 1.0
     if fault in FAULTS:
         loop.train = broken(FAULTS[fault])
     elif os.environ["APT_JAX_PROCESS"] == "1":

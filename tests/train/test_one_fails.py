@@ -1,7 +1,6 @@
 """What one process of a job does wrong ends the job soon, with a status that says what to do."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +29,22 @@ def test_a_process_that_fails_leaves_at_once_with_its_own_status(fault, status, 
     found, said = run(fault, tmp_path)
     assert found == status, said
     assert says in said and ("Traceback" in said) == (status == 1), said
+
+
+@pytest.mark.parametrize(("steps", "says"), [
+    ([4, 8], "process 1 sees no checkpoint in {}/checkpoints where the others see step 8; "),
+    ([], "process 1 sees nothing of what process 0 writes into {}/checkpoints; "),
+])
+def test_a_folder_that_one_host_lacks_is_named_before_anything_is_written(steps, says, tmp_path):
+    """Else the run would begin anew over the good one, and hang when it saves."""
+    run_folder = tmp_path / "run"
+    for step in steps:
+        (run_folder / f"checkpoints/{step}").mkdir(parents=True)
+    run_folder.mkdir(exist_ok=True)
+    (run_folder / "metrics.jsonl").write_text('{"step": 8}\n')
+    status, said = run("unmounted", run_folder)
+    assert status == 2, said
+    assert f"[0] apt-jax: {says.format(run_folder)}is the storage mounted there?" in said, said
+    assert "going on" not in said and "Traceback" not in said
+    assert (run_folder / "metrics.jsonl").read_text() == '{"step": 8}\n'
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.tmp"))
