@@ -249,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from apt_jax.bench.report import Results
 
-    results = Results(args.json, f"{H100['deviceName']} (described)")
-    results.head["command"] = ["python", "launch/ask_cudnn.py", *sys.argv[1:]]
+    results = Results(args.json, f"{H100['deviceName']} (described)",
+                      ["python", "launch/ask_cudnn.py", *sys.argv[1:]])
     return 0 if ask(results) else 1
 
 

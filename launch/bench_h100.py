@@ -7,7 +7,7 @@
 A group runs `apt-jax bench` commands one after another; every case is written to --out as soon as it
 is measured. After --minutes (9) the group ends; the same command goes on with the cases that are
 missing, and measures again what other sources or configs made, or what failed. Compiled programs are
-kept in --cache, so that a command which was stopped goes on from there too. Needs
+kept in --cache, so that a command which was stopped goes on from there too, and a trace of each row. Needs
 pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not
 installed is left out with a line; docs/performance.md says how to carry wheels to a machine without
 a network.
@@ -59,11 +59,13 @@ GROUPS: dict[str, list[tuple[str, list[str]]]] = {
 }
 
 
-def command(name: str, arguments: list[str], out: Path, device_less: bool = False) -> list[str]:
-    """The arguments of `apt-jax bench`, with the file of its rows in `out`. device_less: the same
-    cases, compiled: written beside the measured ones."""
+def command(name: str, arguments: list[str], out: Path, cache: Path, device_less: bool = False
+            ) -> list[str]:
+    """The arguments of `apt-jax bench`, with the file of its rows in `out` and traces in `cache`.
+    device_less: the same cases, compiled: written beside the measured ones."""
     if not device_less:
-        return [*arguments, "--json", str(out / f"{name}_h100.json")]
+        return [*arguments, "--json", str(out / f"{name}_h100.json"), "--profile",
+                str(cache / "profile")]
     return [*(a for a in arguments if a != "--no-peers"), "--json",
             str(out / f"{name}_h100_compiled.json"), "--device-less", "--topology", "h100:1x1"]
 
@@ -81,15 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR",
                         help="where the results go (default: docs/results/performance)")
     parser.add_argument("--cache", type=Path, metavar="DIR",
-                        help="where compiled programs are kept (default: .cache in --out)")
+                        help="where compiled programs and traces are kept (default: .cache in --out)")
     parser.add_argument("--device-less", action="store_true",
                         help="compile every case of the group for an H100 that is not there")
     args = parser.parse_args(argv)
     end, status = time.monotonic() + 60 * args.minutes, 0
     out = args.out.resolve()
-    env = environment((args.cache or out / ".cache").resolve())
+    cache = (args.cache or out / ".cache").resolve()
+    env = environment(cache / "programs")
     for name, arguments in GROUPS[args.group]:
-        arguments = command(name, arguments, out, args.device_less)
+        arguments = command(name, arguments, out, cache, args.device_less)
         print("$ apt-jax bench", *arguments, flush=True)
         try:
             left = end - time.monotonic()

@@ -1,16 +1,21 @@
-"""Attention on the hardware that is here: every backend that can, and PyTorch's, side by side."""
+"""Attention on the hardware that is here: every backend that can, and its peers, side by side."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from apt_jax.bench import attention_peers as peers
 from apt_jax.bench.cases import AttentionCase, parts_of_backend
-from apt_jax.bench.report import Results
+from apt_jax.bench.memory import device_memory
+from apt_jax.bench.profile import folder_of, profiled
+from apt_jax.bench.report import Results, attempt
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
@@ -18,12 +23,17 @@ from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import BACKENDS, Hardware, choosing
 from apt_jax.kernels.oracle import oracle
 
-# The makers' dense peaks, FLOP/s, for the share of it that a kernel reaches.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
+# The makers' dense bfloat16 peaks, FLOP/s, by what a device calls itself.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+         "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+         "TPU v6e": 918e12}
+PEERS = ("torch", "tokamax_choice")
 
 
 def peak_of(device: str) -> float | None:
-    return next((rate for name, rate in PEAKS.items() if name in device), None)
+    """The peak of the longest name that is in the device's: a "TPU v5 lite" is no "TPU v5"."""
+    names = sorted((name for name in PEAKS if name in device), key=len)
+    return PEAKS[names[-1]] if names else None
 
 
 def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
@@ -32,112 +42,128 @@ def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
         with choosing(backend=backend):
             return attention(q, k, v, *mask)
 
-    def gradient(q, k, v, *mask):  # with the forward pass, which it needs
-        loss = lambda *a: forward(*a, *mask).astype(jnp.float32).sum()  # noqa: E731
-        return jax.grad(loss, (0, 1, 2))(q, k, v)
-
-    return jax.jit(forward if part == "forward" else gradient)
+    return jax.jit(forward if part == "forward" else peers.gradient_of(forward))
 
 
 CHECKED = 64  # queries whose scores fit beside everything else
 
 
+@jax.jit
+def _compare(out, q, k, v, *mask):
+    with jax.default_matmul_precision("highest"):
+        want = oracle(*(x.astype(jnp.float32) for x in (q[:, -CHECKED:], k, v)), *mask)
+    return jnp.linalg.norm(out[:, -CHECKED:] - want) / jnp.linalg.norm(want)
+
+
 def distance(call: Callable[..., Any], inputs: Sequence[jax.Array]) -> float:
     """How far the last queries' results are from plain attention in float32, over their norm."""
-    @jax.jit
-    def compare(out, q, k, v, *mask):
-        with jax.default_matmul_precision("highest"):
-            want = oracle(*(x.astype(jnp.float32) for x in (q[:, -CHECKED:], k, v)), *mask)
-        return jnp.linalg.norm(out[:, -CHECKED:] - want) / jnp.linalg.norm(want)
-
-    return float(compare(call(*inputs), *inputs))
+    return float(_compare(call(*inputs), *inputs))
 
 
-def torch_sdpa(case: AttentionCase, part: str, seeds: Sequence[int]):
-    """PyTorch's scaled_dot_product_attention on CUDA: (call, inputs, wait), or None without it."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
+def check_oracle(case: AttentionCase, part: str, memory: int | None = None) -> None:
+    """UserError where the oracle's scores are more than the device's memory (bytes).
 
-    def tensors(seed):
-        generator = torch.Generator("cuda").manual_seed(seed)
-        make = lambda n: torch.randn(  # noqa: E731
-            (case.batch, case.heads, n, case.head_dim), generator=generator, device="cuda",
-            dtype=torch.bfloat16).requires_grad_(part == "gradient")
-        mask = [] if case.hidden is None else [
-            (torch.arange(case.keys, device="cuda") >= case.hidden)[None, None, None]]
-        return make(case.queries), make(case.keys), make(case.keys), *mask
-
-    def call(q, k, v, mask=None):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return torch.autograd.grad(out.sum(), (q, k, v)) if part == "gradient" else out
-
-    return call, [tensors(seed) for seed in seeds], lambda _: torch.cuda.synchronize()
+    At least float32 scores and their weights in case.dtype lie there at once; three tables where
+    they are differentiated.
+    """
+    memory = memory or device_memory()
+    scores = case.batch * case.heads * case.queries * case.keys
+    needed = scores * (4 + jnp.dtype(case.dtype).itemsize if part == "forward" else 12)
+    if needed > memory:
+        raise UserError(f"its scores take {needed / 2**30:.0f} GiB, and the device has "
+                        f"{memory / 2**30:.0f}")
 
 
-def refused(case: AttentionCase, backend: str) -> str | None:
-    """Why this backend is left out, None if it runs here."""
-    request = dispatch.Request.of(*case.abstract()[:3])
-    return "few queries: every backend takes plain JAX" if case.plain and backend != "oracle" else (
-        dispatch.refusal(backend, request))
+def contender(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],
+              inputs: Callable[[], Sequence[tuple]]) -> peers.Contender:
+    """(call, inputs, wait) of a backend or a peer; UserError where it cannot serve."""
+    if backend == "torch":
+        return peers.torch_sdpa(case, part, seeds)
+    if backend == "tokamax_choice":
+        return peers.tokamax_choice(part, inputs())
+    if case.plain and backend != "oracle":
+        raise UserError("few queries: every backend takes plain JAX")
+    reason = dispatch.refusal(backend, dispatch.Request.of(*case.abstract()[:3]))
+    if reason:
+        raise UserError(reason)
+    if backend == "oracle":
+        check_oracle(case, part)
+    return ours(case, backend, part), inputs(), jax.block_until_ready
 
 
 def run(cases: Sequence[AttentionCase], backends: Sequence[str], results: Results, *,
-        seconds: float = 2.0, seeds: Sequence[int] = (0, 1, 2),
-        tell: Callable[[str], None] = print) -> None:
-    """Times every case by every backend and adds a row for each; rows that are there are kept."""
-    device = Hardware.of(jax.devices()[0])
+        seconds: float = 2.0, seeds: Sequence[int] = (0, 1, 2), profile: str = "",
+        tell: Callable[[str], None] = print) -> int:
+    """Times every case by every backend and adds a row for each; rows that are there are kept.
+    profile: a folder for traces. Returns how many rows failed."""
+    device, failed = Hardware.of(jax.devices()[0]), 0
     for case in cases:
+        inputs = functools.cache(  # drawn on the device once, for all backends
+            lambda case=case: [tuple(case.arrays(seed)) for seed in seeds])
         for part in ("forward", "gradient"):
             for backend in backends:
                 name = f"{case.name}/{part}/{backend}"
                 if name in results or part not in parts_of_backend(backend):
                     continue
-                row = _row(case, part, backend, device, seconds, seeds)
+                row = {**dataclasses.asdict(case), "backend": backend, "part": part}
+                row |= attempt(lambda: _timed(  # noqa: B023
+                    case, part, backend, seeds, inputs, device, seconds,  # noqa: B023
+                    folder_of(profile, name)))  # noqa: B023
+                forward = f"{case.name}/forward/{backend}"
+                if part == "gradient" and "median" in row and forward in results:
+                    row |= backward(case, row, results.rows[forward], device)
                 results.add(name, row)
+                failed += "error" in row
                 tell(line(name, row))
+    return failed
 
 
-def _row(case: AttentionCase, part: str, backend: str, device: Hardware, seconds: float,
-         seeds: Sequence[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {**dataclasses.asdict(case), "backend": backend, "part": part}
-    if backend == "torch":
-        contender = torch_sdpa(case, part, seeds)
-        if contender is None:
-            return {**row, "skipped": "no PyTorch with CUDA"}
-    else:
-        reason = refused(case, backend)
-        if reason:
-            return {**row, "skipped": reason}
-        contender = (ours(case, backend, part), [tuple(case.arrays(s)) for s in seeds],
-                     jax.block_until_ready)
+def _timed(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],
+           inputs: Callable[[], Sequence[tuple]], device: Hardware, seconds: float,
+           trace: Path | None) -> dict[str, Any]:
+    call, sets, wait = contender(case, part, backend, seeds, inputs)
+    row: dict[str, Any] = {}
     try:
-        timing = measure(*contender, seconds=seconds)
-    except UserError:
-        raise
-    except Exception as error:  # out of memory for the oracle at 47k, an unsupported shape
-        return {**row, "skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    if part == "forward" and backend != "torch":
-        row["distance"] = distance(contender[0], contender[1][0])
+        timing = measure(call, sets, wait, seconds=seconds)
+        if backend != "torch":
+            row = profiled(call, sets, wait, trace)
+            if part == "forward":
+                row["distance"] = distance(call, sets[0])
+    finally:
+        if backend == "torch":
+            call = sets = None
+            peers.release_torch()
     flops = case.flops["forward"] + (case.flops["backward"] if part == "gradient" else 0)
     peak = peak_of(device.name)
     return {**row, **dataclasses.asdict(timing), "tflops": flops / timing.median / 1e12,
             "share_of_peak": flops / timing.median / peak if peak else None}
 
 
+def backward(case: AttentionCase, gradient: dict[str, Any], forward: dict[str, Any],
+             device: Hardware) -> dict[str, Any]:
+    """What the backward pass alone reaches: a gradient's row less its forward pass's; {} where that
+    was not timed, or takes as long."""
+    seconds = gradient["median"] - forward.get("median", float("inf"))
+    if seconds <= 0:
+        return {}
+    rate, peak = case.flops["backward"] / seconds, peak_of(device.name)
+    return {"backward_seconds": seconds, "backward_tflops": rate / 1e12,
+            "backward_share_of_peak": rate / peak if peak else None}
+
+
 def line(name: str, row: dict[str, Any]) -> str:
     """One row as text."""
-    if "skipped" in row:
-        return f"{name:<40} left out: {row['skipped']}"
+    for key, words in (("skipped", "left out"), ("error", "FAILED")):
+        if key in row:
+            return f"{name:<40} {words}: {row[key]}"
     share = f"{row['share_of_peak']:>6.0%} of peak" if row["share_of_peak"] else ""
+    alone = row.get("backward_tflops")
     return (f"{name:<40}{1e3 * row['median']:>10.3f} ms  {row['tflops']:>8.2f} TFLOP/s{share}"
             f"  (quartiles {1e3 * row['low']:.3f} to {1e3 * row['high']:.3f})"
+            + (f"  backward alone {alone:.2f} TFLOP/s" if alone else "")
             + (f"  {row['distance']:.1e} from float32" if "distance" in row else ""))
 
 
 def default_backends() -> list[str]:
-    """Every name but "auto", and PyTorch's."""
-    return [name for name in BACKENDS if name != "auto"] + ["torch"]
+    """Every name but "auto", and the peers'."""
+    return [name for name in BACKENDS if name != "auto"] + list(PEERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,15 @@ import jax.numpy as jnp
 
 from apt_jax.bench.attention import peak_of
 from apt_jax.bench.device_less import Compiled, complaint, count_kernels, elsewhere
+from apt_jax.bench.memory import memory, memory_stats
+from apt_jax.bench.profile import CALLS, profiled
+from apt_jax.bench.report import in_a_line
 from apt_jax.bench.timing import measure
+from apt_jax.errors import UserError
+from apt_jax.kernels import dispatch
 
 FP8 = "__cublas$lt$matmul$f8"  # how a compiled program for NVIDIA's GPUs names its eight-bit products
+SETS = 3  # of inputs, which calls take in turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Case:
       share: elements of one kernel's result that a device should make at most; None does not look.
       samples: of one call.
       donates: the first argument is a state, which comes out first and goes in again.
+      weights: how many of the first arguments are not inputs: parameters, states.
+      config: digest of the config behind it (`report.config_digest`).
     """
 
     name: str
@@ -45,13 +54,23 @@ class Case:
     share: int | None = None
     samples: int = 1
     donates: bool = False
+    weights: int = 1
+    config: str = ""
 
 
 def compile_case(case: Case, device: Any, label: str) -> Compiled:
-    """Compiles a case for a device that is not there and checks what came out."""
+    """Compiles a case for a device that is not there and checks what came out. A kernel that is
+    absent or cannot serve is an error of the row, as whatever else the compiler says."""
     start = time.perf_counter()
-    with elsewhere(device):
-        compiled = case.function.lower(*case.args).compile()
+    made = {"case": f"{case.name} ({label})", "backend": case.backend, "part": case.part,
+            "device": device.device_kind, "scores": case.scores or 0}
+    try:
+        with elsewhere(device), dispatch.recording() as selected:
+            compiled = case.function.lower(*case.args).compile()
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else in_a_line(error)
+        return Compiled(**made, kernels={}, wanted=dict(case.kernels), largest=0, temporary_bytes=0,
+                        seconds=time.perf_counter() - start, error=reason)
     found, largest, result, written = count_kernels(compiled.as_text(), list(case.kernels), [FP8])
     eight = found.pop(FP8)
     wanted = dict(case.kernels)
@@ -62,55 +81,67 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
     if not error and case.share is not None and result > 1.1 * case.share:
         error = f"a kernel makes {result} elements on one device, whose share is {case.share}"
     return Compiled(
-        case=f"{case.name} ({label})", backend=case.backend, part=case.part,
-        device=device.device_kind, kernels=found, wanted=wanted, largest=largest,
-        scores=case.scores or 0, temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        seconds=time.perf_counter() - start, error=error, written_bytes=written)
+        **made, kernels=found, wanted=wanted, largest=largest, error=error, written_bytes=written,
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        seconds=time.perf_counter() - start, selected=sorted(selected))
 
 
-def random_like(args: Any) -> Any:
+def random_like(args: Any, seed: int = 0) -> Any:
     """Random arrays for abstract ones: normal times 0.02, moments of optimisers positive, integers
-    and booleans one."""
+    1 + seed, booleans true."""
     def fill(path: Any, leaf: Any) -> jax.Array:
         positive = "_opt" in jax.tree_util.keystr(path)
 
         def make(key: jax.Array) -> jax.Array:
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jnp.ones(leaf.shape, leaf.dtype)
+                return jnp.full(leaf.shape, 1 + seed, leaf.dtype)
             x = 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
             return (jnp.abs(x) if positive else x).astype(leaf.dtype)
 
-        return jax.jit(make, out_shardings=leaf.sharding)(jax.random.key(leaf.size % 1009))
+        key = jax.random.key(leaf.size % 1009 + 1009 * seed)
+        return jax.jit(make, out_shardings=leaf.sharding)(key)
 
     return jax.tree_util.tree_map_with_path(fill, args)
 
 
-def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Compiles a case for this machine and times it on random arrays; a row.
+def time_case(case: Case, device: str, seconds: float, trace: Path | None = None) -> dict[str, Any]:
+    """Compiles a case for this machine and times it on SETS of random inputs; a row.
 
-    planned_bytes: what the compiler asks for; peak_bytes: the most that the device has had in use
-    in this process, where it says so.
+    selected: the kernels that attention got. planned_bytes: what the compiler asks for; peak_bytes:
+    see `memory`. trace: a folder for a profile, for "device_seconds" and "costliest" (`profiled`).
     """
-    compiled = case.function.lower(*case.args).compile()
-    args = random_like(case.args)
-    devices = {d for leaf in jax.tree.leaves(args) for d in leaf.sharding.device_set}
+    before = memory_stats()
+    with dispatch.recording() as selected:
+        lowered = case.function.lower(*case.args)
+    compiled = lowered.compile()
+    fixed = random_like(case.args[:case.weights])
+    inputs = [random_like(case.args[case.weights:], seed) for seed in range(SETS)]
+    devices = {d for leaf in jax.tree.leaves(fixed) for d in leaf.sharding.device_set}
     # A CPU's virtual devices share its threads: with two calls under way some of them may wait in
     # a collective of the first and some in one of the second, for ever.
     apart = len(devices) > 1 and jax.default_backend() == "cpu"
     if case.donates:
-        held = [args[0]]
+        (state, *others), held = fixed, []
+        held.append(state)
+        del state, fixed  # its buffers are gone after the first call
 
         def call(*rest):
-            held[0], out = compiled(held[0], *rest)
+            held[0], out = compiled(held[0], *others, *rest)
             return out
 
-        timing = measure(call, [args[1:]], lambda out: jax.block_until_ready((out, held[0])),
-                         seconds=seconds, apart=apart)
+        def wait(out):
+            return jax.block_until_ready((out, held[0]))
     else:
-        timing = measure(compiled, [args], jax.block_until_ready, seconds=seconds, apart=apart)
-    return {**dataclasses.asdict(timing), "backend": case.backend, "samples_per_call": case.samples,
+        def call(*rest):
+            return compiled(*fixed, *rest)
+
+        wait = jax.block_until_ready
+    timing = measure(call, inputs, wait, seconds=seconds, apart=apart)
+    found = profiled(call, inputs, wait, trace, calls=1 if apart else CALLS)
+    return {**dataclasses.asdict(timing), "backend": case.backend, "selected": sorted(selected),
+            "samples_per_call": case.samples,
             **rates(case.flops() if case.flops else None, timing.median, device),
-            **memory(compiled)}
+            **memory(compiled, before), **found}
 
 
 def rates(flops: float | None, seconds: float, device: str) -> dict[str, Any]:
@@ -122,20 +153,19 @@ def rates(flops: float | None, seconds: float, device: str) -> dict[str, Any]:
             "share_of_peak": flops / seconds / peak if peak else None}
 
 
-def memory(compiled: Any) -> dict[str, Any]:
-    """Bytes of one device: what the program asks for, and the peak that the device reports."""
-    found = compiled.memory_analysis()
-    planned = (found.argument_size_in_bytes + found.output_size_in_bytes
-               + found.temp_size_in_bytes - found.alias_size_in_bytes) if found else None
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {"planned_bytes": planned, "peak_bytes": stats.get("peak_bytes_in_use")}
-
-
 def line(name: str, row: Mapping[str, Any]) -> str:
     """A timed row as text."""
     if "skipped" in row:
         return f"{name:<52} left out: {row['skipped']}"
+    if "error" in row:
+        return f"{name:<52} FAILED: {row['error']}"
     rate = f"  {row['tflops']:8.2f} TFLOP/s" if row.get("tflops") else ""
     share = f" {row['share_of_peak']:.0%} of peak" if row.get("share_of_peak") else ""
     return (f"{name:<52}{1e3 * row['median']:>10.2f} ms{rate}{share}"
-            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})")
+            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})" + by(row))
+
+
+def by(row: Mapping[str, Any]) -> str:
+    """Which kernel "auto" was, as text."""
+    return f"  by {', '.join(row['selected'])}" if row["backend"] == "auto" and row.get(
+        "selected") else ""

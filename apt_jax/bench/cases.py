@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +47,18 @@ class AttentionCase:
         return [q, k, k, *mask]
 
     def arrays(self, seed: int) -> list[jax.Array]:
-        """Random inputs."""
-        rng = np.random.default_rng(seed)
-        made = [jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype)
-                for x in self.abstract()[:3]]
-        if self.hidden is not None:
-            made.append(jnp.broadcast_to(jnp.arange(self.keys) >= self.hidden,
-                                         (self.batch, self.keys)))
-        return made
+        """Random inputs, drawn on the device: 47,000 tokens take numpy eleven seconds."""
+        return _arrays(self, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _arrays(case: AttentionCase, key: jax.Array) -> list[jax.Array]:
+    shapes = case.abstract()[:3]
+    made = [jax.random.normal(k, x.shape, jnp.float32).astype(x.dtype)
+            for k, x in zip(jax.random.split(key, 3), shapes, strict=True)]
+    if case.hidden is not None:
+        made.append(jnp.broadcast_to(jnp.arange(case.keys) >= case.hidden, (case.batch, case.keys)))
+    return made
 
 
 CASES: dict[str, AttentionCase] = {c.name: c for c in (

@@ -34,6 +34,7 @@ class Compiled:
     error: why there is no program, or what is wrong with it; "" where it passes.
     written_bytes: what neither products nor kernels write: norms, modulation, rotary positions,
       rounding, copies. Each byte is read again at least once.
+    selected: the kernels that attention got (`kernels.dispatch.recording`).
     """
 
     case: str
@@ -48,6 +49,7 @@ class Compiled:
     seconds: float
     error: str
     written_bytes: int = 0
+    selected: Sequence[str] = ()
 
     @property
     def passes(self) -> bool:

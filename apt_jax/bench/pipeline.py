@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from apt_jax.bench.case import Case, memory, random_like
+from apt_jax.bench.case import SETS, Case, random_like
+from apt_jax.bench.memory import memory, memory_stats
+from apt_jax.bench.profile import profiled
 from apt_jax.bench.programs import forward_case
 from apt_jax.bench.report import row_name
 from apt_jax.bench.timing import measure
+from apt_jax.kernels import dispatch
 from apt_jax.models.umt5 import UMT5Config, make_umt5
 from apt_jax.models.vae import Tiling, VAEConfig, make_vae
 from apt_jax.plan.flops import count_flops
@@ -80,41 +84,47 @@ def stages(config: Any, device: Any, weights: str, decoder: str,
             "decode": decode_case(config, device, decoder, vae, overrides)}
 
 
-def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3) -> dict[str, Any]:
+def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3,
+                  trace: Path | None = None) -> dict[str, Any]:
     """A row: the median latency of a whole call at batch 1, each stage's own, and the throughput.
 
     latency: from token ids in host memory to frames done on the device. per_second: samples where
-    `queued` calls are started before the first is waited for.
+    `queued` calls are started before the first is waited for. peak_bytes: of all three stages and
+    their weights (`memory.memory`); planned_bytes: of the draw alone. trace: a folder for a profile of
+    whole calls.
     """
-    compiled = {name: case.function.lower(*case.args).compile() for name, case in cases.items()}
+    before = memory_stats()
+    with dispatch.recording() as selected:
+        compiled = {name: case.function.lower(*case.args).compile() for name, case in cases.items()}
     params = {name: random_like(case.args[0]) for name, case in cases.items()}
-    ids, mask = (jax.device_get(random_like(a)) for a in cases["encode"].args[1:])
-    seed = jax.device_get(random_like(cases["draw"].args[1]))
+    asked = [jax.device_get((random_like(cases["encode"].args[1:], i),
+                             random_like(cases["draw"].args[1], i))) for i in range(SETS)]
+    sets = [(ids, mask, seed) for (ids, mask), seed in asked]
 
     def encode(ids, mask):
         return compiled["encode"](params["encode"], ids, mask)
 
-    def draw(states, mask):
+    def draw(states, mask, seed):
         return compiled["draw"](params["draw"], seed, seed, states, mask)
 
     def decode(latents):
         return compiled["decode"](params["decode"], latents)
 
-    def whole(ids, mask):
-        return decode(draw(encode(ids, mask), mask))
+    def whole(ids, mask, seed):
+        return decode(draw(encode(ids, mask), mask, seed))
 
-    def time(call, *args):
-        return measure(call, [args], jax.block_until_ready, seconds=seconds)
+    def time(call, inputs):
+        return measure(call, inputs, jax.block_until_ready, seconds=seconds)
 
-    def several(ids, mask):
-        return [whole(ids, mask) for _ in range(queued)]
+    def several(*first):
+        return [whole(*first) for _ in range(queued)]
 
-    states = encode(ids, mask)
-    latents = draw(states, mask)
-    row = dataclasses.asdict(time(whole, ids, mask))
-    row["stages"] = {"encode": time(encode, ids, mask).median,
-                     "draw": time(draw, states, mask).median, "decode": time(decode, latents).median}
-    row["per_second"] = queued / time(several, ids, mask).median
-    row["peak_bytes"] = memory(compiled["draw"])["peak_bytes"]
-    row["backend"] = cases["draw"].backend
-    return row
+    drawn = [(encode(ids, mask), mask, seed) for ids, mask, seed in sets]
+    latents = [(draw(*inputs),) for inputs in drawn]
+    row = dataclasses.asdict(time(whole, sets))
+    row["stages"] = {"encode": time(encode, [one[:2] for one in sets]).median,
+                     "draw": time(draw, drawn).median, "decode": time(decode, latents).median}
+    row["per_second"] = queued / time(several, sets).median
+    row |= memory(compiled["draw"], before)
+    row |= profiled(whole, sets, jax.block_until_ready, trace)
+    return {**row, "backend": cases["draw"].backend, "selected": sorted(selected)}

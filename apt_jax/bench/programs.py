@@ -62,13 +62,30 @@ def forward_case(config: Any, devices: Sequence[Any], weights: str,
                 tokens(config) ** 2, device_share("one-step inference", config), batch)
 
 
-def train_cases(config: Any, devices: Sequence[Any], overrides: Sequence[str] = ()) -> list[Case]:
-    """The D and the G step for one sample per copy of the mesh."""
+BATCH_FIELDS = ("train.batch_size", "train.clip_batch_size", "train.accumulate")
+
+
+def check_overrides(overrides: Sequence[str], as_trained: bool) -> None:
+    """UserError where a command names the size of an update and does not ask to time it."""
+    for override in overrides:
+        field = override.removeprefix("--").removeprefix("config.").partition("=")[0]
+        if field in BATCH_FIELDS and not as_trained:
+            raise UserError(f"bench train times one sample per copy of the mesh, whatever {field} "
+                            "says; add --as-trained for the update that train runs")
+
+
+def train_cases(config: Any, devices: Sequence[Any], overrides: Sequence[str] = (),
+                as_trained: bool = False) -> list[Case]:
+    """The D and the G step for one sample per copy of the mesh; as_trained: for the batch and the
+    accumulation of the config, of its largest sample, as `train` runs them."""
     if config.stage != "adversarial":
         raise UserError(f"bench train counts the kernels of adversarial training, and the config's "
                         f"stage is {config.stage!r}; give an image or video config")
-    batch = batch_ways(make_mesh(config.mesh, list(devices)))
-    config.train.batch_size, config.train.accumulate = batch, 1
+    check_overrides(overrides, as_trained)
+    config = config.copy_and_resolve_references()
+    ways = batch_ways(make_mesh(config.mesh, list(devices)))
+    if not as_trained:
+        config.train.batch_size, config.train.clip_batch_size, config.train.accumulate = ways, 0, 1
     backend = config.model.attention
     cases = []
     for program in training_programs(config, list(devices)):
@@ -76,11 +93,18 @@ def train_cases(config: Any, devices: Sequence[Any], overrides: Sequence[str] = 
             reference, abstract = program.reference("none")
             return count_flops(reference, *abstract).total
 
+        turns = program.microbatches
+        kernels = expected_kernels(program.name, config, backend)
+        eight = expected_fp8(program.name, config)
+        size = [f"batch {program.samples} in {turns}"] if as_trained else []
         cases.append(Case(
-            row_name(config.name, program.name, config.model.matmul, backend, overrides=overrides),
+            row_name(config.name, program.name, config.model.matmul, backend, *size,
+                     overrides=overrides),
             program.name, backend, program.function, program.args, flops,
-            expected_kernels(program.name, config, backend), expected_fp8(program.name, config),
-            tokens(config) ** 2, device_share(program.name, config), batch, donates=True))
+            {name: turns * count for name, count in kernels.items()}, eight and turns * eight,
+            tokens(config) ** 2,
+            device_share(program.name, config) * (program.samples // turns // ways),
+            program.samples, donates=True, weights=2))
     return cases
 
 

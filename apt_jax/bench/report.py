@@ -1,7 +1,8 @@
 """What every bench writes: a JSON of versions, device and rows, kept up to date row by row.
 
-A row belongs to the sources that made it: it holds their revision, and one of another revision is
-measured again. Its name says everything else: what, by which backend, with which overrides.
+A row belongs to the sources and to the config that made it: it holds the revision of the one and a
+digest of the other, and one of others is measured again. Its name says what, by which backend, with
+which overrides; its command how it came about, since several commands fill one file.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from apt_jax.config.io import config_to_json
+from apt_jax.errors import UserError
 from apt_jax.installed import versions_of
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "tokamax", "flax",
@@ -24,12 +29,22 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu",
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions of what decides a speed, the device's name, and the command."""
-    return {"device": device, "cpu": platform.processor() or platform.machine(),
+    """Versions of what decides a speed, the device's and the processor's names."""
+    return {"device": device, "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)), "load_before": round(os.getloadavg()[0], 2),
             "python": platform.python_version(), "versions": versions_of(PACKAGES),
-            "revision": revision(),
-            "command": ["apt-jax", *sys.argv[1:]]}
+            "revision": revision()}
+
+
+def processor(table: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as its maker has it; the kind of machine where that is not known."""
+    try:
+        lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [value.strip() for key, _, value in (line.partition(":") for line in lines)
+             if key.strip() == "model name"]
+    return next(filter(None, names), platform.processor() or platform.machine())
 
 
 @functools.cache
@@ -53,33 +68,63 @@ def revision() -> str:
     return sources if not commit or commit == "?" or changed else commit
 
 
+def config_digest(config: Any) -> str:
+    """Twelve hexadecimal digits that tell configs apart: the file's fields and the overrides."""
+    return hashlib.sha256(config_to_json(config).encode()).hexdigest()[:12]
+
+
 def row_name(*parts: str, overrides: Sequence[str] = ()) -> str:
     """"config/forward/fp8/pallas model.depth=2": the parts, and what the command line changed."""
     changes = sorted(o.removeprefix("--").removeprefix("config.") for o in overrides)
     return " ".join(["/".join(parts), *changes])
 
 
+def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """make()'s row; one with "skipped" where a kernel or package refuses in words; one with "error",
+    the traceback printed, where anything else is raised: that is made again next time."""
+    try:
+        return make()
+    except UserError as error:
+        return {"skipped": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": in_a_line(error)}
+
+
+def in_a_line(error: BaseException, letters: int = 300) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:letters]}"
+
+
 class Results:
     """Rows by name in a JSON file. A bench that was stopped goes on with the rows that are missing.
 
-    `name in results` where the row is there and of this revision of the sources.
+    `results.has(name, config)` where the row is there, without an error, of this revision of the
+    sources and of this config (`config_digest`; "" for what uses none); `name in results` without a
+    config.
     """
 
-    def __init__(self, path: str | Path | None, device: str):
+    def __init__(self, path: str | Path | None, device: str, command: Sequence[str] | None = None):
         self.path = Path(path) if path else None
         self.head = environment(device)
+        self.command = shlex.join(command or ["apt-jax", *sys.argv[1:]])
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path and self.path.is_file():
             old = json.loads(self.path.read_text(encoding="utf-8"))
             same = all(old.get(key) == self.head[key] for key in ("device", "versions"))
             self.rows = old["rows"] if same else {}  # other hardware or versions: start again
 
-    def __contains__(self, name: str) -> bool:
-        return self.rows.get(name, {}).get("revision") == self.head["revision"]
+    def has(self, name: str, config: str = "") -> bool:
+        row = self.rows.get(name, {})
+        return (row.get("revision") == self.head["revision"] and row.get("config", "") == config
+                and not row.get("error"))
 
-    def add(self, name: str, row: dict[str, Any]) -> None:
+    def __contains__(self, name: str) -> bool:
+        return self.has(name)
+
+    def add(self, name: str, row: dict[str, Any], config: str = "") -> None:
         """Keeps a row, and writes the file at once."""
-        self.rows[name] = {**row, "revision": self.head["revision"]}
+        made = {"revision": self.head["revision"], "command": self.command}
+        self.rows[name] = {**row, **made, **({"config": config} if config else {})}
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from apt_jax.bench import block, pipeline, programs, torch_peers
 from apt_jax.bench.case import Case, compile_case, line, time_case
 from apt_jax.bench.cases import INFERENCE_ONLY, parts_of_backend
 from apt_jax.bench.device_less import Compiled
-from apt_jax.bench.report import Results, row_name
-from apt_jax.errors import UserError
+from apt_jax.bench.profile import folder_of
+from apt_jax.bench.report import Results, attempt, config_digest, row_name
 
 WHAT = ("block", "forward", "train", "vae", "pipeline")
 
@@ -27,6 +27,9 @@ class Plan:
       backends, weights, parts, steps, decoders: the choices of each; not every bench reads all.
       overrides: of the config, for the rows' names.
       seconds: to time each row for. peers: whether PyTorch runs beside it.
+      as_trained: train times the config's own batch and accumulation, without PyTorch's step of one
+        sample.
+      profile: a folder for traces of the rows, "" for none.
     """
 
     what: str
@@ -40,6 +43,8 @@ class Plan:
     overrides: Sequence[str] = ()
     seconds: float = 5.0
     peers: bool = True
+    as_trained: bool = False
+    profile: str = ""
 
     def config(self, backend: str, weights: str = "") -> Any:
         """A config with this attention and, for benches that train, these products in G and D."""
@@ -51,42 +56,50 @@ class Plan:
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """The programs of a plan, one at a time."""
-    first = plan.devices[0]
+    """The programs of a plan, one at a time, each with the digest of its config."""
     if plan.what == "vae":
+        config = plan.config("auto")
         for decoder in plan.decoders:
-            yield pipeline.decode_case(plan.config("auto"), first, decoder,
-                                       overrides=plan.overrides)
+            yield from _of(config, [pipeline.decode_case(config, plan.devices[0], decoder,
+                                                         overrides=plan.overrides)])
         return
     for backend in plan.backends:
         if plan.what == "train" and backend in INFERENCE_ONLY:
             continue
         for weights in plan.weights:
-            if plan.what == "forward":
-                yield programs.forward_case(plan.config(backend), plan.devices, weights,
-                                            plan.overrides)
-            elif plan.what == "train":
-                yield from (case for case in programs.train_cases(
-                    plan.config(backend, weights), plan.devices, plan.overrides)
+            in_network = plan.what in ("train", "block")  # the others say it of stored weights
+            config = plan.config(backend, weights if in_network else "")
+            yield from _of(config, _cases(plan, config, backend, weights))
+
+
+def _of(config: Any, made: Iterable[Case]) -> Iterator[Case]:
+    digest = config_digest(config)
+    return (dataclasses.replace(case, config=digest) for case in made)
+
+
+def _cases(plan: Plan, config: Any, backend: str, weights: str) -> Iterator[Case]:
+    first, overrides = plan.devices[0], plan.overrides
+    if plan.what == "forward":
+        yield programs.forward_case(config, plan.devices, weights, overrides)
+    elif plan.what == "train":
+        yield from (case for case in programs.train_cases(config, plan.devices, overrides,
+                                                          plan.as_trained)
                     if case.part in plan.steps)
-            elif plan.what == "block":
-                for part in plan.parts:
-                    if part not in parts_of_backend(backend):
-                        continue
-                    yield block.block_case(plan.config(backend, weights), first, part,
-                                           plan.overrides)
-            else:
-                yield from pipeline.stages(plan.config(backend), first, weights, plan.decoders[0],
-                                           overrides=plan.overrides).values()
+    elif plan.what == "block":
+        yield from (block.block_case(config, first, part, overrides) for part in plan.parts
+                    if part in parts_of_backend(backend))
+    else:
+        yield from pipeline.stages(config, first, weights, plan.decoders[0],
+                                   overrides=overrides).values()
 
 
 def compile_all(plan: Plan, label: str, results: Results) -> list[dict[str, Any]]:
     """Compiles every case for devices that are not there; the rows, those that were there too."""
     rows = []
     for case in cases(plan):
-        if case.name not in results:
+        if not results.has(case.name, case.config):
             row = compile_case(case, plan.devices[0], label)
-            results.add(case.name, {**dataclasses.asdict(row), "passes": row.passes})
+            results.add(case.name, {**dataclasses.asdict(row), "passes": row.passes}, case.config)
         rows.append(results.rows[case.name])
     return rows
 
@@ -98,48 +111,45 @@ def as_compiled(row: dict[str, Any]) -> Compiled:
 
 
 def time_all(plan: Plan, device: str, results: Results, tell: Callable[[str], None] = print
-             ) -> None:
-    """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case."""
-    def keep(name: str, make: Callable[[], dict[str, Any]]) -> None:
-        if name in results:
+             ) -> int:
+    """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case. Returns
+    how many rows failed: not those that a kernel or a missing package refuses."""
+    failed = 0
+
+    def keep(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
+        nonlocal failed
+        if results.has(name, config):
             return
-        results.add(name, make())
+        results.add(name, attempt(make), config)
+        failed += "error" in results.rows[name]
         tell(line(name, results.rows[name]))
 
-    if plan.peers:
+    if plan.peers and not plan.as_trained:
         for name, make in _peers(plan, device):
-            keep(name, make)
+            keep(name, config_digest(plan.config("auto")), make)
     if plan.what == "pipeline":
         for backend in plan.backends:
             for weights in plan.weights:
                 config = plan.config(backend)
-                keep(row_name(config.name, "pipeline", weights, backend, plan.decoders[0],
-                              overrides=plan.overrides),
-                     lambda c=config, w=weights: attempt(lambda: pipeline.time_pipeline(
-                         pipeline.stages(c, plan.devices[0], w, plan.decoders[0]), plan.seconds)))
-        return
+                name = row_name(config.name, "pipeline", weights, backend, plan.decoders[0],
+                                overrides=plan.overrides)
+                keep(name, config_digest(config), lambda: pipeline.time_pipeline(  # noqa: B023
+                    pipeline.stages(config, plan.devices[0], weights, plan.decoders[0]),  # noqa: B023
+                    plan.seconds, trace=folder_of(plan.profile, name)))  # noqa: B023
+        return failed
     for case in cases(plan):
-        keep(case.name, lambda case=case: attempt(lambda: _timed(plan, case, device)))
+        keep(case.name, case.config, lambda: _timed(plan, case, device))  # noqa: B023
+    return failed
 
 
 def _timed(plan: Plan, case: Case, device: str) -> dict[str, Any]:
-    row = time_case(case, device, plan.seconds)
+    row = time_case(case, device, plan.seconds, folder_of(plan.profile, case.name))
     if plan.what == "block":
         config = plan.config(case.backend, "fp8" if case.fp8 else "")
         row |= block.parts_of(config, plan.devices[0], case.part.split()[-1], plan.seconds)
         row["over_its_parts"] = row["median"] / (
             row["products_seconds"] + row["attention_seconds"])
     return row
-
-
-def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """make()'s row, or one that says why there is none: a kernel refused, or memory ran out."""
-    try:
-        return make()
-    except UserError as error:
-        return {"skipped": str(error)}
-    except Exception as error:
-        return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
 def _peers(plan: Plan, device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:

@@ -246,22 +246,20 @@ def decode(config: Any, place: Place, **fields: Any) -> Peer:
 
 def time_peer(make: Callable[[], Peer], place: Place, seconds: float, flops: float | None,
               device: str) -> dict[str, Any]:
-    """A timed row of a peer, or one that says why it is left out."""
+    """A timed row of a peer, or one that says why it is left out; raises what PyTorch raises."""
     reason = why_not() if place.device == "cuda" else ""
     if reason:
         return {"backend": "torch", "skipped": reason}
+    peer = None
     try:
         peer = make()
+        parameters = peer.parameters
         timing = measure(peer.call, [peer.args], place.wait, seconds=seconds)
-    except UserError:
-        raise
-    except Exception as error:  # out of memory, or an operation that this version lacks
-        return {"backend": "torch",
-                "skipped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
+        peer = None  # nothing of it may be held when its memory is given back
         free(place)
     return {**dataclasses.asdict(timing), "backend": "torch", "compiled": place.compiled,
-            "parameters": peer.parameters, **rates(flops, timing.median, device)}
+            "parameters": parameters, **rates(flops, timing.median, device)}
 
 
 def free(place: Place) -> None:

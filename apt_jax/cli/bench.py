@@ -4,7 +4,8 @@ attention   forward and gradient by every attention kernel that this machine can
 block       one block of --config's network, forward and with its gradient, beside the sum of its own
             matrix products and its attention.
 forward     one-step generation by the network of --config, as the server runs it.
-train       the D and the G step of an adversarial --config.
+train       the D and the G step of an adversarial --config, of one sample per copy of its mesh; with
+            --as-trained of its batch and accumulation, as apt-jax train runs them.
 vae         the VAE's decoder on a sample of --config's size: in causal chunks of 1, 2 and 4 latents,
             and in tiles.
 pipeline    UMT5-XXL, one step of --config's network and the VAE: latency, each stage, throughput.
@@ -22,7 +23,9 @@ scores, or a product that should be in eight bits is not. Needs pip install 'apt
 too for its kernel.
 
 --json keeps every row as soon as it is measured; the same command goes on where it was stopped, and
-measures again what other sources made.
+measures again what other sources or another config made, and what failed. A row that a kernel or a
+missing package refuses says so; where anything else goes wrong the status is 1. --profile traces a few
+calls of each row and keeps the device's time and its ten costliest kernels in the row.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ EXAMPLES = """\
       --config configs/seaweed_8b_video.py --config.mesh.replica=1 --config.mesh.fsdp=1 \
       --config.mesh.context=8
   apt-jax bench block --config configs/seaweed_8b_video.py --weights bfloat16 fp8 --backends tokamax
+  apt-jax bench train --config configs/demo_image.py --as-trained --config.train.accumulate=2
   apt-jax bench vae --config configs/seaweed_8b_video.py --decoders 'chunk 1' tiles
   apt-jax bench fp8 --json docs/results/performance/fp8_quality.json
   apt-jax bench fp8 --checkpoint runs/demo-long-0/image runs/demo-long-1/image --kinds both
@@ -68,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vae, pipeline: 'chunk 1', 'chunk 2', 'chunk 4', tiles (default: vae all, pipeline the "
              "first)")
     add("--no-peers", action="store_true", help="leave out PyTorch's models")
+    add("--as-trained", action="store_true",
+        help="train: the config's batch (of clips, where it trains on them) and accumulation, without "
+             "PyTorch's step, which has one sample")
+    add("--profile", metavar="DIR", default="",
+        help="all but fp8 and cpu: trace a few calls of each row into a folder of DIR")
     add("--checkpoint", nargs="+", default=["bundled:base"], metavar="PATH",
         help="fp8: a trained generator, or several of one training from different seeds")
     add("--kinds", nargs="+", default=[], metavar="NAME",
@@ -110,12 +119,16 @@ def _config(args: argparse.Namespace, backend: str = ""):
 def _plan(args: argparse.Namespace, devices, backends):
     from apt_jax.bench.cases import INFERENCE_ONLY
     from apt_jax.bench.pipeline import DECODERS
-    from apt_jax.bench.programs import STEPS
+    from apt_jax.bench.programs import STEPS, check_overrides
     from apt_jax.bench.run import Plan
     from apt_jax.errors import UserError
     from apt_jax.serve import WEIGHTS
 
     _config(args)  # complain of it before anything is compiled
+    if args.what == "train":
+        check_overrides(args.overrides, args.as_trained)
+    elif args.as_trained:
+        raise UserError(f"--as-trained is for apt-jax bench train, not {args.what}")
     for name in set(args.backends) & set(INFERENCE_ONLY):
         if args.what == "train":
             raise UserError(f"--backends {name!r} is for inference and has no gradient; leave it out")
@@ -124,7 +137,8 @@ def _plan(args: argparse.Namespace, devices, backends):
                 _some(args.weights or ["bfloat16"], kinds, "--weights"),
                 steps=_some(args.steps, STEPS, "--steps"),
                 decoders=_some(args.decoders, DECODERS, "--decoders"), overrides=args.overrides,
-                seconds=args.seconds or 5.0, peers=not args.no_peers)
+                seconds=args.seconds or 5.0, peers=not args.no_peers,
+                as_trained=args.as_trained, profile=args.profile)
 
 
 def _device_less(args: argparse.Namespace) -> int:
@@ -160,6 +174,7 @@ def _device_less(args: argparse.Namespace) -> int:
 
 
 def _attention(args: argparse.Namespace) -> int:
+    _share_memory()
     import jax
 
     from apt_jax.bench import attention
@@ -169,12 +184,19 @@ def _attention(args: argparse.Namespace) -> int:
     cases = [CASES[name] for name in _some(args.cases, CASES, "--cases")]
     backends = _some(args.backends, attention.default_backends(), "--backends")
     results = Results(_path(args), jax.devices()[0].device_kind)
-    attention.run(cases, backends, results, seconds=args.seconds or 2.0)
-    return 0
+    return 1 if attention.run(cases, backends, results, seconds=args.seconds or 2.0,
+                              profile=args.profile) else 0
+
+
+def _share_memory() -> None:
+    """Before jax starts: it takes memory as it needs it, PyTorch needs some too, and may take nearly
+    all; of its own it stops at three quarters."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 
 
 def _timed(args: argparse.Namespace) -> int:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+    _share_memory()
     import jax
 
     from apt_jax.bench.report import Results
@@ -183,8 +205,7 @@ def _timed(args: argparse.Namespace) -> int:
     backends = args.backends or ["auto"]
     plan = _plan(args, jax.devices(), backends)
     kind = jax.devices()[0].device_kind
-    time_all(plan, kind, Results(_path(args), kind))
-    return 0
+    return 1 if time_all(plan, kind, Results(_path(args), kind)) else 0
 
 
 def _fp8(args: argparse.Namespace) -> int:

@@ -6,11 +6,13 @@ serve is an error with that reason; "auto" takes the first that can, and logs it
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -160,11 +162,32 @@ def _note(backend: str, hardware: str, dtype: str, head_dim: int) -> None:
     log.info("attention on %s: %s (%s, heads of %d)", hardware, backend, dtype, head_dim)
 
 
+_SEEN: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[set[str]]:
+    """The kernels that attention traced inside is given, few queries aside: those never have one."""
+    seen: set[str] = set()
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def _record(backend: str, r: Request) -> None:
+    seen = _SEEN.get()
+    if seen is not None and r.queries >= FEW_QUERIES:
+        seen.add(backend)
+
+
 @jax.named_scope("attention")  # plan/flops.py tells its products from the others by this name
 def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
     """Attention on one device by the kernel in force; see `kernels.attention.attention`."""
     r = Request.of(q, k, v)
     backend = select(choice.current().backend, r)
+    _record(backend, r)
     interpret = r.hardware.platform == "cpu"
     if backend == "pallas":
         return flash_attention(q, k, v, key_mask, interpret=interpret)[0]
@@ -201,6 +224,7 @@ def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> Blocks | None:
     r = Request.of(q, k, v)
     if select(choice.current().backend, r) in ("oracle", "splash") or refusal("pallas", r):
         return None
+    _record("pallas", r)
     return _blocks(r.hardware.platform == "cpu")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apt_jax.bench import block, case, pipeline, programs, quality, run, torch_peers
-from apt_jax.bench.report import Results, revision, row_name
+from apt_jax.bench.report import Results, config_digest, revision, row_name
 from apt_jax.cli import main as cli
 from apt_jax.config import load_config
 from apt_jax.models.umt5 import UMT5Config
@@ -95,7 +95,7 @@ def test_a_step_that_donates_its_state_is_handed_it_on():
 def test_training_has_two_programs_whose_work_is_known():
     d, g = programs.train_cases(tiny(), jax.devices()[:1])
     assert (d.name, g.name) == ("demo_image/D step/dtype/auto", "demo_image/G step/dtype/auto")
-    assert d.donates and g.donates and d.samples == 1 and d.fp8 is None
+    assert d.donates and g.donates and d.samples == 1 and d.fp8 is None and d.weights == 2
     # one block: D runs G, then 3 samples forward and back; G runs both, and back through both
     assert 1.5 < d.flops() / g.flops() < 2.2
 
@@ -103,10 +103,13 @@ def test_training_has_two_programs_whose_work_is_known():
 def test_one_step_of_two_can_be_asked_for_and_none_without_a_gradient(monkeypatch):
     asked = []
     monkeypatch.setattr(programs, "train_cases", lambda config, *_: (
-        asked.append(config.model.attention), [SimpleNamespace(part=s) for s in programs.STEPS])[1])
+        asked.append(config.model.attention), [case.Case(s, s, "", None, ()) for s in programs.STEPS])[1])
     plan = run.Plan("train", lambda name: tiny(f"--config.model.attention={name}"), [None],
                     ["pallas", "cudnn_fp8"], steps=["G step"])
-    assert [made.part for made in run.cases(plan)] == ["G step"] and asked == ["pallas"]
+    (made,) = run.cases(plan)
+    assert made.part == "G step" and asked == ["pallas"]
+    assert made.config == config_digest(tiny("--config.model.attention=pallas",
+                                             "--config.discriminator.matmul=dtype"))
 
 
 def test_the_pipeline_goes_from_ids_to_frames():

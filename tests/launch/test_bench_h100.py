@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import pytest
 
 from apt_jax.bench import attention, cases, pipeline, run
+from apt_jax.bench.report import row_name
 from apt_jax.cli import bench
 from apt_jax.cli.main import parse_command
 from apt_jax.config import load_config, validate
@@ -20,7 +22,7 @@ spec.loader.exec_module(bench_h100)
 
 
 def commands(group, device_less=False):
-    return [bench_h100.command(name, arguments, Path("out"), device_less)
+    return [bench_h100.command(name, arguments, Path("out"), Path("cache"), device_less)
             for name, arguments in bench_h100.GROUPS[group]]
 
 
@@ -66,10 +68,11 @@ def test_no_two_commands_of_a_file_are_the_same_rows(monkeypatch):
 
 
 def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch):
-    ran = []
+    ran, lines = [], []
 
     def run(line, cwd, env, timeout):
         ran.append((line[3:5], timeout))
+        lines.append((line, env))
         if len(ran) == 2:
             raise subprocess.TimeoutExpired(line, timeout)
         return subprocess.CompletedProcess(line, 0)
@@ -78,16 +81,48 @@ def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch):
     assert bench_h100.main(["inference", "--minutes", "0.5"]) == 75
     assert [what for what, _ in ran] == [["bench", "forward"], ["bench", "vae"]]
     assert all(0 < seconds <= 30 for _, seconds in ran)
-    assert bench_h100.main(["training"]) == 0 and len(ran) == 5
+    assert bench_h100.main(["training", "--out", "elsewhere"]) == 0 and len(ran) == 5
+    line, env = lines[-1]
+    assert Path(line[line.index("--json") + 1]) == Path("elsewhere/train_wan_h100.json").resolve()
+    assert env["JAX_COMPILATION_CACHE_DIR"] == str(Path("elsewhere/.cache/programs").resolve())
+    assert env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0" and "PATH" in env
     monkeypatch.setattr(subprocess, "run",
                         lambda line, **_: subprocess.CompletedProcess(line, 1))
     assert bench_h100.main(["training"]) == 1
 
 
-def test_committed_rows_belong_to_their_files():
-    """What is kept of device-less compiles passes, and names kernels that it counted."""
-    files = sorted((ROOT / "docs/results/performance").glob("*_compiled.json"))
-    assert files
-    for path in files:
-        rows = json.loads(path.read_text())["rows"]
-        assert rows and all(row["passes"] and not row["error"] for row in rows.values()), path
+PERFORMANCE = ROOT / "docs/results/performance"
+
+
+def committed(pattern: str):
+    found = [(path.name, json.loads(path.read_text())) for path in sorted(PERFORMANCE.glob(pattern))]
+    assert found
+    return found
+
+
+def test_committed_rows_say_how_they_came_about():
+    for name, content in committed("*.json"):
+        assert content["device"] and content["cpu"] and content["versions"]["jax"], name
+        assert "jax-cuda12-plugin" in content["versions"] or "h100" not in name
+        for row in content["rows"].values():
+            command = shlex.split(row["command"])
+            assert command[:2] in (["apt-jax", "bench"], ["python", "launch/ask_cudnn.py"]), name
+            assert Path(command[command.index("--json") + 1]).name == name
+
+
+def test_committed_rows_belong_to_their_files(monkeypatch):
+    """What is kept of device-less compiles passes, by the kernel and for the device of its command,
+    with the overrides that its name says."""
+    monkeypatch.chdir(ROOT)
+    for path, content in committed("*_compiled.json"):
+        for name, row in content["rows"].items():
+            assert row["passes"] and not row["error"], path
+            assert row["kernels"] == row["wanted"], path
+            args, _ = parse_command("bench", shlex.split(row["command"])[2:])
+            assert args.device_less and content["device"] == f"{args.topology} (compiled only)"
+            assert row["backend"] in [*(args.backends or cases.MARKERS), "xla"], path
+            said = [word for word in name.split() if "=" in word]
+            if name.startswith("seaweed"):
+                assert row_name("", overrides=args.overrides).split() == sorted(said), path
+            if "D step" in name or "G step" in name:  # the config's own was another when they ran
+                assert any("remat=" in override for override in args.overrides), path

@@ -1,0 +1,276 @@
+"""What a row of a bench says, when it is made again, and what is a failure."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shlex
+
+import jax
+import numpy as np
+import pytest
+
+from apt_jax.bench import attention, case, memory, profile, programs, report, run
+from apt_jax.bench.cases import AttentionCase
+from apt_jax.bench.report import Results, config_digest
+from apt_jax.cli import main as cli
+from apt_jax.config import load_config
+from apt_jax.errors import UserError
+from apt_jax.kernels import dispatch
+from apt_jax.kernels.choice import Hardware
+
+SMALL = ["--config.model.depth=1", "--config.model.width=32", "--config.model.heads=2",
+         "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6",
+         "--config.model.text_width=24", "--config.discriminator.taps=1,",
+         "--config.discriminator.heads=2", "--config.mesh.fsdp=1", "--config.mesh.replica=1",
+         "--config.data.max_text_tokens=4", "--config.data.height=4", "--config.data.width=4"]
+
+
+def small(name: str, *overrides: str):
+    return load_config(f"configs/{name}.py", [*SMALL, *overrides])
+
+
+# -- when a row is made again ------------------------------------------------------------------------
+
+
+def test_a_row_of_another_config_is_measured_again(tmp_path):
+    """The file of a config was edited: the same command, the same name, another network."""
+    before, after = (config_digest(small("demo_image", f"--config.model.remat={remat}"))
+                     for remat in ("full", "attention"))
+    assert before != after == config_digest(small("demo_image", "--config.model.remat=attention"))
+    results = Results(tmp_path / "rows.json", "cpu", ["apt-jax", "bench", "two words"])
+    results.add("a", {"median": 1.0}, before)
+    assert results.has("a", before) and not results.has("a", after) and "a" not in results
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"].values()
+    assert shlex.split(row["command"]) == ["apt-jax", "bench", "two words"]
+    assert row["config"] == before
+
+
+def test_an_edited_config_reaches_the_rows_of_a_bench(tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(run, "time_case", lambda made, *_: timed.append(made.config) or {
+        "median": 1.0, "low": 1.0, "high": 1.0, "backend": "oracle"})
+    for shift in ("1", "1", "2"):
+        plan = run.Plan("forward", lambda _, s=shift: small(
+            "demo_image", f"--config.objective.flow.shift={s}"), jax.devices()[:1], peers=False)
+        run.time_all(plan, "cpu", Results(tmp_path / "rows.json", "cpu"), lambda _: None)
+    assert len(timed) == 2 and timed[0] != timed[1]
+
+
+# -- failures ----------------------------------------------------------------------------------------
+
+
+def test_what_fails_is_said_kept_apart_and_tried_again(tmp_path, monkeypatch, capsys):
+    reasons = [RuntimeError("out of\nmemory"), UserError("not here"), None, None]
+    made = case.Case("row", "forward", "oracle", None, ())
+    monkeypatch.setattr(run, "cases", lambda plan: [made])
+
+    def time_case(*_):
+        reason = reasons.pop(0)
+        if reason:
+            raise reason
+        return {"median": 1.0, "low": 1.0, "high": 1.0, "backend": "oracle"}
+
+    monkeypatch.setattr(run, "time_case", time_case)
+    plan = run.Plan("forward", lambda _: None, [None], peers=False)
+    path, lines = tmp_path / "rows.json", []
+    assert run.time_all(plan, "cpu", Results(path, "cpu"), lines.append) == 1
+    assert "FAILED: RuntimeError: out of memory" in lines[0]
+    assert "Traceback" in capsys.readouterr().err
+    assert Results(path, "cpu").rows["row"]["error"] and "row" not in Results(path, "cpu")
+    assert run.time_all(plan, "cpu", Results(path, "cpu"), lines.append) == 0
+    assert "left out: not here" in lines[1] and "row" in Results(path, "cpu")
+    assert run.time_all(plan, "cpu", Results(path, "cpu"), lines.append) == 0 and len(lines) == 2
+
+
+def test_a_failure_is_the_commands_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "measure", lambda *a, **k: 1 / 0)
+    out = tmp_path / "rows.json"
+    monkeypatch.setitem(attention.peers.__dict__, "gradient_of", lambda f: f)
+    monkeypatch.setattr("apt_jax.bench.cases.CASES", {"t": AttentionCase("t", 4, 4, 1, 4)})
+    command = ["bench", "attention", "--backends", "oracle", "cudnn", "--json", str(out)]
+    assert cli.main(command) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert "ZeroDivisionError" in rows["t/forward/oracle"]["error"]
+    assert "NVIDIA GPU" in rows["t/forward/cudnn"]["skipped"]
+
+
+def test_an_absent_kernel_is_a_row_that_fails(monkeypatch):
+    """Another kernel of the same command compiles."""
+    def refuse(x):
+        raise UserError("it is not installed")
+
+    x = jax.ShapeDtypeStruct((4,), np.float32)
+    rows = [case.compile_case(case.Case(name, "forward", name, jax.jit(f), (x,),
+                                        kernels={"k": n}), jax.devices()[0], "cpu")
+            for name, f, n in (("a", refuse, 1), ("b", lambda x: x + 1, 0))]
+    assert [row.passes for row in rows] == [False, True]
+    assert rows[0].error == "it is not installed" and rows[0].wanted == {"k": 1}
+
+
+# -- what a row says ---------------------------------------------------------------------------------
+
+
+def test_the_peak_of_memory_is_the_cases_own(monkeypatch):
+    """The device's figure is of the whole process."""
+    said = {"peak_bytes_in_use": 70, "bytes_in_use": 5}
+    monkeypatch.setattr(memory, "memory_stats", lambda: said)
+    compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    assert memory.memory(compiled, {"peak_bytes_in_use": 60, "bytes_in_use": 10})["peak_bytes"] == 60
+    assert memory.memory(compiled, {"peak_bytes_in_use": 70})["peak_bytes"] is None
+    assert memory.memory(compiled, {})["planned_bytes"] > 0
+    said.clear()  # a CPU
+    assert memory.memory(compiled, {})["peak_bytes"] is None and memory.device_memory() > 2**28
+
+
+def test_the_peak_of_a_device_is_that_of_its_longest_name():
+    assert attention.peak_of("TPU v5 lite") == 197e12 < attention.peak_of("TPU v5p") == 459e12
+    assert attention.peak_of("TPU v5") == 459e12 and attention.peak_of("TPU v6 lite") == 918e12
+    assert attention.peak_of("NVIDIA H100 80GB HBM3") == 989e12 and attention.peak_of("cpu") is None
+
+
+def test_the_processors_name_is_its_makers(tmp_path):
+    table = tmp_path / "cpuinfo"
+    table.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz\n\nmodel name\t: other\n")
+    assert report.processor(table) == "Some CPU @ 2.0GHz"
+    table.write_text("processor: 0\n")
+    assert report.processor(table) == report.processor(tmp_path / "none") != ""
+
+
+def test_the_oracle_is_left_out_where_its_scores_do_not_fit():
+    large = AttentionCase("8b", 47_104, 47_104, 24, 128)
+    with pytest.raises(UserError, match="scores take 298 GiB, and the device has 80"):
+        attention.check_oracle(large, "forward", 80 * 2**30)
+    small = AttentionCase("16k", 16_384, 16_384, 16, 128)
+    attention.check_oracle(small, "forward", 80 * 2**30)
+    with pytest.raises(UserError, match="48 GiB"):
+        attention.check_oracle(small, "gradient", 40 * 2**30)
+
+
+def test_the_backward_pass_is_the_gradient_less_the_forward_pass():
+    one, h100 = AttentionCase("", 1000, 1000, 10, 100), Hardware("gpu", "NVIDIA H100", 9.0)
+    found = attention.backward(one, {"median": 0.05}, {"median": 0.03}, h100)
+    assert found["backward_seconds"] == pytest.approx(0.02)
+    assert found["backward_tflops"] == pytest.approx(2.5 * 4 * 1e9 / 0.02 / 1e12)
+    assert found["backward_share_of_peak"] == pytest.approx(found["backward_tflops"] / 989)
+    assert attention.backward(one, {"median": 0.05}, {"skipped": "x"}, h100) == {}
+
+
+def test_inputs_are_drawn_once_for_all_backends(monkeypatch):
+    drawn = []
+    arrays = AttentionCase.arrays
+    monkeypatch.setattr(AttentionCase, "arrays", lambda c, s: drawn.append(s) or arrays(c, s))
+    one = AttentionCase("tiny", 16, 16, 1, 8, hidden=3, dtype="float32")
+    results = Results(None, "cpu")
+    assert attention.run([one], ["oracle", "pallas", "cudnn", "tokamax_choice"], results,
+                         seconds=0.001, tell=lambda _: None) == 0
+    assert drawn == [0, 1, 2] and len(results.rows) == 8
+    sets = [arrays(one, seed) for seed in (0, 1)]
+    assert abs(sets[0][0] - sets[1][0]).max() > 0.1 and not sets[0][3][0, :3].any()
+    assert "tokamax" in results.rows["tiny/forward/tokamax_choice"]["skipped"]
+    gradient = results.rows["tiny/gradient/oracle"]
+    forward = results.rows["tiny/forward/oracle"]
+    if gradient["median"] > forward["median"]:
+        assert gradient["backward_seconds"] == gradient["median"] - forward["median"]
+
+
+def test_auto_says_which_kernel_it_was(monkeypatch):
+    q = jax.ShapeDtypeStruct((1, 512, 2, 64), np.float32)
+    few = jax.ShapeDtypeStruct((1, 1, 2, 64), np.float32)
+    with dispatch.recording() as seen:
+        jax.eval_shape(lambda q: dispatch.run(q, q, q), q)
+    assert seen == {"oracle"}
+    h100 = Hardware("gpu", "NVIDIA H100", 9.0)
+    with dispatch.choice.choosing(hardware=h100), dispatch.recording() as seen:
+        jax.eval_shape(lambda q, k: dispatch.run(q, k, k), few, q)
+        assert seen == set()  # few queries never have a kernel
+        monkeypatch.setattr(dispatch, "_automatic", lambda r: "pallas")
+        jax.eval_shape(lambda q: dispatch.run(q, q, q), q)
+    assert seen == {"pallas"}
+    row = {"median": 1.0, "low": 1.0, "high": 1.0, "backend": "auto", "selected": ["pallas"]}
+    assert case.line("a", row).endswith("by pallas")
+
+
+def test_a_call_takes_several_inputs_in_turns_and_its_trace_is_read(tmp_path):
+    seen = []
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    a, n = (jax.ShapeDtypeStruct(s, d, sharding=here) for s, d in (((256, 256), np.float32),
+                                                                  ((), np.int32)))
+
+    def function(params, x, n):
+        jax.debug.callback(lambda v: seen.append(int(v)), n)
+        return params @ x
+
+    row = case.time_case(case.Case("toy", "forward", "auto", jax.jit(function), (a, a, n)), "cpu",
+                         0.001, tmp_path / "trace")
+    jax.effects_barrier()
+    assert set(seen) == {1, 2, 3} and row["selected"] == []
+    assert 0 < row["device_seconds"] < 10 * row["high"] + 0.1
+    assert 1 <= len(row["costliest"]) <= 10
+    name, seconds, runs = row["costliest"][0]
+    assert name and 0 < seconds and runs > 0
+    assert [each[1] for each in row["costliest"]] == sorted(
+        (each[1] for each in row["costliest"]), reverse=True)
+
+
+def test_a_gpus_kernels_are_read_from_its_streams_once(tmp_path):
+    """As the profiler writes it: streams, and lines that sum up what lies on them."""
+    names = {1: "/device:GPU:0", 2: "/host:CPU"}
+    lines = {(1, 7): "Stream #13(Compute)", (1, 8): "Stream #14(MemcpyD2D)", (1, 9): "XLA Ops",
+             (2, 1): "python"}
+    runs = [(1, 7, "attention", 0, 40), (1, 7, "gemm", 40, 10), (1, 8, "copy", 45, 15),
+            (1, 7, "attention", 100, 40), (1, 9, "fusion", 0, 140),
+            (2, 1, "wait", 0, 500)]
+    events = [{"ph": "M", "name": "process_name", "pid": p, "args": {"name": n}}
+              for p, n in names.items()]
+    events += [{"ph": "M", "name": "thread_name", "pid": p, "tid": t, "args": {"name": n}}
+               for (p, t), n in lines.items()]
+    events += [{"ph": "X", "pid": p, "tid": t, "name": n, "ts": s, "dur": d, "args": {"hlo_op": n}}
+               for p, t, n, s, d in runs]
+    path = tmp_path / "vm.trace.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    found = profile.summary(profile.read(path), 2)
+    assert found["device_seconds"] == pytest.approx(50e-6)  # 0 to 60 and 100 to 140, of two calls
+    assert [(name, runs) for name, _, runs in found["costliest"]] == [
+        ("attention", 1.0), ("copy", 0.5), ("gemm", 0.5)]
+
+
+# -- the update that train runs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, overrides, samples, turns", [
+    ("demo_image", ["--config.train.batch_size=8", "--config.train.accumulate=2"], 8, 2),
+    ("demo_video", ["--config.train.clip_batch_size=6", "--config.train.accumulate=3",
+                    "--config.data.frames=2,"], 6, 3)])
+def test_the_update_that_train_runs_is_timed_where_it_is_asked_for(name, overrides, samples, turns):
+    config = small(name, *overrides, "--config.model.attention=pallas")
+    found, alone = (programs.train_cases(config, jax.devices()[:1], as_trained=asked)[1]
+                    for asked in (True, False))
+    assert found.samples == samples and alone.samples == 1
+    assert found.args[2]["x"].shape[0] == samples and alone.args[2]["x"].shape[0] == 1
+    assert f"batch {samples} in {turns}" in found.name and "batch" not in alone.name
+    assert found.flops() == pytest.approx(samples * alone.flops(), rel=0.02)
+    assert found.kernels["apt_flash_dq"] == 2 * turns  # G and D have a block each
+
+
+def test_the_size_of_an_update_is_not_ignored(capsys):
+    command = ["bench", "train", "--config", "configs/demo_image.py", "--config.train.accumulate=2"]
+    assert cli.main(command) == 2
+    assert "--as-trained" in capsys.readouterr().err
+    assert cli.main(["bench", "forward", "--config", "configs/demo_image.py", "--as-trained"]) == 2
+    assert "--as-trained is for apt-jax bench train" in capsys.readouterr().err
+
+
+def test_memory_is_shared_with_pytorch(monkeypatch):
+    from apt_jax.cli import bench
+
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    bench._share_memory()
+    assert bench.os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert bench.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"  # the user's
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    bench._share_memory()
+    assert bench.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.94"
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
