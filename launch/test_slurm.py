@@ -8,6 +8,7 @@ slurmctld and slurmd with keys, ports and files of their own in a scratch folder
 the end; a Slurm that runs already is left alone. The sbatch file goes in as it is but for its size:
 two tasks on this machine's CPU. It shows that
 
+    a wrong command ends the job, also where one task is slow to find out,
     20 steps over two tasks are complete and agree with one process,
     a run that loses a task to SIGKILL, then runs out of time, ends with the bits of a calm one.
 """
@@ -171,11 +172,11 @@ def wait_for(done, trouble: str, cluster: Cluster | None = None, job: Job | None
 class Job:
     """launch/slurm.sbatch, submitted."""
 
-    def __init__(self, folder: Path, name: str, steps: int):
+    def __init__(self, folder: Path, name: str, steps: int, *more: str):
         self.workdir, self.output, self.steps = folder / name, folder / f"{name}.log", steps
         env = {**os.environ, "APT_JAX_VENV": sys.prefix, "JAX_PLATFORMS": "cpu"}
         command = ["sbatch", "--parsable", *SIZE, f"--output={self.output}",
-                   "launch/slurm.sbatch", *training(self.workdir, steps)]
+                   "launch/slurm.sbatch", *training(self.workdir, steps), *more]
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"test_slurm: sbatch: {done.stderr}")
@@ -250,6 +251,23 @@ def losses(workdir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+def knows_a_wrong_command(folder: Path) -> None:
+    """Task 1 is still waiting when task 0 leaves with 2: srun kills it and tells 143."""
+    config = folder / "wrong.py"
+    config.write_text(
+        "import os, time\nfrom apt_jax.config import base_config\n"
+        "def get_config():\n    time.sleep(60 * int(os.environ['SLURM_PROCID']))\n"
+        "    config = base_config()\n    config.stage = 'none'\n    return config\n")
+    job = Job(folder, "wrong", 20, "--config", str(config))
+    wait_for(lambda: job.state() not in ("PENDING", "RUNNING", "COMPLETING"),
+             f"job {job.id} does not end")
+    said = [line for line in job.log().splitlines() if re.match(r"slurm.sbatch: |apt-jax: ", line)]
+    print("\n".join(f"    {line}" for line in said), flush=True)
+    if "ExitCode=2:0" not in run("scontrol", "show", "job", job.id) or (
+            "not starting again" not in said[-1]):
+        raise SystemExit(f"test_slurm: the job was not ended with status 2\n{job.log()}")
+
+
 def agrees_with_one_process(folder: Path) -> None:
     job = Job(folder, "two_tasks", 20)
     job.end()
@@ -296,6 +314,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="apt_slurm_") as scratch, Cluster(Path(scratch)):
         folder = Path(scratch) / "runs"
         folder.mkdir()
+        knows_a_wrong_command(folder)
         agrees_with_one_process(folder)
         if not args.quick:
             survives(folder)

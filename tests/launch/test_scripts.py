@@ -61,20 +61,32 @@ def sbatch(stand_ins, tmp_path, srun):
     ("1 137 0", 0, False),
     ("134 75", 0, True),
     ("1 1 143", 143, False),  # APT_JAX_RESTARTS=2
+    # a task leaves its own status, srun tells that of one it killed
+    ("143,2", 2, False),
+    ("137,75", 0, True),
+    ("137,1 143,75,2", 2, False),
+    ("0,0", 0, False),
 ])
 def test_slurm_starts_again_what_can_go_on(stand_ins, tmp_path, statuses, ends, queued):
-    """The tasks of attempt n end with the nth of `statuses`."""
+    """The nth of `statuses`: what srun ends with in attempt n, then what tasks left."""
     code = f"""
 [ "$*" = "--kill-on-bad-exit=1 apt-jax train --preempted-status 75 --config a b.py" ] || exit 99
 [ "$7" = "a b.py" ] && [ "$XLA_FLAGS" = "--xla_of=gpu --hosts=5 --mine" ] || exit 98
 echo >> {tmp_path}/count
 set -- {statuses}
 shift $(($(wc -l < {tmp_path}/count) - 1))
-exit $1"""
+IFS=, read -ra told <<< "$1"
+[ -z "$(ls "$APT_JAX_STATUS")" ] || exit 97  # what an earlier attempt left
+for i in "${{!told[@]}}"; do
+  [ "$i" = 0 ] || echo "${{told[i]}}" > "$APT_JAX_STATUS/task$i"
+done
+exit "$told"
+"""
     process = sbatch(stand_ins, tmp_path, code)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == ends, said
     assert said.count("slurm.sbatch: job 7,") == len(statuses.split())
+    assert not list(tmp_path.glob(".apt-jax-*"))
     assert ("scontrol requeue 7" in stand_ins.calls()) == queued
 
 
@@ -172,5 +184,17 @@ def test_train_tells_the_scheduler_that_steps_are_left(monkeypatch, status, flag
 
     summary = {"status": status, "step": 3, "seconds": 1.0, "workdir": str(tmp_path)}
     monkeypatch.setattr(apt_jax.train.loop, "train", lambda *a, **k: summary)
+    monkeypatch.setenv("APT_JAX_STATUS", str(tmp_path))
     config = str(LAUNCH.parent / "configs/demo_pretrain.py")
     assert main(["train", "--config", config, "--workdir", str(tmp_path), *flags]) == ends
+    (told,) = tmp_path.glob(f"*-{os.getpid()}")
+    assert told.read_text() == f"{ends}\n"
+
+
+def test_a_wrong_command_leaves_its_status_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("APT_JAX_STATUS", str(tmp_path))
+    assert main(["train", "--confg", "x"]) == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["2\n"]
+    monkeypatch.setenv("APT_JAX_STATUS", str(tmp_path / "none"))
+    assert main(["train", "--confg", "x"]) == 2
+    assert "cannot leave the status in" in capsys.readouterr().err

@@ -119,6 +119,12 @@ def test_no_readable_checkpoint_is_an_error_not_a_new_start(copy, whole):
     assert (copy / "checkpoints" / "4").is_dir()
 
 
+def test_checkpoints_that_differ_between_processes_are_an_error_too(copy, whole, monkeypatch):
+    monkeypatch.setattr("apt_jax.train.checkpoint.same_everywhere", lambda steps: [])
+    with pytest.raises(UserError, match=r"no common checkpoint in .* \[4\]"):
+        train(whole[1], copy, quiet=True)
+
+
 @pytest.mark.parametrize(("overrides", "says"), [
     ({"model__mlp_ratio": 4}, r"model.mlp_ratio = 2\.0 there, 4\.0 here"),
     ({"optimizer__name": "adamw"}, "optimizer.name = 'rmsprop' there, 'adamw' here"),

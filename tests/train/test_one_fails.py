@@ -24,10 +24,15 @@ def run(fault, workdir, *options):
     ("user", 2, "[1] apt-jax: no data set at /data/clips on this host\n"),
     ("crash", 1, "[1] OSError: stale file handle\n"),
 ])
-def test_a_process_that_fails_leaves_at_once_with_its_own_status(fault, status, says, tmp_path):
+def test_a_process_that_fails_leaves_at_once_with_its_own_status(
+        fault, status, says, tmp_path, monkeypatch):
     """jax's way out would wait for process 0 five minutes, and then abort with 134."""
+    told = tmp_path / "told"
+    told.mkdir()
+    monkeypatch.setenv("APT_JAX_STATUS", str(told))
     found, said = run(fault, tmp_path)
     assert found == status, said
+    assert [path.read_text() for path in told.iterdir()] == [f"{status}\n"]
     assert says in said and ("Traceback" in said) == (status == 1), said
 
 
