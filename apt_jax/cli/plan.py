@@ -53,16 +53,22 @@ def run(args: argparse.Namespace) -> int:
     from apt_jax.errors import UserError
     from apt_jax.plan.devices import prepare_environment
 
+    if args.sweep and args.hlo:
+        raise UserError("--hlo keeps the programs of one plan, not of a --sweep; leave one of the "
+                        "two out")
     if args.reuse and not args.hlo:
         raise UserError("--reuse reads kept programs; name their folder with --hlo DIR")
     prepare_environment(unrun=True)
     from apt_jax.config import load_config, validate
+    from apt_jax.config.schema import REMATS
     from apt_jax.parallel.flags import compiler_options
     from apt_jax.plan import run as planning
     from apt_jax.plan.chips import parse_topology
     from apt_jax.plan.kept import Kept
     from apt_jax.plan.show import format_plan, format_sweep
 
+    if strange := [name for name in args.remats if name not in REMATS]:
+        raise UserError(f"--remats has no {strange[0]!r}; use {', '.join(REMATS)}")
     topology = parse_topology(args.topology)
     config = validate(load_config(args.config, args.overrides))
     options = compiler_options(args.flags, topology.chip.kind, topology.hosts)
@@ -73,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
     if args.sweep:
         results = planning.sweep(config, topology, tuple(args.remats), tell, options=options)
         print(format_sweep(results, topology.devices))
-        value = [{"mesh": label, **(found.to_json() if not isinstance(found, str)
-                                    else {"error": found})} for label, found in results]
-        fits = any(not isinstance(found, str) and found.fits for _, found in results)
+        value = [{"label": label, "remat": remat, **(
+            {"error": found} if isinstance(found, str) else found.to_json())}
+            for label, remat, found in results]
+        fits = any(not isinstance(found, str) and found.fits for *_, found in results)
     else:
         kept = Kept(Path(args.hlo), args.reuse) if args.hlo else None
         found = planning.plan(config, topology, inference=not args.no_inference, options=options,

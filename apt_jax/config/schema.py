@@ -13,6 +13,7 @@ import ml_collections
 
 STAGES = ("pretrain", "consistency", "adversarial")
 INITS = ("", "bundled:base")
+REMATS = ("none", "full", "dots", "attention", "exchange", "offload")
 ATTENTION = ("auto", "oracle", "pallas", "tokamax", "cudnn", "cudnn_fp8", "splash")
 
 
@@ -82,7 +83,7 @@ FIELDS: tuple[Field, ...] = (
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
        "products, all but attention, all but attention and its exchange between devices, or all but "
        "attention with what is kept moved to the host",
-       choices=("none", "full", "dots", "attention", "exchange", "offload")),
+       choices=REMATS),
     # -- discriminator
     _f("discriminator.taps", (), "blocks (from 1) with a head; () is 4/9, 13/18 and 1 of the depth",
        low=1),
@@ -153,7 +154,7 @@ FIELDS: tuple[Field, ...] = (
     _f("train.log_every", 10, "steps between log lines", low=1),
     _f("train.checkpoint_every", 200, "steps between checkpoints", low=1),
     _f("train.keep", 2, "checkpoints kept", low=1),
-    _f("train.hang_seconds", 1800.0, "with several processes: one whose step takes longer prints "
+    _f("train.hang_seconds", 1800.0, "with several devices: a process whose step takes longer prints "
        "its stacks and exits, to be restarted; 0 never", low=0),
     _f("train.sample_every", 0, "steps between sample pictures; 0 draws none", low=0),
     _f("train.sample_prompts", ("red heart", "grinning face", "cat face", "red apple"),

@@ -40,8 +40,10 @@ class Head(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         b, n, d = tokens.shape
-        token = jnp.broadcast_to(self.query[...].astype(tokens.dtype), (b, 1, d))
-        q = self.q_norm(self.q(token).reshape(b, 1, self.heads, -1))
+        token = self.query[...].astype(tokens.dtype)[None, None]  # [1, 1, D]
+        # One query for all samples, projected once: its matrix's gradient has no sum over samples.
+        q = self.q_norm(self.q(token).reshape(1, 1, self.heads, -1))
+        q = jnp.broadcast_to(q, (b, *q.shape[1:]))
         k, v = jnp.split(self.kv(self.norm(tokens)).reshape(b, n, 2 * self.heads, -1), 2, axis=2)
         token = token + self.out(attention(q, self.k_norm(k), v).reshape(b, 1, d))
         token = token + self.mlp(self.mlp_norm(token))

@@ -10,6 +10,7 @@ The order puts the axes that talk most on neighbouring devices.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,16 +27,18 @@ SHARD_AXES = ("fsdp", "context")  # what the parameters are cut over, together
 
 
 def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
-    """Sizes of all axes of `AXES`, the one `-1` (at most one) replaced by what is left.
+    """Sizes of all axes of `AXES`, the one `-1` replaced by what is left.
 
     Args:
-      sizes: axis name -> size; an axis that is absent has size 1.
+      sizes: axis name -> size; an axis that is absent has size 1. replica and fsdp may both be -1:
+        copies of as many devices as sizes["copy"] allows.
       device_count: number of devices the mesh must use, all of them.
 
     Raises:
       UserError: sizes that do not multiply to `device_count`, naming the nearest size that does.
     """
     given = {axis: int(sizes[axis]) if axis in sizes else 1 for axis in AXES}
+    asked = _describe(given)
     for axis, size in given.items():
         if size == 0 or size < -1:
             raise UserError(
@@ -51,7 +54,8 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
         free = ["replica"]
     if len(free) > 1:
         raise UserError(
-            f"mesh.{free[0]} and mesh.{free[1]} are both -1; set -1 on one axis only")
+            f"{' and '.join(f'mesh.{axis}' for axis in free)} are all -1; set -1 on one axis only, "
+            "or on replica and fsdp")
     fixed = math.prod(size for size in given.values() if size != -1)
     if free and device_count % fixed == 0:
         given[free[0]] = device_count // fixed
@@ -62,15 +66,25 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
     mendable = [a for a in AXES if given[a] != -1 and device_count % (fixed // given[a]) == 0]
     if not mendable:
         raise UserError(
-            f"the mesh {_describe(given)} does not fit {device_count} devices; "
-            f"set mesh.fsdp = -1 and every other axis to 1")
+            f"the mesh {asked} does not fit {device_count} devices; the nearest that works is "
+            f"{_describe(_nearest_mesh(given, device_count))}")
     axis = max(mendable, key=lambda a: given[a])
     room = device_count // (fixed // given[axis])
     fits = [d for d in range(1, room + 1) if room % d == 0] if free else [room]
     nearest = min(fits, key=lambda d: (abs(d - given[axis]), d))
     raise UserError(
-        f"the mesh {_describe(given)} does not fit {device_count} devices; "
+        f"the mesh {asked} does not fit {device_count} devices; "
         f"the nearest size that works is mesh.{axis} = {nearest}")
+
+
+def _nearest_mesh(given: Mapping[str, int], device_count: int) -> dict[str, int]:
+    """The mesh of all devices whose given sizes change by the smallest factors, -1 by any."""
+    divisors = [d for d in range(1, device_count + 1) if device_count % d == 0]
+    meshes = (sizes for sizes in itertools.product(divisors, repeat=len(AXES))
+              if math.prod(sizes) == device_count)
+    return dict(zip(AXES, min(meshes, key=lambda sizes: sum(
+        abs(math.log(size / asked))
+        for size, asked in zip(sizes, given.values(), strict=True) if asked != -1)), strict=True))
 
 
 def _describe(sizes: Mapping[str, int]) -> str:
@@ -136,8 +150,9 @@ def check_model(mesh: Mesh, model: Mapping[str, Any], discriminator_heads: int =
     for name, size in sizes.items():
         if size % ways:
             nearest = _nearest_divisor(ways, math.gcd(mesh.size, *sizes.values()))
+            fsdp = mesh.shape["fsdp"] * ways // nearest
             raise UserError(f"mesh.tensor = {ways} does not divide {name} = {size}; the nearest "
-                            f"size that works is mesh.tensor = {nearest}")
+                            f"size that works is mesh.tensor = {nearest}, with mesh.fsdp = {fsdp}")
     ulysses_size(mesh.shape["context"], model["heads"] // ways, ulysses)
 
 

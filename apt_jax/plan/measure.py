@@ -25,6 +25,9 @@ from apt_jax.plan.timeline import ATTENTION_EFFICIENCY, MATMUL_EFFICIENCY
 # An array that every device holds in full, or a float32 gather in the steady state, is worth a line
 # from this size on.
 NOTE_BYTES = 64 * 2**20
+# Sums of whole gradients over the axes that cut the parameters; vectors, which every device holds,
+# are smaller.
+SUM_BYTES = 4 * 2**20
 HIDDEN = 0.95  # a collective of which less is hidden counts as exposed
 # What compilers say when a program does not fit: XLA:TPU names both figures, others the last one.
 _NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|[Oo]ut of memory")
@@ -237,11 +240,11 @@ def _traffic(found: list[Collective]) -> tuple[Traffic, ...]:
 
 
 def _notes(program: Program, found: list[Collective], shape: dict[str, int]) -> list[str]:
-    """float32 gathers, sums where a reduce-scatter would do or where only tokens should travel, and
-    arrays that every device holds in full, each from NOTE_BYTES on."""
+    """float32 gathers and arrays that every device holds in full, from NOTE_BYTES on; sums where a
+    reduce-scatter would do or where only tokens should travel, from SUM_BYTES on."""
     notes = []
     for c in found:
-        if c.bytes < NOTE_BYTES:
+        if c.bytes < (SUM_BYTES if c.kind == "all-reduce" else NOTE_BYTES):
             continue
         what = f"of {c.bytes / 2**20:.0f} MiB, {c.times:g} times ({c.name})"
         axes = set(c.axes.split("+"))

@@ -29,6 +29,7 @@ from apt_jax.train.state import Setup, set_up
 from apt_jax.train.steps import build_steps, microbatches
 
 KEEP_ATTENTION = ("attention", "exchange", "offload")
+INFERENCE = "one-step inference"
 STEP_NAMES = {"generator": "G step", "discriminator": "D step"}
 
 
@@ -72,7 +73,7 @@ def context_minimum(config: Any, mesh: Mesh, samples: int, name: str) -> float:
         last = discriminator_taps(config.model, config.discriminator)[-1]
     # layers that run forward and backward; the D step sees real, perturbed and fake samples
     layers = {"G step": 2 * (depth + last), "D step": depth + 2 * 3 * last,
-              "one-step inference": depth}
+              INFERENCE: depth}
     if name not in layers or (name == "G step" and not last):
         return 0.0
     frames, height, width, _ = sample_shape(config)
@@ -214,6 +215,6 @@ def inference_program(config: Any, devices: list, batch: int = 0, compute_copy: 
         return build(reference_config(config, remat),
                      make_mesh({"replica": 1, "fsdp": 1}, devices[:1]))
 
-    return Program("one-step inference", function, args, reference, {"generator": args[0]}, batch,
+    return Program(INFERENCE, function, args, reference, {"generator": args[0]}, batch,
                    training=False,
-                   context_minimum=context_minimum(config, mesh, batch, "one-step inference"))
+                   context_minimum=context_minimum(config, mesh, batch, INFERENCE))

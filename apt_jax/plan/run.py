@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from apt_jax.errors import UserError
 from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.kernels.dispatch import Request, refusal as cannot_serve
 from apt_jax.parallel.mesh import make_mesh
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
 from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Measurement, compile_program, measure
 from apt_jax.plan.programs import (
-    Program, asked_batch, batch_of, inference_program, sample_shape, training_programs,
+    INFERENCE, Program, asked_batch, batch_of, inference_program, sample_shape, training_programs,
 )
 
 log = logging.getLogger("apt_jax")
@@ -67,11 +69,11 @@ class Plan:
     @property
     def step(self) -> float:
         """Modelled seconds of one update: every training step over the whole batch."""
-        return sum(p.step for p in self.programs if p.name != "one-step inference")
+        return sum(p.step for p in self.programs if p.name != INFERENCE)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: "fits", "peak_gib", "flops_forward_tflop", per program and in all."""
-        forward = next((p for p in self.programs if p.name == "one-step inference"), None)
+        forward = next((p for p in self.programs if p.name == INFERENCE), None)
         programs = {p.name: {
             "fits": self.fit(p), "peak_gib": p.peak / GIB, "refused": p.refused,
             "samples": p.samples, "microbatches": p.microbatches,
@@ -129,8 +131,8 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     """
     from apt_jax.models.presets import make_discriminator, make_generator
 
-    config = for_chip(config, topology)
     devices = describe(topology)
+    config = for_chip(config, topology, Hardware.of(devices[0]))
     mesh = make_mesh(config.mesh, devices)
     batch = batch_of(config, mesh)
     programs = build_programs(config, devices, inference)
@@ -160,11 +162,16 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     return Plan(topology, dict(mesh.shape), batch, tokens, parameters, tuple(measured))
 
 
-def for_chip(config: Any, topology: Topology) -> Any:
-    """A copy of the config whose attention is the chip's own kernel, unless one was asked for."""
+def for_chip(config: Any, topology: Topology, hardware: Hardware) -> Any:
+    """A copy of the config whose attention is the chip's own kernel, unless one was asked for or it
+    cannot serve the network's heads ("auto" then finds what can)."""
     config = config.copy_and_resolve_references()
-    if "attention" in config.model and config.model.attention == "auto":
-        config.model.attention = topology.chip.attention
+    model = config.model
+    if "attention" in model and model.attention == "auto":
+        request = Request(1, 2**16, 2**16, model.heads, model.width // model.heads,
+                          jnp.dtype(model.dtype), True, 1, hardware)
+        if cannot_serve(topology.chip.attention, request) is None:
+            model.attention = topology.chip.attention
     return config
 
 
@@ -175,6 +182,8 @@ def remedies(config: Any, found: Plan) -> list[tuple[str, Any]]:
               ("mesh.context", 2), ("mesh.context", 4), ("mesh.context", 8)]
     # The samples themselves: only where they are large beside what is missing.
     worst = max(found.programs, key=lambda p: p.peak)
+    if worst.name == INFERENCE:  # takes one sample as it is and keeps nothing for a backward pass
+        wanted = [(key, value) for key, value in wanted if key == "mesh.context"]
     clips = max(config.data.frames) > 1 and config.train.clip_batch_size > 0
     key = "clip_batch_size" if clips else "batch_size"
     for part in (2, 4):
@@ -191,18 +200,21 @@ def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -
     found: its plan, which does not fit. The program that needs most is tried first.
     """
     worst = max(found.programs, key=lambda p: p.peak).name
+    inference = any(p.name == INFERENCE for p in found.programs)
     for count in (1, 2):
         for changes in itertools.combinations(remedies(config, found), count):
             if len({key for key, _ in changes}) < count:
                 continue
+            if any(key == "mesh.context" for key, _ in changes) and config.mesh.fsdp != -1:
+                changes = (*changes, ("mesh.fsdp", -1))  # makes room for the wider axis
             changed = config.copy_and_resolve_references()
             for key, value in changes:
                 group, field = key.split(".")
                 changed[group][field] = value
             try:
-                fitting = plan(changed, topology, inference=False, first=worst, **settings)
-            except UserError:
-                continue  # a mesh that does not fit the devices or the heads
+                fitting = plan(changed, topology, inference=inference, first=worst, **settings)
+            except (UserError, jax.errors.JaxRuntimeError):
+                continue  # a mesh that does not fit the devices or the heads, or the compiler
             if fitting.fits:
                 return " ".join(f"--config.{key}={value}" for key, value in changes)
     return ""
@@ -227,10 +239,11 @@ def mesh_shapes(config: Any, devices: int) -> Iterator[dict[str, int]]:
 
 def sweep(config: Any, topology: Topology, remats: tuple[str, ...],
           tell: Callable[[str], None] = lambda text: None, **settings: Any
-          ) -> list[tuple[str, Plan | str]]:
-    """Plans of every mesh shape and rematerialisation policy, those that fit first, by step time
-    per sample; the others with their peak, or with the reason why they could not be planned."""
-    results: list[tuple[str, Plan | str]] = []
+          ) -> list[tuple[str, str, Plan | str]]:
+    """Plans of every mesh shape and rematerialisation policy, (mesh, policy, plan), those that fit
+    first, by step time per sample; the others with their peak, or with the reason why they could
+    not be planned."""
+    results: list[tuple[str, str, Plan | str]] = []
     shapes = list(mesh_shapes(config, topology.devices))
     for number, (shape, remat) in enumerate(itertools.product(shapes, remats), 1):
         changed = config.copy_and_resolve_references()
@@ -238,21 +251,20 @@ def sweep(config: Any, topology: Topology, remats: tuple[str, ...],
         for axis, size in shape.items():
             changed.mesh[axis] = size
         label = " ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one"
-        label = f"{label}, remat {remat}"
-        tell(f"[{number}/{len(shapes) * len(remats)}] {label}")
+        tell(f"[{number}/{len(shapes) * len(remats)}] {label}, remat {remat}")
         try:
-            results.append((label, plan(changed, topology, inference=False, **settings)))
+            results.append((label, remat, plan(changed, topology, inference=False, **settings)))
         except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
             # a mesh that the model or the compiler refuses
-            results.append((label, " ".join(str(error).split())[:120]))
+            results.append((label, remat, " ".join(str(error).split())[:120]))
     return rank(results)
 
 
-def rank(results: list[tuple[str, Plan | str]]) -> list[tuple[str, Plan | str]]:
+def rank(results: list[tuple[str, str, Plan | str]]) -> list[tuple[str, str, Plan | str]]:
     """Plans that fit by modelled time per sample, then those that do not by their peak, then
     errors."""
-    def order(row: tuple[str, Plan | str]) -> tuple[int, float]:
-        _, found = row
+    def order(row: tuple[str, str, Plan | str]) -> tuple[int, float]:
+        *_, found = row
         if isinstance(found, str):
             return (2, 0.0)
         return (0, found.step / found.batch) if found.fits else (1, float(found.peak))

@@ -91,7 +91,8 @@ def format_plan(plan: Plan) -> str:
 def format_sweep(results: list, devices: int) -> str:
     """One line a mesh and policy, those that fit first."""
     rows = []
-    for label, found in results:
+    for label, remat, found in results:
+        label = f"{label}, remat {remat}"
         if isinstance(found, str):
             rows.append([label, "", "", "", "", f"not possible: {found}"])
             continue

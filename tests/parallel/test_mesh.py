@@ -1,6 +1,7 @@
 """Mesh sizes: every axis, the rest, and errors that name what would work."""
 
 import math
+import re
 
 import jax
 import pytest
@@ -38,7 +39,12 @@ def test_the_rest_fills_the_machine_or_the_error_names_a_size_that_does(devices,
 @pytest.mark.parametrize(("sizes", "says"), [
     ({"replica": 2, "fsdp": 2}, "mesh.replica = 4"),
     ({"replica": 3, "fsdp": -1}, "mesh.replica = 2"),
-    ({"context": -1, "fsdp": -1}, "both -1"),
+    ({"context": -1, "fsdp": -1}, "mesh.fsdp and mesh.context are all -1"),
+    ({"replica": -1, "context": -1, "fsdp": -1}, "mesh.replica and mesh.fsdp and mesh.context.* on "
+                                                 "replica and fsdp"),
+    ({"replica": 3, "fsdp": 3}, "works is replica=2 x fsdp=4 x context=1 x tensor=1"),
+    ({"replica": 3, "fsdp": -1, "context": 3}, "works is replica=2 x fsdp=1 x context=4"),
+    ({"replica": -1, "fsdp": -1, "context": 3}, "fsdp=-1 x context=3"),
     ({"replica": 0, "fsdp": -1}, "mesh.replica = 0"),
     ({"replica": 3, "fsdp": 7}, "mesh.replica = 1"),
 ])
@@ -55,8 +61,12 @@ def test_wrong_sizes_end_in_one_line(sizes, says):
 ])
 def test_tensor_must_divide_heads_and_widths(tensor, heads, head_blocks, says):
     model = {"heads": heads, "width": 12 * heads, "mlp_ratio": 4.0}
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as error:
         check_model(make_mesh({"tensor": tensor}, jax.devices()[:tensor]), model, head_blocks)
+    # What it names does fit the devices: no second error sends the user back.
+    named = dict(re.findall(r"mesh\.(\w+) = (\d+)", str(error.value).split("works is")[1]))
+    check_model(make_mesh({axis: int(size) for axis, size in named.items()},
+                          jax.devices()[:tensor]), model, head_blocks)
 
 
 def test_ulysses_takes_what_the_heads_allow_and_the_ring_the_rest():

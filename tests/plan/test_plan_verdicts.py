@@ -7,6 +7,7 @@ import pytest
 
 from apt_jax.config import load_config
 from apt_jax.errors import UserError
+from apt_jax.kernels.choice import Hardware
 from apt_jax.parallel.mesh import check_batch
 from apt_jax.plan import run
 from apt_jax.plan.chips import GIB, parse_topology
@@ -16,7 +17,7 @@ from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Measurement, _notes, compile_program, measure, refusal
 from apt_jax.plan.programs import Program, batch_of, context_minimum
 from apt_jax.plan.run import Plan
-from apt_jax.plan.show import format_plan
+from apt_jax.plan.show import format_plan, format_sweep
 from apt_jax.train.steps import microbatches
 
 TPU = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
@@ -121,6 +122,10 @@ def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
     monkeypatch.setattr(run, "plan", plan)
     found = run.find_remedy(config, parse_topology("h100:1x8"), large)
     assert found == "--config.mesh.context=4"
+    config.mesh.fsdp, before = 8, list(tried)  # leaves no device to context
+    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == (
+        "--config.mesh.context=4 --config.mesh.fsdp=-1")
+    config.mesh.fsdp, tried[:] = -1, before
     assert tried == [(0, "full", 1), (2, "full", 2), (2, "full", 4)]  # remat is full: not again
     monkeypatch.setattr(run, "plan", lambda *args, **kw: made(peak=10 * GIB))
     assert run.find_remedy(config, parse_topology("h100:1x8"), large) == (
@@ -129,6 +134,37 @@ def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
     assert run.find_remedy(config, parse_topology("h100:1x8"), large) == ""
     assert "more devices" in format_plan(dataclasses.replace(large, remedy=""))
     assert "changes" not in format_plan(large)  # nobody looked for one
+
+
+def test_a_remedy_for_inference_is_tried_on_inference_and_may_end_in_the_compiler(monkeypatch):
+    import jax
+
+    config = load_config("configs/demo_image.py", [])
+    large = made(peak=90 * GIB, name=run.INFERENCE)
+    tried = []
+
+    def plan(config, topology, inference, first):
+        assert inference and first == run.INFERENCE
+        tried.append(config.mesh.context)
+        if config.mesh.context == 2:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no")
+        return made(peak=10 * GIB, name=run.INFERENCE)
+
+    monkeypatch.setattr(run, "plan", plan)
+    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == "--config.mesh.context=4"
+    assert tried == [2, 4]  # microbatches and remat do nothing for it
+
+
+@pytest.mark.parametrize(("topology", "head_dim", "kernel"), [
+    ("h100:1x1", 32, "pallas"), ("v5e:1x1", 64, "splash"), ("v5e:1x1", 32, "auto")])
+def test_the_chips_own_kernel_is_taken_where_it_serves(topology, head_dim, kernel):
+    config = load_config("configs/demo_image.py", [])
+    config.model.heads, config.model.head_dim = 96 // head_dim, head_dim
+    config.model.width = config.model.heads * head_dim
+    topology = parse_topology(topology)
+    platform = "gpu" if topology.chip.kind == "cuda" else "tpu"
+    found = run.for_chip(config, topology, Hardware(platform, "x", 9.0 * (platform == "gpu")))
+    assert found.model.attention == kernel and config.model.attention == "auto"
 
 
 def test_a_smaller_batch_is_the_last_remedy_and_only_where_samples_are_large():
@@ -158,11 +194,12 @@ def test_the_sweep_ranks_what_fits_by_time_a_sample(monkeypatch):
     monkeypatch.setattr(run, "plan", plan)
     rows = run.sweep(config, parse_topology("h100:1x8"), ("none", "full"))
     assert len(rows) == 2 * len(shapes)
-    kinds = ["error" if isinstance(p, str) else "fits" if p.fits else "large" for _, p in rows]
+    kinds = ["error" if isinstance(p, str) else "fits" if p.fits else "large" for *_, p in rows]
     assert kinds == sorted(kinds, key=["fits", "large", "error"].index)
     assert {"fits", "large", "error"} == set(kinds)
-    steps = [p.step for _, p in rows if not isinstance(p, str) and p.fits]
-    assert steps == sorted(steps) and "remat full" in rows[0][0]
+    steps = [p.step for *_, p in rows if not isinstance(p, str) and p.fits]
+    assert steps == sorted(steps) and rows[0][1] == "full"
+    assert "remat full" in format_sweep(rows, 8) and "remat none" in format_sweep(rows, 8)
 
 
 def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
@@ -174,7 +211,8 @@ def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
     found = [one("a", hidden=0.2), one("b"), one("c", steady=False, hidden=0.0),
              one("d", dtype="f32", steady=False), one("e", "all-reduce", "context"),
              one("f", "all-reduce", "replica+fsdp"), one("g", "all-reduce", "replica"),
-             one("h", dtype="f32", size=2**20)]
+             one("h", dtype="f32", size=2**20),
+             one("i", "all-reduce", size=2**23), one("j", "all-reduce", size=2**17)]  # a vector's
     plan = made(found=found)
     assert [c.name for c in plan.programs[0].exposed_steady] == ["a"]
     value = plan.to_json()["programs"]["D step"]
@@ -189,7 +227,8 @@ def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
     notes = _notes(program, found, {"fsdp": 1})
     assert [n for n in notes if "(d)" in n and "outside the layers" in n]
     assert [n for n in notes if "(e)" in n and "context" in n]
-    assert [n for n in notes if "(f)" in n and "reduce-scatter" in n] and len(notes) == 3
+    assert [n for n in notes if "(f)" in n and "reduce-scatter" in n] and len(notes) == 4
+    assert [n for n in notes if "(i)" in n and "8 MiB" in n]
     assert len(_notes(dataclasses.replace(program, training=False), found, {"fsdp": 1})) == 1
 
 
