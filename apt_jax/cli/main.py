@@ -162,6 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         complain(error)
         return left(WRONG)
+    except ModuleNotFoundError as error:
+        if (error.name or "apt_jax").partition(".")[0] == "apt_jax":
+            raise
+        complain(UserError(f"{error.name} is not installed and this command needs it; run: pip "
+                           "install apt_jax, or without a network as docs/performance.md says"))
+        return left(WRONG)
     except KeyboardInterrupt:
         print("apt-jax: interrupted", file=sys.stderr)
         return 130

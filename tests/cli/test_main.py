@@ -128,6 +128,19 @@ def test_interrupt_is_130_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
         cli.main(["train"])
 
 
+@pytest.mark.parametrize("command", [
+    ["bench", "attention", "--cases", "one_query", "--backends", "oracle"],
+    ["train", "--config", "configs/demo_image.py"]])
+def test_a_package_that_is_missing_is_one_line(command):
+    """As on a machine with jax and nothing of ours: the config's package is needed first."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['ml_collections'] = None\n"
+         "from apt_jax.cli.main import main; sys.exit(main(sys.argv[1:]))", *command],
+        capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ml_collections is not installed" in one_line(done.stderr)
+
+
 def test_user_error_is_always_one_line():
     assert str(UserError("a\n  b\tc")) == "a b c"
 
