@@ -51,6 +51,24 @@ def test_h100s_gather_a_layer_in_bfloat16_and_scatter_its_gradient(tmp_path):
 
 
 @pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+def test_copies_add_up_and_no_gradient_is_summed_over_what_cuts_it(tmp_path):
+    """Four copies: their sum goes over replica alone, and over fsdp and context every matrix's
+    gradient, of D's heads too, leaves by a reduce-scatter."""
+    done, value = plan(tmp_path, "h100:4x8", *NARROW, "--no-inference", "--config.mesh.replica=4",
+                       "--config.mesh.fsdp=2", "--config.train.batch_size=32")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for name in ("G step", "D step"):
+        program = value["programs"][name]
+        assert not [note for note in program["notes"] if note.startswith("all-reduce over")]
+        sums = {row["axes"]: row["wire"] for row in program["collectives"]
+                if row["kind"] == "all-reduce" and row["dtype"] == "bf16"}
+        scattered = sum(row["wire"] for row in program["collectives"]
+                        if row["kind"] == "reduce-scatter" and row["dtype"] == "bf16")
+        assert scattered > sums["replica"] > 20 * sum(
+            wire for axes, wire in sums.items() if axes != "replica")
+
+
+@pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
 def test_what_does_not_fit_comes_with_a_remedy_and_status_1(tmp_path):
     # one clip of 46,800 tokens on one GPU, with nothing recomputed, in a narrow network
     done, value = plan(tmp_path, "h100:1x1", *SMALL, "--config.mesh.context=1",
