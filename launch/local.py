@@ -7,24 +7,32 @@
 Every process gets APT_JAX_COORDINATOR, APT_JAX_PROCESSES and APT_JAX_PROCESS, from which
 `apt-jax train` finds the others. Its lines are shown with its number before them. When one process
 fails, the others, which wait for it in vain, are stopped and all are started again, up to
---restarts times: training goes on from the last checkpoint. SIGTERM, or Ctrl-C, makes all processes
-save the same step and leave; a second one ends them at once. Needs no package beside Python's own.
+--restarts times: training goes on from the last checkpoint. Status 2 (the command is wrong) and 75
+(saved after a signal, --preempted-status 75) are passed on, without another start. SIGTERM, or
+Ctrl-C, makes all processes save the same step and leave; a second one ends them at once.
 
 GPUs: with --gpus each process gets its share of CUDA_VISIBLE_DEVICES (or of --gpus N of them).
+Where there are GPUs the processes get XLA's flags for them, before what XLA_FLAGS holds, and nearly
+all of their memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import NoReturn
 
 POLL = 0.1
+WRONG, SAVED = 2, 75  # what apt-jax train ends with, see docs/launch.md
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEM_FRACTION = 0.94  # of a GPU's memory: what apt-jax plan counts on; jax takes 0.75 by itself
 
@@ -47,7 +55,46 @@ def arguments() -> argparse.Namespace:
         parser.error("--processes and --devices start at 1")
     if args.gpus % args.processes:
         parser.error(f"--gpus {args.gpus} cannot be shared out to {args.processes} processes")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and len(split(visible)) < args.gpus:
+        wrong(f"--gpus {args.gpus}, but CUDA_VISIBLE_DEVICES={visible} names "
+              f"{len(split(visible))}; give fewer, or unset it")
+    if shutil.which(args.command[0]) is None:
+        wrong(f"there is no command {args.command[0]!r} that can be run; check its name, or "
+              "activate the environment it is in")
     return args
+
+
+def wrong(text: str) -> NoReturn:
+    """Ends with one line."""
+    print(f"launch/local.py: {text}", file=sys.stderr)
+    raise SystemExit(WRONG)
+
+
+def split(devices: str) -> list[str]:
+    return [device for device in devices.split(",") if device]
+
+
+def gpu_flags(args: argparse.Namespace) -> str:
+    """XLA's flags for GPUs that the installed one knows; "" where there are no GPUs to use."""
+    off = args.cpu or os.environ.get("JAX_PLATFORMS") == "cpu" or (
+        os.environ.get("CUDA_VISIBLE_DEVICES") == "")
+    if off or not (args.gpus or glob.glob("/dev/nvidia[0-9]*")):
+        return ""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from apt_jax.errors import UserError
+    from apt_jax.parallel.flags import environment_value, platform_flags
+    from apt_jax.parallel.flags.check import unknown_flags
+
+    unknown: list[str] = []
+    try:
+        unknown = unknown_flags("gpu", platform_flags("gpu"))
+    except UserError as error:
+        print(f"launch/local.py: {error}", file=sys.stderr)
+    for name in unknown:
+        print(f"launch/local.py: left out {name}: the installed XLA does not know it",
+              file=sys.stderr)
+    return environment_value("gpu", without=unknown)
 
 
 def free_port() -> int:
@@ -57,22 +104,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(args: argparse.Namespace, process: int, port: int) -> dict[str, str]:
-    """What process `process` of the job sees."""
+def environment(args: argparse.Namespace, process: int, port: int, flags: str) -> dict[str, str]:
+    """What process `process` of the job sees; `flags`: of XLA for GPUs."""
     env = dict(os.environ, APT_JAX_COORDINATOR=f"127.0.0.1:{port}",
                APT_JAX_PROCESSES=str(args.processes), APT_JAX_PROCESS=str(process))
     if args.cpu:
-        flags = [flag for flag in env.get("XLA_FLAGS", "").split()
-                 if "host_platform_device_count" not in flag]
+        others = [flag for flag in env.get("XLA_FLAGS", "").split()
+                  if "host_platform_device_count" not in flag]
         env["XLA_FLAGS"] = " ".join(
-            [*flags, f"--xla_force_host_platform_device_count={args.devices}"])
+            [*others, f"--xla_force_host_platform_device_count={args.devices}"])
         env["JAX_PLATFORMS"] = "cpu"
     else:  # processes that see the same GPUs share their memory
         sharing = 1 if args.gpus else args.processes
         env.setdefault(MEMORY, f"{MEM_FRACTION / sharing:g}")
+    if flags:  # the user's come last and win
+        env["XLA_FLAGS"] = f"{flags} {env.get('XLA_FLAGS', '')}".strip()
     if args.gpus:
-        every = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-        every = every[:args.gpus] or list(map(str, range(args.gpus)))
+        every = split(env.get("CUDA_VISIBLE_DEVICES", ""))[:args.gpus]
+        every = every or list(map(str, range(args.gpus)))
         share = len(every) // args.processes
         env["CUDA_VISIBLE_DEVICES"] = ",".join(every[process * share:(process + 1) * share])
     return env
@@ -81,10 +130,10 @@ def environment(args: argparse.Namespace, process: int, port: int) -> dict[str, 
 class Job:
     """The processes of one attempt."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, flags: str):
         port = free_port()
         self.processes = [
-            subprocess.Popen(args.command, env=environment(args, i, port), text=True,
+            subprocess.Popen(args.command, env=environment(args, i, port, flags), text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
                              start_new_session=True)  # a terminal's Ctrl-C comes through us, once
             for i in range(args.processes)]
@@ -100,10 +149,10 @@ class Job:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """0 when all have ended well; the first failure's status, once the others are stopped."""
+        """The status of the whole: 0, SAVED, or a failure, once the others are stopped."""
         while True:
             states = [process.poll() for process in self.processes]
-            failed = [state for state in states if state]
+            failed = [state for state in states if state not in (None, 0, SAVED)]
             if failed or None not in states:
                 break
             time.sleep(POLL)
@@ -114,7 +163,15 @@ class Job:
             process.wait()
         for reader in self.readers:
             reader.join(timeout=5)
-        return failed[0] if failed else 0
+        return verdict(failed or states)
+
+
+def verdict(states: list[int]) -> int:
+    """The status of an attempt whose processes ended so; signals become 128 + their number."""
+    if WRONG in states:  # it says why; others may have been aborted because of it
+        return WRONG
+    first = next((state for state in states if state not in (0, SAVED)), max(states))
+    return first if first >= 0 else 128 - first
 
 
 def show(number: int, process: subprocess.Popen) -> None:
@@ -126,6 +183,7 @@ def show(number: int, process: subprocess.Popen) -> None:
 
 def main() -> int:
     args = arguments()
+    flags = gpu_flags(args)
     asked: list[int] = []
     job: Job | None = None
 
@@ -137,17 +195,21 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     for attempt in range(args.restarts + 1):
-        job = Job(args)
+        job = Job(args, flags)
         if asked:  # it came while the job was being started
             job.send(signal.SIGTERM)
         status = job.wait()
-        if status == 0 or asked:
+        if status in (0, SAVED) or asked:
+            return status
+        if status == WRONG:
+            print("launch/local.py: the command is wrong, see above; not starting again",
+                  file=sys.stderr, flush=True)
             return status
         left = args.restarts - attempt
         print(f"launch/local.py: a process ended with status {status}; "
               f"{f'starting all again, {left - 1} more times at most' if left else 'giving up'}",
               file=sys.stderr, flush=True)
-    return status if status > 0 else 128 - status
+    return status
 
 
 if __name__ == "__main__":

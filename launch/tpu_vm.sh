@@ -11,7 +11,7 @@
 # by the hang watchdog, so all meet again. `stop` saves the same step on all hosts. A slice that was
 # preempted is gone: delete, create, setup, train.
 #
-# EDIT these, or set them in the environment:
+# EDIT these, or set them in the environment. LIBTPU_INIT_ARGS there come after the platform's flags:
 set -euo pipefail
 name=${TPU_NAME:-apt-jax}
 zone=${TPU_ZONE:-us-east5-a}
@@ -61,6 +61,7 @@ train() {
   # Status 2: the command is wrong. 75: saved after a SIGTERM; `stop` ends the service all the same.
   all "set -e; cd apt_jax
     flags=\$(.venv/bin/python -m apt_jax.parallel.flags tpu --known)
+    flags+=' '$(printf %q "${LIBTPU_INIT_ARGS:-}")
     sudo systemctl reset-failed apt_jax 2>/dev/null || true
     sudo systemd-run --unit=apt_jax --uid=\"\$(id -un)\" --working-directory=\"\$PWD\" \
       --property=Restart=on-failure --property=RestartSec=10 \

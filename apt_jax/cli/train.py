@@ -1,6 +1,7 @@
 """Trains one stage in a run folder; the same command continues a run that was stopped.
 
-Ctrl-C or SIGTERM finishes the step, saves and leaves. A finished run returns at once.
+Ctrl-C or SIGTERM, on any of several processes, finishes the step, saves and leaves. A finished run
+returns at once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                               "left (default: 0); launch/ uses 75 to tell the scheduler that this "
                               "is not the end")
     several.add_argument("--distributed", action="store_true",
-                         help="let jax find the others, e.g. on TPU VMs")
+                         help="let jax find the others, on TPU VMs")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import BATCH_AXES
 
 JOBSET_PORT = 8476
+SLURM_NO_STEP = 0xFFFFFFF0  # from here on steps are batch scripts, interactive shells and the like
 JOIN_SECONDS = 900  # hosts of a cluster may still be fetching their image
 SEEN_SECONDS = 30.0  # network storage shows a new file to other hosts after a while
 
@@ -74,7 +75,7 @@ def find_job(env: Mapping[str, str] | None = None, *, coordinator: str = "", pro
     if env.get(names[0]):
         return _described({name: name in env for name in names}, env[names[0]],
                           _number(env, names[1]), _number(env, names[2]), "environment")
-    if "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS") > 1:
+    if _slurm_tasks(env) > 1:
         return _slurm(env)
     if "JOBSET_NAME" in env and "JOB_COMPLETION_INDEX" in env:
         return _jobset(env)
@@ -103,9 +104,20 @@ def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
         raise UserError(f"{name}={env[name]!r} is no number") from None
 
 
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+    """How many tasks the step of `srun` has that this process belongs to; 0 outside of one.
+
+    The shells of sbatch and salloc have a task's variables too, but nobody beside them.
+    """
+    if "SLURM_PROCID" not in env or not env.get("SLURM_STEP_NODELIST") or (
+            _number(env, "SLURM_STEP_ID") >= SLURM_NO_STEP):
+        return 0
+    return _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS"))
+
+
 def _slurm(env: Mapping[str, str]) -> Job:
     """A task of `srun`. The first host of the step coordinates, at a port of the job's own."""
-    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
+    hosts = env["SLURM_STEP_NODELIST"]
     first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts)
     host = first.group(1) + (first.group(2) or "")  # node[004-007,9] -> node004
     port = 61440 + _number(env, "SLURM_JOB_ID") % 4096
@@ -113,7 +125,7 @@ def _slurm(env: Mapping[str, str]) -> Job:
     visible = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
     tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE") or "1")
     share = tasks and int(tasks.group()) > 1 and len(visible) > 1
-    return Job(f"{host}:{port}", _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID"),
+    return Job(f"{host}:{port}", _slurm_tasks(env), _number(env, "SLURM_PROCID"),
                (_number(env, "SLURM_LOCALID"),) if share else None, "Slurm")
 
 
@@ -144,6 +156,10 @@ def start(job: Job | None) -> None:
                 initialization_timeout=JOIN_SECONDS)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        if job.coordinator is None:
+            raise UserError(f"jax finds no other processes here ({reason}); on anything but TPU VMs "
+                            "set APT_JAX_COORDINATOR, APT_JAX_PROCESSES and APT_JAX_PROCESS, or "
+                            "give --coordinator HOST:PORT --processes N --process I") from None
         raise UserError(f"process {job.process} of {job.processes} cannot join the job at "
                         f"{job.coordinator} ({job.source}): {reason}") from None
 

@@ -74,8 +74,9 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
       UserError: a config, checkpoint, mesh or data set that does not fit; a non-finite loss.
     """
     config = validate(config)
-    hang = config.train.hang_seconds if jax.process_count() > 1 else 0.0
-    # Around all of it: processes wait for each other when they restore and when they leave, too.
+    hang = config.train.hang_seconds if jax.device_count() > 1 else 0.0
+    # Around all of it: devices wait for each other in a step, and processes when they restore and
+    # when they leave, too.
     with Watchdog(hang) as dog:
         run = _Run(config, Path(workdir), quiet, dog)
         try:
@@ -109,7 +110,7 @@ class _Run:
         self.setup = set_up(config, self.mesh)
         if jax.process_count() > 1:
             agree(config_to_json(config))
-            print(f"{config.name}: {describe(self.mesh)}", file=sys.stderr, flush=True)
+        print(f"{config.name}: {describe(self.mesh)}", file=sys.stderr, flush=True)
         self.checkpoints = Checkpoints(workdir, config, self.say)
         self.window: list[tuple[int, dict]] = []  # metrics on the device since the last log
         self.checked = 0  # updates known to be sound
@@ -202,15 +203,16 @@ class _Run:
                                               state["generator_ema"]))
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
-                if name := stop.asked(step):
+                if step < total and (name := stop.asked(step)):
                     self.dog.alive(slowly=True)
                     save()
                     self.checkpoints.wait()
                     self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "
                              "same command goes on from there")
                     return self._summary("preempted", step, seconds())
-        self.dog.alive(slowly=True)
-        self.checkpoints.wait()
+            # A signal that comes now has nothing left to stop.
+            self.dog.alive(slowly=True)
+            self.checkpoints.wait()
         return self._summary("complete", step, seconds())
 
     def _check(self, upto: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Any
@@ -13,7 +14,8 @@ class Preemption:
     """`with Preemption() as stop: ... if stop.asked(step): save and leave`.
 
     The first signal is noted, a second one has its usual effect. With several processes the
-    coordination service of jax.distributed sees to it that all leave at the same step.
+    coordination service of jax.distributed hears SIGTERM and sees to it that all leave at the same
+    step; a first SIGINT is passed on to it as one.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -25,8 +27,10 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         # Python runs handlers in the main thread only; a notebook's worker thread has none.
-        if not self._distributed and threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._before = ({signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
+                            if self._distributed else
+                            {s: signal.signal(s, self._note) for s in self.SIGNALS})
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -34,6 +38,10 @@ class Preemption:
 
     def _note(self, number: int, _frame: Any) -> None:
         self._name = signal.Signals(number).name
+        self._restore()
+
+    def _pass_on(self, _number: int, _frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         self._restore()
 
     def _restore(self) -> None:

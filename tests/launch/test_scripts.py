@@ -142,12 +142,13 @@ def test_tpu_vms_run_the_command_as_it_was_given(stand_ins, tmp_path):
     stand_ins("gcloud", f'for a; do case "$a" in --command=*) cd {tmp_path}; bash -c "${{a#*=}}";; '
                         "esac; done")
     stand_ins("sudo", f'printf "%s\\n" "$@" > {tmp_path}/sudo.txt')
-    done = tpu_vm(stand_ins, "train", "--config", "a b.py", "--workdir", "/data/it's")
+    done = tpu_vm(stand_ins, "train", "--config", "a b.py", "--workdir", "/data/it's",
+                  LIBTPU_INIT_ARGS="--xla_a=3 --it's")
     assert done.returncode == 0, done.stderr
     given = (tmp_path / "sudo.txt").read_text().splitlines()
     assert given[-7:] == [f"{home}/apt-jax", "train", "--preempted-status", "75", "--config",
                           "a b.py", "--workdir", "/data/it's"][-7:]
-    assert "--setenv=LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2" in given
+    assert "--setenv=LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2 --xla_a=3 --it's" in given
     assert "--setenv=APT_JAX_DISTRIBUTED=1" in given and "--property=Restart=on-failure" in given
     assert any("--worker=all" in call for call in stand_ins.calls())
 

@@ -1,18 +1,22 @@
 """Who belongs to a job, which data a process reads, the watchdog and the local launcher."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from apt_jax.errors import UserError
-from apt_jax.train.distributed import Job, batch_part, describe, find_job
+from apt_jax.parallel.flags import environment_value
 from apt_jax.parallel.mesh import make_mesh
+from apt_jax.train.distributed import Job, batch_part, describe, find_job, start
+from apt_jax.train.preemption import Preemption
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 SLURM = {"SLURM_JOB_ID": "70000", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
@@ -34,6 +38,11 @@ OURS = {"APT_JAX_COORDINATOR": "n1:99", "APT_JAX_PROCESSES": "2", "APT_JAX_PROCE
     ({**SLURM, "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, {},
      Job("gpu004:61808", 4, 3, (1,), "Slurm")),
     ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, None),
+    # The shells of sbatch and of salloc.
+    ({k: v for k, v in SLURM.items() if "STEP" not in k}, {}, None),
+    ({**SLURM, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, {}, None),
+    ({**SLURM, "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "9"}, {},
+     Job("gpu004:61808", 9, 3, None, "Slurm")),
     (JOBSET, {}, Job("apt-slice-0-0.apt:8476", 8, 6, None, "JobSet")),
     ({"APT_JAX_DISTRIBUTED": "1"}, {}, Job(None, source="jax")),
 ])
@@ -51,6 +60,35 @@ def test_a_job_is_found(env, flags, job):
 def test_half_a_job_is_named(env, flags, says):
     with pytest.raises(UserError, match=says):
         find_job(env, **flags)
+
+
+def test_a_job_that_jax_cannot_find_says_what_to_set(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError) as error:
+        start(find_job({}, automatic=True))
+    assert "None" not in str(error.value)
+    assert "jax finds no other processes here (coordinator_address should" in str(error.value)
+    assert "--coordinator HOST:PORT --processes N --process I" in str(error.value)
+
+
+def test_ctrl_c_on_one_of_several_processes_is_the_sigterm_that_jax_hears(monkeypatch):
+    came = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append("SIGTERM"))
+    try:
+        with Preemption():
+            os.kill(os.getpid(), signal.SIGINT)
+            while not came:
+                time.sleep(0.01)
+            with pytest.raises(KeyboardInterrupt):  # the second
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == ["SIGTERM"]
 
 
 class FakeDevice:
@@ -131,3 +169,72 @@ def test_the_launcher_gives_up_and_passes_signals_on(tmp_path):
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=300)
     assert job.returncode == 0 and time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize(("ends", "status", "attempts"), [
+    ("75 75", 75, 1),  # saved: for whoever started the launcher to go on
+    ("0 75", 75, 1),
+    ("2 0", 2, 1),
+    ("-9 0", 137, 2),
+])
+def test_the_launcher_does_with_a_status_what_the_docs_say(ends, status, attempts, tmp_path):
+    code = f"""
+import os, pathlib, sys, time
+me, folder = int(os.environ["APT_JAX_PROCESS"]), pathlib.Path({str(tmp_path)!r})
+(folder / str(os.getpid())).touch()
+end = time.monotonic() + 60
+while len(list(folder.iterdir())) % 2 and time.monotonic() < end:  # both are up
+    pass
+status = int({ends!r}.split()[me])
+os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
+"""
+    job = launcher("--processes", "2", "--restarts", "1", code=code)
+    said = job.communicate(timeout=300)[1]
+    assert job.returncode == status, said
+    assert len(list(tmp_path.iterdir())) == 2 * attempts
+    assert ("giving up" in said) == (attempts == 2) and ("is wrong" in said) == (status == 2)
+
+
+@pytest.mark.parametrize(("states", "status"), [
+    ([-6, 2], 2), ([2, 75], 2), ([75, -9], 137), ([0, 75, 1], 1), ([0, 75], 75), ([0, 0], 0)])
+def test_of_several_statuses_the_one_that_says_why(states, status):
+    assert runpy.run_path(str(LOCAL))["verdict"](states) == status
+
+
+def test_the_launcher_lets_the_others_leave_when_one_has_saved(tmp_path):
+    code = f"""
+import os, pathlib, sys, time
+if os.environ["APT_JAX_PROCESS"] == "1":
+    time.sleep(1)
+    pathlib.Path({str(tmp_path)!r}, "saved").touch()
+sys.exit(75)
+"""
+    job = launcher("--processes", "2", code=code)
+    job.communicate(timeout=300)
+    assert job.returncode == 75 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(("arguments", "visible", "says"), [
+    (("--processes", "2", "--", "no-such-command"), "", "there is no command 'no-such-command'"),
+    (("--processes", "4", "--gpus", "4", "--", "true"), "0,1", "=0,1 names 2; give fewer"),
+    (("--processes", "2", "--gpus", "2", "--", "true"), "", "= names 0; give fewer"),
+])
+def test_the_launcher_complains_in_one_line(arguments, visible, says):
+    done = subprocess.run([sys.executable, LOCAL, *arguments], capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": visible})
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_launcher_sets_flags_and_memory_of_gpus():
+    code = "import os\nfor n in ('XLA_FLAGS', 'CUDA_VISIBLE_DEVICES'): print(os.environ[n])\n"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    job = launcher("--processes", "2", "--gpus", "2", code=code + (
+        "print(os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'])"),
+        env={**env, "CUDA_VISIBLE_DEVICES": "4,6,7", "XLA_FLAGS": "--xla_mine=1"})
+    out, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    left_out = [line.split("left out ")[1].split(":")[0] for line in said.splitlines()]
+    flags = f"{environment_value('gpu', without=left_out)} --xla_mine=1"
+    for process, device in enumerate("46"):
+        mine = [line for line in out.splitlines() if line.startswith(f"[{process}]")]
+        assert mine == [f"[{process}] {text}" for text in (flags, device, "0.94")]

@@ -12,9 +12,11 @@ from tiny import emoji_config, random_weights
 
 from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import make_mesh
+from apt_jax.train import loop
 from apt_jax.train.checkpoint import Checkpoints
 from apt_jax.train.loop import train
 from apt_jax.train.state import set_up
+from apt_jax.train.watchdog import Watchdog
 from apt_jax.weights import export_run, load_generator
 
 
@@ -94,6 +96,24 @@ def test_a_finished_run_returns_at_once(copy, whole, capsys):
     summary = train(whole[1], copy)
     assert (summary["status"], summary["step"]) == ("complete", 4)
     assert "already trained" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_step_has_nothing_left_to_stop(copy, monkeypatch, capsys):
+    """The run is complete: a scheduler must not queue it again. And it said where it ran."""
+    class Signalled(loop.Preemption):
+        def asked(self, step):
+            return "SIGTERM"
+
+    monkeypatch.setattr(loop, "Preemption", Signalled)
+    waits = []
+    monkeypatch.setattr(loop, "Watchdog", lambda seconds: waits.append(seconds) or Watchdog(0))
+    summary = train(emoji_config(train__log_every=1, train__steps=5, train__hang_seconds=77.0),
+                    copy, quiet=True)
+    assert (summary["status"], summary["step"]) == ("complete", 5)
+    said = capsys.readouterr().err
+    assert "SIGTERM" not in said
+    assert f"tiny: process 0 of 1: pid {os.getpid()} on " in said
+    assert jax.device_count() > 1 and waits == [77.0]  # devices wait for each other too
 
 
 def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(copy, whole, capsys):
