@@ -34,6 +34,8 @@ WAN_480P = ["--config.data.height=60", "--config.data.width=104"]
 WAN_720P = ["--config.data.height=90", "--config.data.width=160"]
 # Eight devices to a clip leave room to keep what they exchanged.
 CONTEXT_8 = ["--config.mesh.context=8", "--config.model.remat=exchange"]
+# The distillation before it, in the video stage's shapes.
+CONSISTENCY = ["--config.stage=consistency"]
 
 
 def cases() -> dict[str, tuple[str, str, list[str]]]:
@@ -50,7 +52,7 @@ def cases() -> dict[str, tuple[str, str, list[str]]]:
              ("video_context_8", "h100:8x8"), ("wan_14b", "h100:8x8"), ("video", "v5p:4x4x4"),
              ("video_context_8", "h100:1x8"), ("image", "h100:1x8"), ("video", "v6e:16x16"),
              ("video", "h100:16x8"), ("image", "h100:128x8"), ("image", "h100:8x8"),
-             ("image", "h100:16x8"), ("image", "v5p:4x4x4"), ("image", "v6e:16x16")]
+             ("image", "h100:16x8"), ("consistency", "h100:8x8"), ("image", "v5p:4x4x4"), ("image", "v6e:16x16")]
     slices = ("v5p:4x4x8", "v5p:4x8x8", "v6e:8x8", "v6e:8x16")
     order += [(stage, topology) for topology in slices for stage in ("video", "image")]
     for stage, topology in order:
@@ -60,6 +62,8 @@ def cases() -> dict[str, tuple[str, str, list[str]]]:
         elif stage == "video_context_8":
             found[f"seaweed_8b_video_{place}_context_8"] = (
                 "seaweed_8b_video", topology, CONTEXT_8)
+        elif stage == "consistency":
+            found[f"seaweed_8b_consistency_{place}"] = ("seaweed_8b_video", topology, CONSISTENCY)
         else:
             found[f"seaweed_8b_{stage}_{place}"] = (f"seaweed_8b_{stage}", topology, [])
     return found

@@ -18,7 +18,7 @@ from apt_jax.parallel.mesh import make_mesh
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
 from apt_jax.plan.kept import Kept
-from apt_jax.plan.measure import Measurement, compile_program, measure
+from apt_jax.plan.measure import Measurement, compile_program, measure, work
 from apt_jax.plan.programs import (
     INFERENCE, Program, asked_batch, batch_of, inference_program, sample_shape, training_programs,
 )
@@ -35,7 +35,7 @@ class Plan:
 
     batch: samples of one update over all devices. usable: bytes of a device that a program may
     take. remedy: the smallest change found that fits, "" where none was found, None where none was
-    looked for.
+    looked for. forward: FLOPs of the generator for one sample.
     """
 
     topology: Topology
@@ -45,6 +45,7 @@ class Plan:
     parameters: dict[str, int]
     programs: tuple[Measurement, ...]
     remedy: str | None = None
+    forward: float = 0.0
 
     @property
     def usable(self) -> int:
@@ -73,7 +74,6 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: "fits", "peak_gib", "flops_forward_tflop", per program and in all."""
-        forward = next((p for p in self.programs if p.name == INFERENCE), None)
         programs = {p.name: {
             "fits": self.fit(p), "peak_gib": p.peak / GIB, "refused": p.refused,
             "samples": p.samples, "microbatches": p.microbatches,
@@ -102,8 +102,7 @@ class Plan:
             "batch": self.batch, "microbatch": self.microbatch, "tokens": self.tokens,
             "parameters": self.parameters,
             "fits": self.fits, "peak_gib": self.peak / GIB, "usable_gib": self.usable / GIB,
-            "flops_forward_tflop": (  # of the generator, per sample
-                forward.flops.forward / forward.samples / 1e12 if forward else None),
+            "flops_forward_tflop": self.forward / 1e12,
             "step_seconds": self.step, "remedy": self.remedy, "programs": programs,
         }
 
@@ -159,7 +158,17 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     if config.stage == "adversarial":
         parameters["discriminator"] = make_discriminator(
             config.model, config.discriminator).parameter_count()
-    return Plan(topology, dict(mesh.shape), batch, tokens, parameters, tuple(measured))
+    return Plan(topology, dict(mesh.shape), batch, tokens, parameters, tuple(measured),
+                forward=forward_flops(config, devices, measured))
+
+
+def forward_flops(config: Any, devices: list, measured: list[Measurement]) -> float:
+    """FLOPs of the generator for one sample: as measured, else counted."""
+    for found in measured:
+        if found.name == INFERENCE:
+            return found.flops.forward / found.samples
+    program = inference_program(config, devices)
+    return work(program)[0].forward / program.samples
 
 
 def for_chip(config: Any, topology: Topology, hardware: Hardware) -> Any:

@@ -69,6 +69,16 @@ def test_copies_add_up_and_no_gradient_is_summed_over_what_cuts_it(tmp_path):
 
 
 @pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+def test_the_consistency_step_evaluates_three_networks(tmp_path):
+    done, value = plan(tmp_path, "h100:1x8", *NARROW, "--config.stage=consistency")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    step, drawn = value["programs"]["G step"], value["programs"]["one-step inference"]
+    # a guided teacher (two evaluations), the target and the student
+    assert step["flops_forward_tflop"] == pytest.approx(4 * drawn["flops_forward_tflop"], rel=0.01)
+    assert not [n for n in step["notes"] if n.startswith(("float32", "all-reduce over"))]
+
+
+@pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
 def test_what_does_not_fit_comes_with_a_remedy_and_status_1(tmp_path):
     # one clip of 46,800 tokens on one GPU, with nothing recomputed, in a narrow network
     done, value = plan(tmp_path, "h100:1x1", *SMALL, "--config.mesh.context=1",

@@ -14,7 +14,7 @@ from apt_jax.plan.chips import parse_topology
 from apt_jax.plan.flops import Flops, UncountedError
 from apt_jax.plan.measure import compile_program, measure, shard_bytes, work
 from apt_jax.plan.programs import inference_program, training_programs
-from apt_jax.plan.run import Plan, mesh_shapes
+from apt_jax.plan.run import Plan, forward_flops, mesh_shapes
 from apt_jax.plan.show import format_plan
 
 
@@ -79,7 +79,12 @@ def test_work_and_verdict(measured, config):
     assert 4.9 * forward < g_step.flops.total < 6 * forward
     assert 4 * forward < d_step.flops.forward < 4.4 * forward
     assert 2 * forward < g_step.flops.forward < 2.2 * forward
-    found = Plan(topology, dict(mesh.shape), 32, 64, {"generator": 1}, tuple(results))
+    # the generator alone, counted where it was measured and where inference was left out
+    counted = [forward_flops(config, list(mesh.devices.flat), part)
+               for part in (results, results[:2])]
+    found = Plan(topology, dict(mesh.shape), 32, 64, {"generator": 1}, tuple(results),
+                 forward=counted[1])
+    assert counted[0] == pytest.approx(counted[1])
     assert found.fits and "fits:" in format_plan(found) and found.microbatch == 16
     value = found.to_json()
     assert value["flops_forward_tflop"] == pytest.approx(forward / 32 / 1e12)
