@@ -157,9 +157,10 @@ def start(job: Job | None) -> None:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         if job.coordinator is None:
-            raise UserError(f"jax finds no other processes here ({reason}); on anything but TPU VMs "
-                            "set APT_JAX_COORDINATOR, APT_JAX_PROCESSES and APT_JAX_PROCESS, or "
-                            "give --coordinator HOST:PORT --processes N --process I") from None
+            raise UserError(
+                f"jax finds no other processes here ({reason}); on anything but TPU VMs set "
+                "APT_JAX_COORDINATOR, APT_JAX_PROCESSES and APT_JAX_PROCESS, or give "
+                "--coordinator HOST:PORT --processes N --process I") from None
         raise UserError(f"process {job.process} of {job.processes} cannot join the job at "
                         f"{job.coordinator} ({job.source}): {reason}") from None
 

@@ -1,6 +1,5 @@
 """What one process of a job does wrong ends the job soon, with a status that says what to do."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ def run(fault, workdir, *options):
                *options, "--", sys.executable, str(HERE / "run_failing.py"), fault, "train",
                "--config", f"{HERE}/run_processes.py:pretrain,", "--workdir",
                str(workdir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     return done.returncode, done.stdout + done.stderr
 
 
