@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from apt_jax.bench import programs
 from apt_jax.bench.attention import ours
 from apt_jax.bench.case import Case, random_like
 from apt_jax.bench.cases import MARKERS, AttentionCase
-from apt_jax.bench.programs import MATRICES, tokens
+from apt_jax.bench.programs import tokens
 from apt_jax.bench.report import row_name
 from apt_jax.bench.timing import measure
 from apt_jax.models import mmdit
@@ -106,11 +107,14 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
     attentions = 2 if config.model.family == "wan" else 1
     kernels = {name: attentions * counts[PARTS.index(part)]
                for name, counts in MARKERS.get(backend, {}).items()}
-    eight = MATRICES[config.model.family] * (1 if part == "forward" else 3)
+    eight = programs.products(config)
+    if part == "gradient":  # for weights too, and for inputs but Wan's text, which is none of the carry
+        eight += eight + programs.MATRICES[config.model.family] - 2 * (attentions - 1)
     return Case(row_name(config.name, "block", part, config.model.matmul, backend,
                          overrides=overrides),
                 f"block {part}", backend, jax.jit(function), (params, *inputs), flops, kernels,
-                eight if config.model.matmul == "fp8" else None, tokens(config) ** 2)
+                eight if config.model.matmul == "fp8" else None, tokens(config) ** 2,
+                exactly=part == "forward")
 
 
 class Product(NamedTuple):

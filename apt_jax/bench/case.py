@@ -33,7 +33,8 @@ class Case:
       function, args: a jitted function and its abstract arguments, with shardings.
       flops: model FLOPs of one call over all devices; None where they are not counted.
       kernels: marker -> how often a call runs it (`device_less.count_kernels`).
-      fp8: eight-bit products that a call runs at least; None where there must be none.
+      fp8: eight-bit products that a call runs at least; None where there must be none. exactly: no
+        more than that.
       scores: elements that no array may have; None does not look.
       share: elements of one kernel's result that a device should make at most; None does not look.
       samples: of one call.
@@ -56,6 +57,7 @@ class Case:
     donates: bool = False
     weights: int = 1
     config: str = ""
+    exactly: bool = False
 
 
 def compile_case(case: Case, device: Any, label: str) -> Compiled:
@@ -76,7 +78,8 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
     wanted = dict(case.kernels)
     if device.platform == "gpu":
         least = case.fp8 or 0
-        found[FP8], wanted[FP8] = eight, max(eight, least) if case.fp8 else 0
+        found[FP8] = eight
+        wanted[FP8] = max(eight, least) if case.fp8 and not case.exactly else least
     error = complaint(found, wanted, largest, case.scores)
     if not error and case.share is not None and result > 1.1 * case.share:
         error = f"a kernel makes {result} elements on one device, whose share is {case.share}"

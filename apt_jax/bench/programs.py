@@ -30,6 +30,9 @@ STEPS = ("D step", "G step")
 
 # Matrices of one block that model.matmul = "fp8" multiplies in eight bits.
 MATRICES = {"mmdit": 8, "wan": 10}
+# XLA makes one product of those that share a factor where one of them reads and writes no more bytes
+# (its xla_gpu_dot_merger_threshold_mb).
+MERGED = 32 * 2**20
 
 
 def forward_case(config: Any, devices: Sequence[Any], weights: str,
@@ -57,9 +60,10 @@ def forward_case(config: Any, devices: Sequence[Any], weights: str,
     return Case(row_name(config.name, "forward", kind, backend, overrides=overrides),
                 "one-step inference", backend, found.function, found.args, flops,
                 expected_kernels("one-step inference", config, backend),
-                MATRICES[config.model.family] * (config.model.depth - config.model.matmul_kept)
+                products(config) * (config.model.depth - config.model.matmul_kept)
                 if eight else None,
-                tokens(config) ** 2, device_share("one-step inference", config), batch)
+                tokens(config) ** 2, device_share("one-step inference", config), batch,
+                exactly=True)
 
 
 BATCH_FIELDS = ("train.batch_size", "train.clip_batch_size", "train.accumulate")
@@ -108,18 +112,36 @@ def train_cases(config: Any, devices: Sequence[Any], overrides: Sequence[str] = 
     return cases
 
 
+def products(config: Any) -> int:
+    """Eight-bit products of one block's forward pass, as XLA leaves them: Wan's k and v of the text
+    share its tokens and are one where they are small; so are q, k and v of few video tokens."""
+    count = MATRICES[config.model.family]
+    if config.model.family != "wan":
+        return count  # its q, k and v are one matrix
+    width, words = config.model.width, config.model.text_tokens or text_length(config)
+
+    def small(rows: int) -> bool:  # read in eight bits, written in bfloat16
+        return rows * width + width**2 + 2 * rows * width <= MERGED
+
+    return count - small(words) - 2 * small(tokens(config) - text_length(config))
+
+
 def expected_fp8(program: str, config: Any) -> int | None:
     """Eight-bit products that one call of a training step runs at least; None without fp8.
 
-    A matrix has one forward and two in the backward pass; what is computed again comes on top, but
-    for the products whose result no gradient needs.
+    A matrix has one forward and two in the backward pass, for its weight (merged as forward) and for
+    its input; what is computed again comes on top, but for the products whose result no gradient
+    needs. The G step goes through D to its video tokens: neither D's weights nor the text, from which
+    Wan's second k and v come, need a gradient there.
     """
     g = config.model.depth - config.model.matmul_kept if matmul_of(config.model) == "fp8" else 0
     d = 0
     if matmul_of(config.discriminator) == "fp8":
         d = discriminator_taps(config.model, config.discriminator)[-1]
-    layers = {"D step": g + 3 * d, "G step": 3 * g + 2 * d}[program]
-    return MATRICES[config.model.family] * layers or None
+    one, whole = products(config), MATRICES[config.model.family]
+    trained = 2 * one + whole
+    through = one + whole - 2 * (config.model.family == "wan")
+    return {"D step": g * one + d * trained, "G step": g * trained + d * through}[program] or None
 
 
 def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:

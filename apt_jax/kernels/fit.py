@@ -52,8 +52,8 @@ def lengths(batch: int, count: int, like: jax.Array) -> jax.Array:
 
 
 def batched_with(x: jax.Array, like: jax.Array) -> jax.Array:
-    """x [B] unchanged, batched where `like` [B, ...] is."""
-    return x + _no(like)
+    """x [B, ...] unchanged, batched where `like` [B, ...] is. XLA leaves the sum with zero away."""
+    return x + _no(like).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _no(like: jax.Array) -> jax.Array:

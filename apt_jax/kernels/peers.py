@@ -29,6 +29,8 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) 
         k, v, visible = visible_first(k, v, key_mask)
     elif keys % CUDNN_TILE:
         visible = lengths(b, keys, q)
+    # D's samples share one text, from which Wan's second k and v come.
+    k, v = batched_with(k, q), batched_with(v, q)
     if visible is not None:  # a length of zero is no softmax; the row is zeroed below
         visible = (lengths(b, queries, q), batched_with(jnp.maximum(visible, 1), q))
     out = _cudnn(*(pad_tokens(x, CUDNN_TILE) for x in (q, k, v)), visible)

@@ -135,6 +135,12 @@ def test_what_a_step_must_run_in_eight_bits():
     assert programs.expected_fp8("D step", config) == 8 * 3
     config.model.matmul_kept = 1
     assert programs.expected_fp8("D step", config) == 8 * 2
+    whole = wan("--config.data.height=60", "--config.data.width=104", "--config.data.frames=21,",
+                "--config.model.width=1536", "--config.model.text_tokens=512")
+    assert programs.products(whole) == 9  # k and v of the text
+    assert programs.products(wan()) == 7  # and q, k, v of a few video tokens
+    whole.model.width = 5120
+    assert programs.products(whole) == 10  # the 14B's are larger than XLA merges
     made = programs.forward_case(latents("--config.model.depth=3"), jax.devices()[:1], "fp8")
     assert made.fp8 == 24 and "fp8" in made.name
     assert programs.expected_kernels("one-step inference", wan(), "cudnn") == {

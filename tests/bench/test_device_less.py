@@ -23,7 +23,8 @@ def has(*modules: str) -> bool:
     return all(importlib.util.find_spec(name) for name in modules)
 
 
-needs_cuda = pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+needs_cuda = pytest.mark.skipif(not (has("jax_cuda12_plugin") or has("jax_cuda13_plugin")),
+                                reason="needs jax's CUDA plugin")
 needs_tpu = pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
 
 
@@ -91,6 +92,8 @@ def test_the_8b_train_steps_run_the_kernels_they_should(tmp_path, remat, forward
 
 
 FP8 = "__cublas$lt$matmul$f8"
+WAN = ["--config", "configs/wan_1_3b_apt_video.py", "--config.data.height=60",
+       "--config.data.width=104", "--config.model.depth=1", "--config.discriminator.taps=1,"]
 ONE_GPU = ["--topology", "h100:1x1", *MESH, "--config.mesh.context=1"]
 
 
@@ -131,6 +134,22 @@ def test_a_block_is_one_kernel_and_its_products(tmp_path):
 
 
 @needs_cuda
+def test_wans_keys_and_values_of_the_text_are_one_product(tmp_path):
+    """Ten matrices, of which XLA merges the two small ones that share the text."""
+    (row,) = bench(tmp_path, "forward", *WAN, *ONE_GPU, "--weights", "fp8", "--backends",
+                   "cudnn").values()
+    assert row["kernels"][FP8] == 9 and row["kernels"]['"__cudnn$fmhaSoftmax"'] == 2
+
+
+@needs_cuda
+def test_cudnn_trains_wans_discriminator(tmp_path):
+    """Real, perturbed and fake samples share a text, whose keys vmap leaves unbatched."""
+    (row,) = bench(tmp_path, "train", *WAN, *ONE_GPU, "--steps", "D step", "--backends",
+                   "cudnn").values()
+    assert row["kernels"]['"__cudnn$fmhaSoftmaxBackward"'] == 2
+
+
+@needs_cuda
 @pytest.mark.slow
 def test_training_multiplies_in_eight_bits(tmp_path):
     rows = bench(tmp_path, "train", *VIDEO_8B, *ONE_GPU, "--config.model.depth=2",
@@ -149,9 +168,28 @@ def test_the_pipelines_stages_compile(tmp_path):
     assert decode["temporary_bytes"] < 20 * 2**30 and encode["temporary_bytes"] < 2**30
 
 
+TPUS = pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+
+
 @needs_tpu
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+@TPUS
 def test_splash_attention_compiles_for_tpus(tmp_path, topology):
     rows = bench(tmp_path, "attention", "--topology", topology, "--cases", "8b_720p_joint",
                  "wan_480p_cross", "prime_head_64", "one_query")
     assert {row["backend"] for row in rows.values()} == {"splash"} and len(rows) == 8
+
+
+@needs_tpu
+@TPUS
+@pytest.mark.parametrize("what, counts", [
+    # (forward, backward) runs of splash: two layers; D's three samples go through it at once
+    ("block", [(1, 0), (1, 1)]), ("forward", [(2, 0)]), ("train", [(4, 2), (4, 4)])])
+def test_splash_attention_is_in_the_programs_for_tpus(tmp_path, topology, what, counts):
+    """Two narrow layers of the 8B preset at 720p, a clip cut over the four chips."""
+    rows = bench(tmp_path, what, *VIDEO_8B, *MESH, "--config.mesh.context=4", "--topology", topology,
+                 "--config.model.depth=2", "--config.model.width=512", "--config.model.heads=4",
+                 "--config.model.text_width=512", "--config.discriminator.taps=1,2",
+                 "--config.discriminator.heads=4")
+    assert [(row["kernels"]["splash_mha_fwd"], row["kernels"]["splash_mha_dq"])
+            for row in rows.values()] == counts
+    assert all(row["selected"] == ["splash"] for row in rows.values())

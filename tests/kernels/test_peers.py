@@ -71,11 +71,12 @@ def test_lengths_that_fit_pass_unchanged(stand_in, name):
 
 
 def test_every_operand_of_cudnn_is_batched_under_vmap(monkeypatch):
-    """Its vmap rule wants all of them batched, and a mask is shared by real and fake samples."""
+    """Its vmap rule wants all of them batched; real and fake samples share a mask, and the text from
+    which Wan's cross attention has its keys."""
     seen = []
 
-    def plain(q, k, v, *, implementation, query_seq_lengths, key_value_seq_lengths):
-        seen.extend(x for x in (query_seq_lengths, key_value_seq_lengths)
+    def plain(q, k, v, *, implementation, query_seq_lengths=None, key_value_seq_lengths=None):
+        seen.extend(x for x in (q, k, v, query_seq_lengths, key_value_seq_lengths)
                     if type(x).__name__ == "BatchTracer")
         return q
 
@@ -83,7 +84,10 @@ def test_every_operand_of_cudnn_is_batched_under_vmap(monkeypatch):
     mask = jnp.asarray(some_mask(2, 6))
     x = jnp.ones((3, 2, 6, 1, 8))
     jax.vmap(lambda q, k, v: peers.cudnn(q, k, v, mask))(x, x, x)
-    assert len(seen) == 2
+    assert len(seen) == 5
+    seen.clear()
+    jax.vmap(lambda q: peers.cudnn(q, x[0], x[1], None))(x)
+    assert len(seen) == 3
 
 
 def test_visible_keys_come_first_in_their_order():
