@@ -26,7 +26,7 @@ def get_config(length="short"):
     config.objective.adversarial.translate = 0.125  # as on images
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.steps = 200 if length == "short" else 1200
+    config.train.steps = 200 if length == "short" else 2400
     if length == "long":
         at_length(config)
     return config
