@@ -4,11 +4,11 @@
     python launch/bench_h100.py inference        # one-step 8B, VAE, whole pipeline
     python launch/bench_h100.py training         # the G and the D step on full-width layers
 
-A group runs `apt-jax bench` commands one after another; every case is written to --out as soon as it
-is measured. After --minutes (9) the group ends; the same command goes on with the cases that are
-missing, and measures again what other sources or configs made, or what failed. Compiled programs are
-kept in --cache, so that a command which was stopped goes on from there too, and a trace of each row. Needs
-pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not
+A group runs `apt-jax bench` commands one after another; every case is written to --out as soon as
+it is measured. After --minutes (9) the group ends; the same command goes on with the cases that are
+missing, and measures again what other sources or configs made, or what failed. --cache keeps every
+compiled program, so that a command which was stopped goes on from there too, and a trace of each row.
+Needs pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not
 installed is left out with a line; docs/performance.md says how to carry wheels to a machine without
 a network.
 """
@@ -51,7 +51,7 @@ GROUPS: dict[str, list[tuple[str, list[str]]]] = {
         ("forward_wan", ["forward", *WAN, *BOTH, *KERNELS]),
     ],
     "training": [
-        ("train_8b", ["train", *VIDEO_8B, *FEW, *BOTH, *TRAINING]),  # remat: the config's "attention"
+        ("train_8b", ["train", *VIDEO_8B, *FEW, *BOTH, *TRAINING]),  # the config's remat: attention
         ("train_8b", ["train", *VIDEO_8B, *FEW, "--config.model.remat=full", *TRAINING,
                       "--no-peers"]),
         ("train_wan", ["train", *WAN, *TRAINING]),
@@ -72,7 +72,8 @@ def command(name: str, arguments: list[str], out: Path, cache: Path, device_less
 
 def environment(cache: Path) -> dict[str, str]:
     """This process's, and jax's cache of every program that it compiles in `cache`."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    return {"JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **os.environ}
 
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR",
                         help="where the results go (default: docs/results/performance)")
     parser.add_argument("--cache", type=Path, metavar="DIR",
-                        help="where compiled programs and traces are kept (default: .cache in --out)")
+                        help="where programs and traces are kept (default: .cache in --out)")
     parser.add_argument("--device-less", action="store_true",
                         help="compile every case of the group for an H100 that is not there")
     args = parser.parse_args(argv)
@@ -96,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         print("$ apt-jax bench", *arguments, flush=True)
         try:
             left = end - time.monotonic()
-            status |= subprocess.run([sys.executable, "-m", "apt_jax", "bench", *arguments], cwd=ROOT,
-                                     env=env, timeout=max(left, 1.0)).returncode
+            status |= subprocess.run([sys.executable, "-m", "apt_jax", "bench", *arguments],
+                                     cwd=ROOT, env=env, timeout=max(left, 1.0)).returncode
         except subprocess.TimeoutExpired:
             print(f"{args.minutes:g} minutes are over; the same command goes on from here")
             return 75  # as sysexits.h calls it: try again

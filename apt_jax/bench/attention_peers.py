@@ -1,6 +1,6 @@
 """Others' attention beside ours: PyTorch's scaled_dot_product_attention, and tokamax's own choice.
 
-A peer is (call, inputs, wait) as `timing.measure` takes them, or a line that says why there is none.
+A peer is (call, inputs, wait) as `timing.measure` takes them; UserError says why there is none.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
     kernels = {name: attentions * counts[PARTS.index(part)]
                for name, counts in MARKERS.get(backend, {}).items()}
     eight = programs.products(config)
-    if part == "gradient":  # for weights too, and for inputs but Wan's text, which is none of the carry
+    if part == "gradient":  # of weights too, and of inputs but Wan's text, which is not carried
         eight += eight + programs.MATRICES[config.model.family] - 2 * (attentions - 1)
     return Case(row_name(config.name, "block", part, config.model.matmul, backend,
                          overrides=overrides),

@@ -90,8 +90,8 @@ def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3,
 
     latency: from token ids in host memory to frames done on the device. per_second: samples where
     `queued` calls are started before the first is waited for. peak_bytes: of all three stages and
-    their weights (`memory.memory`); planned_bytes: of the draw alone. trace: a folder for a profile of
-    whole calls.
+    their weights (`memory.memory`); planned_bytes: of the draw alone. trace: a folder for a profile
+    of whole calls.
     """
     before = memory_stats()
     with dispatch.recording() as selected:

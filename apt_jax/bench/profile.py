@@ -1,8 +1,9 @@
-"""Where a call's time goes on the device: a trace by jax's profiler, read with the standard library.
+"""Where a call's time goes on the device: a trace by jax's profiler, read with Python alone.
 
-The profiler writes Chrome's trace format. Its events are grouped by process (a device) and thread (a
-stream of it); a GPU's kernels lie on its streams, a TPU's operations on "XLA Ops". A CPU's operations
-lie among what the host does and name the instruction they run; a loop holds those of its body.
+The profiler writes Chrome's trace format. Its events are grouped by process (a device) and thread
+(a stream of it); a GPU's kernels lie on its streams, a TPU's operations on "XLA Ops". A CPU's
+operations lie among what the host does and name the instruction they run; a loop holds those of its
+body.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def profiled(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[
              folder: Path | None, calls: int = CALLS) -> dict[str, Any]:
     """Traces `calls` calls into `folder` (none: no trace, {}).
 
-    Returns "device_seconds", during which the device computed, and "costliest", the kernels that took
-    longest: [name, seconds, runs]. All of one call.
+    Returns "device_seconds", during which the device computed, and "costliest", the kernels that
+    took longest: [name, seconds, runs]. All of one call.
     """
     if folder is None:
         return {}
@@ -53,7 +54,7 @@ def _traces(folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> list[tuple[str, float, float]]:
-    """(name, start, seconds) of what ran on devices; of XLA's operations where the CPU is the device."""
+    """(name, start, seconds) of what ran on devices; of XLA's operations where there is a CPU only."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     processes, threads = {}, {}
@@ -72,7 +73,8 @@ def _lines(processes: dict[Any, str], threads: dict[Any, str]) -> set[Any]:
     """The threads of devices that hold each kernel once: summaries of them lie beside."""
     devices = {pid for pid, name in processes.items() if name.startswith("/device:")}
     for word in ("Stream #", "XLA Ops"):
-        found = {key for key, name in threads.items() if key[0] in devices and name.startswith(word)}
+        found = {key for key, name in threads.items()
+                 if key[0] in devices and name.startswith(word)}
         if found:
             return found
     return set()
@@ -94,4 +96,5 @@ def summary(events: Sequence[tuple[str, float, float]], calls: int) -> dict[str,
         took[name].append(seconds)
     first = sorted(took.items(), key=lambda item: -sum(item[1]))[:COSTLIEST]
     return {"device_seconds": busy(events) / calls,
-            "costliest": [[name[:120], sum(each) / calls, len(each) / calls] for name, each in first]}
+            "costliest": [[name[:120], sum(each) / calls, len(each) / calls]
+                          for name, each in first]}

@@ -30,8 +30,8 @@ STEPS = ("D step", "G step")
 
 # Matrices of one block that model.matmul = "fp8" multiplies in eight bits.
 MATRICES = {"mmdit": 8, "wan": 10}
-# XLA makes one product of those that share a factor where one of them reads and writes no more bytes
-# (its xla_gpu_dot_merger_threshold_mb).
+# XLA makes one product of those that share a factor where one of them reads and writes no more
+# bytes (its xla_gpu_dot_merger_threshold_mb).
 MERGED = 32 * 2**20
 
 
@@ -129,10 +129,10 @@ def products(config: Any) -> int:
 def expected_fp8(program: str, config: Any) -> int | None:
     """Eight-bit products that one call of a training step runs at least; None without fp8.
 
-    A matrix has one forward and two in the backward pass, for its weight (merged as forward) and for
-    its input; what is computed again comes on top, but for the products whose result no gradient
-    needs. The G step goes through D to its video tokens: neither D's weights nor the text, from which
-    Wan's second k and v come, need a gradient there.
+    A matrix has one forward and two in the backward pass, for its weight (merged as forward) and
+    for its input; what is computed again comes on top, but for the products whose result no
+    gradient needs. The G step goes through D to its video tokens: neither D's weights nor the text,
+    from which Wan's second k and v come, need a gradient there.
     """
     g = config.model.depth - config.model.matmul_kept if matmul_of(config.model) == "fp8" else 0
     d = 0

@@ -80,8 +80,8 @@ def row_name(*parts: str, overrides: Sequence[str] = ()) -> str:
 
 
 def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """make()'s row; one with "skipped" where a kernel or package refuses in words; one with "error",
-    the traceback printed, where anything else is raised: that is made again next time."""
+    """make()'s row; one with "skipped" where a kernel or package refuses in words; one with
+    "error", the traceback printed, where anything else is raised: that is made again next time."""
     try:
         return make()
     except UserError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from apt_jax.bench import block, pipeline, programs, torch_peers
@@ -112,8 +114,10 @@ def as_compiled(row: dict[str, Any]) -> Compiled:
 
 def time_all(plan: Plan, device: str, results: Results, tell: Callable[[str], None] = print
              ) -> int:
-    """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case. Returns
-    how many rows failed: not those that a kernel or a missing package refuses."""
+    """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case.
+
+    Returns how many rows failed: not those that a kernel or a missing package refuses.
+    """
     failed = 0
 
     def keep(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
@@ -133,13 +137,17 @@ def time_all(plan: Plan, device: str, results: Results, tell: Callable[[str], No
                 config = plan.config(backend)
                 name = row_name(config.name, "pipeline", weights, backend, plan.decoders[0],
                                 overrides=plan.overrides)
-                keep(name, config_digest(config), lambda: pipeline.time_pipeline(  # noqa: B023
-                    pipeline.stages(config, plan.devices[0], weights, plan.decoders[0]),  # noqa: B023
-                    plan.seconds, trace=folder_of(plan.profile, name)))  # noqa: B023
+                keep(name, config_digest(config), functools.partial(
+                    _whole, plan, config, weights, folder_of(plan.profile, name)))
         return failed
     for case in cases(plan):
         keep(case.name, case.config, lambda: _timed(plan, case, device))  # noqa: B023
     return failed
+
+
+def _whole(plan: Plan, config: Any, weights: str, trace: Path | None) -> dict[str, Any]:
+    stages = pipeline.stages(config, plan.devices[0], weights, plan.decoders[0])
+    return pipeline.time_pipeline(stages, plan.seconds, trace=trace)
 
 
 def _timed(plan: Plan, case: Case, device: str) -> dict[str, Any]:

@@ -4,8 +4,8 @@ attention   forward and gradient by every attention kernel that this machine can
 block       one block of --config's network, forward and with its gradient, beside the sum of its own
             matrix products and its attention.
 forward     one-step generation by the network of --config, as the server runs it.
-train       the D and the G step of an adversarial --config, of one sample per copy of its mesh; with
-            --as-trained of its batch and accumulation, as apt-jax train runs them.
+train       the D and the G step of an adversarial --config, of one sample per copy of its mesh;
+            with --as-trained of its batch and accumulation, as apt-jax train runs them.
 vae         the VAE's decoder on a sample of --config's size: in causal chunks of 1, 2 and 4 latents,
             and in tiles.
 pipeline    UMT5-XXL, one step of --config's network and the VAE: latency, each stage, throughput.
@@ -24,8 +24,8 @@ too for its kernel.
 
 --json keeps every row as soon as it is measured; the same command goes on where it was stopped, and
 measures again what other sources or another config made, and what failed. A row that a kernel or a
-missing package refuses says so; where anything else goes wrong the status is 1. --profile traces a few
-calls of each row and keeps the device's time and its ten costliest kernels in the row.
+missing package refuses says so; where anything else goes wrong the status is 1. --profile traces a
+few calls of each row and keeps the device's time and its ten costliest kernels in the row.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "first)")
     add("--no-peers", action="store_true", help="leave out PyTorch's models")
     add("--as-trained", action="store_true",
-        help="train: the config's batch (of clips, where it trains on them) and accumulation, without "
-             "PyTorch's step, which has one sample")
+        help="train: the config's batch (of clips, where it trains on them) and accumulation, "
+             "without PyTorch's step, which has one sample")
     add("--profile", metavar="DIR", default="",
         help="all but fp8 and cpu: trace a few calls of each row into a folder of DIR")
     add("--checkpoint", nargs="+", default=["bundled:base"], metavar="PATH",
@@ -189,8 +189,8 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _share_memory() -> None:
-    """Before jax starts: it takes memory as it needs it, PyTorch needs some too, and may take nearly
-    all; of its own it stops at three quarters."""
+    """Before jax starts: it takes memory as it needs it, since PyTorch needs some too, and may take
+    nearly all; of its own it stops at three quarters."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 

@@ -167,7 +167,7 @@ _SEEN: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("seen", 
 
 @contextlib.contextmanager
 def recording() -> Iterator[set[str]]:
-    """The kernels that attention traced inside is given, few queries aside: those never have one."""
+    """The kernels that attention traced inside is given; few queries aside, which never have one."""
     seen: set[str] = set()
     token = _SEEN.set(seen)
     try:

@@ -103,7 +103,8 @@ def test_training_has_two_programs_whose_work_is_known():
 def test_one_step_of_two_can_be_asked_for_and_none_without_a_gradient(monkeypatch):
     asked = []
     monkeypatch.setattr(programs, "train_cases", lambda config, *_: (
-        asked.append(config.model.attention), [case.Case(s, s, "", None, ()) for s in programs.STEPS])[1])
+        asked.append(config.model.attention),
+        [case.Case(s, s, "", None, ()) for s in programs.STEPS])[1])
     plan = run.Plan("train", lambda name: tiny(f"--config.model.attention={name}"), [None],
                     ["pallas", "cudnn_fp8"], steps=["G step"])
     (made,) = run.cases(plan)

@@ -186,8 +186,8 @@ def test_splash_attention_compiles_for_tpus(tmp_path, topology):
     ("block", [(1, 0), (1, 1)]), ("forward", [(2, 0)]), ("train", [(4, 2), (4, 4)])])
 def test_splash_attention_is_in_the_programs_for_tpus(tmp_path, topology, what, counts):
     """Two narrow layers of the 8B preset at 720p, a clip cut over the four chips."""
-    rows = bench(tmp_path, what, *VIDEO_8B, *MESH, "--config.mesh.context=4", "--topology", topology,
-                 "--config.model.depth=2", "--config.model.width=512", "--config.model.heads=4",
+    rows = bench(tmp_path, what, *VIDEO_8B, *MESH, "--config.mesh.context=4", "--topology",
+                 topology, "--config.model.depth=2", "--config.model.width=512", "--config.model.heads=4",
                  "--config.model.text_width=512", "--config.discriminator.taps=1,2",
                  "--config.discriminator.heads=4")
     assert [(row["kernels"]["splash_mha_fwd"], row["kernels"]["splash_mha_dq"])

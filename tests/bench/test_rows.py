@@ -30,7 +30,7 @@ def small(name: str, *overrides: str):
     return load_config(f"configs/{name}.py", [*SMALL, *overrides])
 
 
-# -- when a row is made again ------------------------------------------------------------------------
+# -- when a row is made again ----------------------------------------------------------------------
 
 
 def test_a_row_of_another_config_is_measured_again(tmp_path):
@@ -57,7 +57,7 @@ def test_an_edited_config_reaches_the_rows_of_a_bench(tmp_path, monkeypatch):
     assert len(timed) == 2 and timed[0] != timed[1]
 
 
-# -- failures ----------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 def test_what_fails_is_said_kept_apart_and_tried_again(tmp_path, monkeypatch, capsys):
@@ -108,7 +108,7 @@ def test_an_absent_kernel_is_a_row_that_fails(monkeypatch):
     assert rows[0].error == "it is not installed" and rows[0].wanted == {"k": 1}
 
 
-# -- what a row says ---------------------------------------------------------------------------------
+# -- what a row says -------------------------------------------------------------------------------
 
 
 def test_the_peak_of_memory_is_the_cases_own(monkeypatch):
@@ -116,7 +116,8 @@ def test_the_peak_of_memory_is_the_cases_own(monkeypatch):
     said = {"peak_bytes_in_use": 70, "bytes_in_use": 5}
     monkeypatch.setattr(memory, "memory_stats", lambda: said)
     compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
-    assert memory.memory(compiled, {"peak_bytes_in_use": 60, "bytes_in_use": 10})["peak_bytes"] == 60
+    own = memory.memory(compiled, {"peak_bytes_in_use": 60, "bytes_in_use": 10})["peak_bytes"]
+    assert own == 60
     assert memory.memory(compiled, {"peak_bytes_in_use": 70})["peak_bytes"] is None
     assert memory.memory(compiled, {})["planned_bytes"] > 0
     said.clear()  # a CPU
@@ -236,7 +237,7 @@ def test_a_gpus_kernels_are_read_from_its_streams_once(tmp_path):
         ("attention", 1.0), ("copy", 0.5), ("gemm", 0.5)]
 
 
-# -- the update that train runs ----------------------------------------------------------------------
+# -- the update that train runs --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, overrides, samples, turns", [

@@ -71,8 +71,8 @@ def test_lengths_that_fit_pass_unchanged(stand_in, name):
 
 
 def test_every_operand_of_cudnn_is_batched_under_vmap(monkeypatch):
-    """Its vmap rule wants all of them batched; real and fake samples share a mask, and the text from
-    which Wan's cross attention has its keys."""
+    """Its vmap rule wants all of them batched; real and fake samples share a mask, and the text
+    from which Wan's cross attention has its keys."""
     seen = []
 
     def plain(q, k, v, *, implementation, query_seq_lengths=None, key_value_seq_lengths=None):

@@ -95,7 +95,8 @@ PERFORMANCE = ROOT / "docs/results/performance"
 
 
 def committed(pattern: str):
-    found = [(path.name, json.loads(path.read_text())) for path in sorted(PERFORMANCE.glob(pattern))]
+    found = [(path.name, json.loads(path.read_text()))
+             for path in sorted(PERFORMANCE.glob(pattern))]
     assert found
     return found
 
