@@ -16,6 +16,7 @@ from apt_jax.bench.cases import AttentionCase, parts_of_backend
 from apt_jax.bench.memory import device_memory
 from apt_jax.bench.profile import folder_of, profiled
 from apt_jax.bench.report import Results, attempt
+from apt_jax.bench.rows import make_rows
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
@@ -95,27 +96,30 @@ def run(cases: Sequence[AttentionCase], backends: Sequence[str], results: Result
         seconds: float = 2.0, seeds: Sequence[int] = (0, 1, 2), profile: str = "",
         tell: Callable[[str], None] = print) -> int:
     """Times every case by every backend and adds a row for each; rows that are there are kept.
-    profile: a folder for traces. Returns how many rows failed."""
-    device, failed = Hardware.of(jax.devices()[0]), 0
-    for case in cases:
-        inputs = functools.cache(  # drawn on the device once, for all backends
-            lambda case=case: [tuple(case.arrays(seed)) for seed in seeds])
-        for part in ("forward", "gradient"):
-            for backend in backends:
-                name = f"{case.name}/{part}/{backend}"
-                if name in results or part not in parts_of_backend(backend):
-                    continue
-                row = {**dataclasses.asdict(case), "backend": backend, "part": part}
-                row |= attempt(lambda: _timed(  # noqa: B023
-                    case, part, backend, seeds, inputs, device, seconds,  # noqa: B023
-                    folder_of(profile, name)))  # noqa: B023
-                forward = f"{case.name}/forward/{backend}"
-                if part == "gradient" and "median" in row and forward in results:
-                    row |= backward(case, row, results.rows[forward], device)
-                results.add(name, row)
-                failed += "error" in row
-                tell(line(name, row))
-    return failed
+    profile: a folder for traces. Returns how many rows failed; raises `rows.DeviceLost`."""
+    device = Hardware.of(jax.devices()[0])
+
+    def made(case, part, backend, inputs):
+        name = f"{case.name}/{part}/{backend}"
+        row = {**dataclasses.asdict(case), "backend": backend, "part": part}
+        row |= attempt(lambda: _timed(case, part, backend, seeds, inputs, device, seconds,
+                                      folder_of(profile, name)))
+        forward = f"{case.name}/forward/{backend}"
+        if part == "gradient" and "median" in row and forward in results:
+            row |= backward(case, row, results.rows[forward], device)
+        return row
+
+    def todo():
+        for case in cases:
+            inputs = functools.cache(  # drawn on the device once, for all backends
+                lambda case=case: [tuple(case.arrays(seed)) for seed in seeds])
+            for part in ("forward", "gradient"):
+                for backend in backends:
+                    if part in parts_of_backend(backend):
+                        yield (f"{case.name}/{part}/{backend}", "",
+                               functools.partial(made, case, part, backend, inputs))
+
+    return make_rows(todo(), results, lambda name, row: tell(line(name, row)))
 
 
 def _timed(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],

@@ -114,9 +114,15 @@ class Results:
             self.rows = old["rows"] if same else {}  # other hardware or versions: start again
 
     def has(self, name: str, config: str = "") -> bool:
+        return self._current(name, config) and not self.rows[name].get("error")
+
+    def failed(self, name: str, config: str = "") -> bool:
+        """Whether this row was tried and came to nothing."""
+        return self._current(name, config) and bool(self.rows[name].get("error"))
+
+    def _current(self, name: str, config: str) -> bool:
         row = self.rows.get(name, {})
-        return (row.get("revision") == self.head["revision"] and row.get("config", "") == config
-                and not row.get("error"))
+        return row.get("revision") == self.head["revision"] and row.get("config", "") == config
 
     def __contains__(self, name: str) -> bool:
         return self.has(name)

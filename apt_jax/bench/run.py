@@ -14,6 +14,7 @@ from apt_jax.bench.cases import INFERENCE_ONLY, parts_of_backend
 from apt_jax.bench.device_less import Compiled
 from apt_jax.bench.profile import folder_of
 from apt_jax.bench.report import Results, attempt, config_digest, row_name
+from apt_jax.bench.rows import make_rows
 
 WHAT = ("block", "forward", "train", "vae", "pipeline")
 
@@ -116,33 +117,30 @@ def time_all(plan: Plan, device: str, results: Results, tell: Callable[[str], No
              ) -> int:
     """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case.
 
-    Returns how many rows failed: not those that a kernel or a missing package refuses.
+    Returns how many rows failed: not those that a kernel or a missing package refuses. Raises
+    `rows.DeviceLost`.
     """
-    failed = 0
+    todo = ((name, config, functools.partial(attempt, make))
+            for name, config, make in _todo(plan, device))
+    return make_rows(todo, results, lambda name, row: tell(line(name, row)))
 
-    def keep(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
-        nonlocal failed
-        if results.has(name, config):
-            return
-        results.add(name, attempt(make), config)
-        failed += "error" in results.rows[name]
-        tell(line(name, results.rows[name]))
 
+def _todo(plan: Plan, device: str) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """(name, digest of the config, what times it) of every row."""
     if plan.peers and not plan.as_trained:
-        for name, make in _peers(plan, device):
-            keep(name, config_digest(plan.config("auto")), make)
-    if plan.what == "pipeline":
-        for backend in plan.backends:
-            for weights in plan.weights:
-                config = plan.config(backend)
-                name = row_name(config.name, "pipeline", weights, backend, plan.decoders[0],
-                                overrides=plan.overrides)
-                keep(name, config_digest(config), functools.partial(
-                    _whole, plan, config, weights, folder_of(plan.profile, name)))
-        return failed
-    for case in cases(plan):
-        keep(case.name, case.config, lambda: _timed(plan, case, device))  # noqa: B023
-    return failed
+        digest = config_digest(plan.config("auto"))
+        yield from ((name, digest, make) for name, make in _peers(plan, device))
+    if plan.what != "pipeline":
+        for case in cases(plan):
+            yield case.name, case.config, functools.partial(_timed, plan, case, device)
+        return
+    for backend in plan.backends:
+        for weights in plan.weights:
+            config = plan.config(backend)
+            name = row_name(config.name, "pipeline", weights, backend, plan.decoders[0],
+                            overrides=plan.overrides)
+            yield name, config_digest(config), functools.partial(
+                _whole, plan, config, weights, folder_of(plan.profile, name))
 
 
 def _whole(plan: Plan, config: Any, weights: str, trace: Path | None) -> dict[str, Any]:

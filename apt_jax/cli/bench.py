@@ -23,8 +23,9 @@ scores, or a product that should be in eight bits is not. Needs pip install 'apt
 too for its kernel.
 
 --json keeps every row as soon as it is measured; the same command goes on where it was stopped, and
-measures again what other sources or another config made, and what failed. A row that a kernel or a
-missing package refuses says so; where anything else goes wrong the status is 1. --profile traces a
+measures again what other sources or another config made, and last what failed. A row that a kernel or a
+missing package refuses says so; where anything else goes wrong the status is 1, or 75 where it broke
+the device for this process and the same command goes on with the others. --profile traces a
 few calls of each row and keeps the device's time and its ten costliest kernels in the row.
 """
 
@@ -33,6 +34,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 
 EXAMPLES = """\
   apt-jax bench attention --json docs/results/attention.json
@@ -184,8 +186,20 @@ def _attention(args: argparse.Namespace) -> int:
     cases = [CASES[name] for name in _some(args.cases, CASES, "--cases")]
     backends = _some(args.backends, attention.default_backends(), "--backends")
     results = Results(_path(args), jax.devices()[0].device_kind)
-    return 1 if attention.run(cases, backends, results, seconds=args.seconds or 2.0,
-                              profile=args.profile) else 0
+    return _status(lambda: attention.run(cases, backends, results, seconds=args.seconds or 2.0,
+                                         profile=args.profile))
+
+
+def _status(make: Callable[[], int]) -> int:
+    """0, 1 where rows failed, 75 ("try again") where one broke the device for this process: the same
+    command goes on with the others."""
+    from apt_jax.bench.rows import DeviceLost
+
+    try:
+        return 1 if make() else 0
+    except DeviceLost as error:
+        print(f"apt-jax bench: {error}; the same command goes on with the others")
+        return 75
 
 
 def _share_memory() -> None:
@@ -205,7 +219,7 @@ def _timed(args: argparse.Namespace) -> int:
     backends = args.backends or ["auto"]
     plan = _plan(args, jax.devices(), backends)
     kind = jax.devices()[0].device_kind
-    return 1 if time_all(plan, kind, Results(_path(args), kind)) else 0
+    return _status(lambda: time_all(plan, kind, Results(_path(args), kind)))
 
 
 def _fp8(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from apt_jax.bench import attention, case, memory, profile, programs, report, run
+from apt_jax.bench import attention, case, memory, profile, programs, report, rows, run
 from apt_jax.bench.cases import AttentionCase
 from apt_jax.bench.report import Results, config_digest
 from apt_jax.cli import main as cli
@@ -83,6 +83,45 @@ def test_what_fails_is_said_kept_apart_and_tried_again(tmp_path, monkeypatch, ca
     assert run.time_all(plan, "cpu", Results(path, "cpu"), lines.append) == 0 and len(lines) == 2
 
 
+def test_what_broke_its_process_or_the_device_comes_last(tmp_path, monkeypatch):
+    works, order, said = [True], [], []
+
+    def row(name, reason=None):
+        def make():
+            order.append(name)
+            if reason is KeyboardInterrupt:  # the process ends, as by a signal
+                raise reason
+            works[0] = not reason
+            return {"error": reason} if reason else {"median": 1.0}
+        return name, "", make
+
+    def begin(*todo):
+        return rows.make_rows(todo, Results(path, "cpu"), lambda name, made: said.append(name))
+
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(rows, "device_works", lambda: works[0])
+    with pytest.raises(KeyboardInterrupt):
+        begin(row("a"), row("b", KeyboardInterrupt), row("c"))
+    assert Results(path, "cpu").rows["b"]["error"] == rows.CUT_OFF
+    with pytest.raises(rows.DeviceLost, match="after c"):
+        begin(row("a"), row("b"), row("c", "illegal access"), row("d"))
+    works[0] = True
+    assert begin(row("a"), row("b"), row("c", ""), row("d")) == 0
+    assert order == ["a", "b", "c", "d", "b", "c"] and said == ["a", "c", "d", "b", "c"]
+    monkeypatch.undo()
+    assert rows.device_works()
+
+
+def test_a_device_that_is_lost_is_a_status_of_its_own(monkeypatch, capsys):
+    from apt_jax.cli import bench
+
+    def lost():
+        raise rows.DeviceLost("gone")
+
+    assert [bench._status(made) for made in (lambda: 0, lambda: 2, lost)] == [0, 1, 75]
+    assert "gone; the same command goes on" in capsys.readouterr().out
+
+
 def test_a_failure_is_the_commands_status(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "measure", lambda *a, **k: 1 / 0)
     out = tmp_path / "rows.json"
@@ -90,9 +129,9 @@ def test_a_failure_is_the_commands_status(tmp_path, monkeypatch):
     monkeypatch.setattr("apt_jax.bench.cases.CASES", {"t": AttentionCase("t", 4, 4, 1, 4)})
     command = ["bench", "attention", "--backends", "oracle", "cudnn", "--json", str(out)]
     assert cli.main(command) == 1
-    rows = json.loads(out.read_text())["rows"]
-    assert "ZeroDivisionError" in rows["t/forward/oracle"]["error"]
-    assert "NVIDIA GPU" in rows["t/forward/cudnn"]["skipped"]
+    kept = json.loads(out.read_text())["rows"]
+    assert "ZeroDivisionError" in kept["t/forward/oracle"]["error"]
+    assert "NVIDIA GPU" in kept["t/forward/cudnn"]["skipped"]
 
 
 def test_an_absent_kernel_is_a_row_that_fails(monkeypatch):
@@ -101,11 +140,11 @@ def test_an_absent_kernel_is_a_row_that_fails(monkeypatch):
         raise UserError("it is not installed")
 
     x = jax.ShapeDtypeStruct((4,), np.float32)
-    rows = [case.compile_case(case.Case(name, "forward", name, jax.jit(f), (x,),
+    made = [case.compile_case(case.Case(name, "forward", name, jax.jit(f), (x,),
                                         kernels={"k": n}), jax.devices()[0], "cpu")
             for name, f, n in (("a", refuse, 1), ("b", lambda x: x + 1, 0))]
-    assert [row.passes for row in rows] == [False, True]
-    assert rows[0].error == "it is not installed" and rows[0].wanted == {"k": 1}
+    assert [row.passes for row in made] == [False, True]
+    assert made[0].error == "it is not installed" and made[0].wanted == {"k": 1}
 
 
 # -- what a row says -------------------------------------------------------------------------------

@@ -91,6 +91,16 @@ def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch):
     assert bench_h100.main(["training"]) == 1
 
 
+def test_a_row_that_breaks_its_process_holds_up_no_other(monkeypatch):
+    """The command goes on in another process; four of them at most."""
+    codes = iter([75, -6, 0, 1, *[75] * 4, 0])
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: (
+        ran.append(line[4]), subprocess.CompletedProcess(line, next(codes)))[1])
+    assert bench_h100.main(["inference"]) == 1
+    assert ran == ["forward"] * 3 + ["vae"] + ["pipeline"] * 4 + ["forward"]
+
+
 PERFORMANCE = ROOT / "docs/results/performance"
 
 

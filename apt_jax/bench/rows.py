@@ -1,0 +1,58 @@
+"""Makes rows one after another, so that one that breaks its process or its device holds up no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from apt_jax.bench.report import Results
+
+# (name, digest of the config, what makes the row: `report.attempt` inside)
+Todo = Iterable[tuple[str, str, Callable[[], dict[str, Any]]]]
+CUT_OFF = "its process ended before it was done"
+
+
+class DeviceLost(Exception):
+    """A row broke the device for this process: nothing more can run in it."""
+
+
+def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]], None]) -> int:
+    """Makes the rows that are missing and keeps each at once; tell(name, row) of each.
+
+    What failed before, or was under way when its process ended, comes last. Returns how many failed;
+    raises `DeviceLost` where after a failure the device does nothing more.
+    """
+    failed, late = 0, []
+
+    def one(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
+        nonlocal failed
+        results.add(name, {"error": CUT_OFF}, config)  # stands where the process ends in this row
+        row = make()
+        results.add(name, row, config)
+        tell(name, row)
+        if "error" in row:
+            failed += 1
+            if not device_works():
+                raise DeviceLost(f"the device is lost for this process after {name}")
+
+    for name, config, make in todo:
+        if results.has(name, config):
+            continue
+        if results.failed(name, config):
+            late.append((name, config, make))
+        else:
+            one(name, config, make)
+    for each in late:
+        one(*each)
+    return failed
+
+
+def device_works() -> bool:
+    """Whether the first device still computes: an illegal access ends that for the process."""
+    try:
+        return float(jax.device_put(jnp.float32(1), jax.devices()[0]) + 1) == 2
+    except Exception:
+        return False
