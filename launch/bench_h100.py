@@ -6,12 +6,11 @@
 
 A group runs `apt-jax bench` commands one after another; every case is written to --out as soon as
 it is measured. After --minutes (9) the group ends; the same command goes on with the cases that are
-missing, and measures again what other sources or configs made, and last what failed; a command whose
-process a row broke goes on at once in another. --cache keeps every
-compiled program, so that a command which was stopped goes on from there too, and a trace of each row.
-Needs pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not
-installed is left out with a line; docs/performance.md says how to carry wheels to a machine without
-a network.
+missing, and measures again what other sources or configs made, and last what failed; a command
+whose process a row broke goes on at once in another. --cache keeps every compiled program, so that
+a command which was stopped goes on from there too, and a trace of each row. Needs pip install
+'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not installed is
+left out with a line; docs/performance.md says how to carry wheels to a machine without a network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes rows one after another, so that one that breaks its process or its device holds up no other."""
+"""Makes rows one after another: one that breaks its process or its device holds up no other."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DeviceLost(Exception):
 def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]], None]) -> int:
     """Makes the rows that are missing and keeps each at once; tell(name, row) of each.
 
-    What failed before, or was under way when its process ended, comes last. Returns how many failed;
-    raises `DeviceLost` where after a failure the device does nothing more.
+    What failed before, or was under way when its process ended, comes last. Returns how many
+    failed; raises `DeviceLost` where after a failure the device does nothing more.
     """
     failed, late = 0, []
 

@@ -23,9 +23,9 @@ scores, or a product that should be in eight bits is not. Needs pip install 'apt
 too for its kernel.
 
 --json keeps every row as soon as it is measured; the same command goes on where it was stopped, and
-measures again what other sources or another config made, and last what failed. A row that a kernel or a
-missing package refuses says so; where anything else goes wrong the status is 1, or 75 where it broke
-the device for this process and the same command goes on with the others. --profile traces a
+measures again what other sources or another config made, and last what failed. A row that a kernel
+or a missing package refuses says so; where anything else goes wrong the status is 1, or 75 where it
+broke the device for this process and the same command goes on with the others. --profile traces a
 few calls of each row and keeps the device's time and its ten costliest kernels in the row.
 """
 
@@ -191,8 +191,8 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _status(make: Callable[[], int]) -> int:
-    """0, 1 where rows failed, 75 ("try again") where one broke the device for this process: the same
-    command goes on with the others."""
+    """0, 1 where rows failed, 75 ("try again") where one broke the device for this process: the
+    same command goes on with the others."""
     from apt_jax.bench.rows import DeviceLost
 
     try:
