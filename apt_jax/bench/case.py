@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,17 +95,22 @@ def random_like(args: Any, seed: int = 0) -> Any:
     1 + seed, booleans true."""
     def fill(path: Any, leaf: Any) -> jax.Array:
         positive = "_opt" in jax.tree_util.keystr(path)
-
-        def make(key: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jnp.full(leaf.shape, 1 + seed, leaf.dtype)
-            x = 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)
-            return (jnp.abs(x) if positive else x).astype(leaf.dtype)
-
         key = jax.random.key(leaf.size % 1009 + 1009 * seed)
-        return jax.jit(make, out_shardings=leaf.sharding)(key)
+        return _filler(leaf.shape, leaf.dtype, leaf.sharding, positive)(key, seed)
 
     return jax.tree_util.tree_map_with_path(fill, args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _filler(shape: tuple[int, ...], dtype: Any, sharding: Any, positive: bool) -> Any:
+    """One program for all leaves of a shape: a training state has hundreds, of a few shapes."""
+    def make(key: jax.Array, seed: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return jnp.full(shape, 1 + seed, dtype)
+        x = 0.02 * jax.random.normal(key, shape, jnp.float32)
+        return (jnp.abs(x) if positive else x).astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def time_case(case: Case, device: str, seconds: float, trace: Path | None = None) -> dict[str, Any]:

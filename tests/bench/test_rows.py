@@ -276,6 +276,18 @@ def test_a_gpus_kernels_are_read_from_its_streams_once(tmp_path):
         ("attention", 1.0), ("copy", 0.5), ("gemm", 0.5)]
 
 
+def test_arrays_of_one_shape_are_drawn_by_one_program():
+    """A training state has hundreds of leaves: a program each took minutes to compile."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaf = jax.ShapeDtypeStruct((7, 3), np.float32, sharding=here)
+    before = case._filler.cache_info().misses
+    made = case.random_like({"a": [leaf] * 5, "generator_opt": leaf})
+    again = case.random_like({"a": [leaf]}, 1)
+    assert case._filler.cache_info().misses == before + 2
+    assert abs(made["a"][0] - again["a"][0]).max() > 0.01 > made["a"][0].min()
+    assert (made["generator_opt"] >= 0).all() and made["a"][0].min() < 0
+
+
 # -- the update that train runs --------------------------------------------------------------------
 
 
