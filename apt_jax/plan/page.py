@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apt_jax.plan.programs import INFERENCE
+
 HEAD = """\
 # Plans that were compiled
 
@@ -25,15 +27,17 @@ CONTEXT_TARGET = 1.05
 WHY = """
 
 What is left on H100s, read in the compiled programs. Memory: XLA's scheduler spends on overlap what
-memory there is (95% of 80% of the chip's, less the arguments), so that a D step that would run in
-less takes 50 GiB and more on 64 devices too; with remat `full` and jax.checkpoint's barriers, which
-hid half as much, it took 29.0. Gathers: those of a loop travel a layer ahead, beside that layer's
+it is given of what the arguments leave: 95% of it on few hosts, 56% from four hosts on
+(`gpu_hosts.txt`), where 95% took 59 GiB for the same hidden gathers. On one host 60% was too little (half
+of the D step's gathers hidden). Gathers: those of a loop travel a layer ahead, beside that layer's
 products; the first layer of each loop (there is one between two taps) has nothing to wait behind, and
 its gather comes once a microbatch. On 1,024 devices the layers' reduce-scatters wait, for the sum over
-the copies that follows them. Tokens: with remat
+the copies that follows them, and one sum over replica+fsdp is left in the D step: the gradients of the
+heads' three output matrices, 56 MiB once a microbatch, 10 ms of 52 s and hidden. Tokens: with remat
 `attention` the backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer
 that takes a gradient. Keeping them is remat `exchange`: five arrays a layer and sample, 36 GiB more in
-the D step of four devices a clip and half of it for eight (`context_8`). The one float32 gather in the
+the D step of four devices a clip and half of it for eight (`context_8`, which sends 1.00 of the least
+on 64 devices within 40 GiB). The one float32 gather in the
 D step is that of the samples whose turn has come, 66 MiB a microbatch.
 """
 
@@ -125,7 +129,7 @@ def traffic(results: Mapping[str, dict]) -> str:
     return "## Work and traffic of one call\n\n" + table(
         ["plan", "program", "forward TFLOP a sample", "floor at peak", "modelled", "exposed",
          "gathers in the layers, hidden", "tokens sent / least possible",
-         "notes from 64 MiB on"], rows)
+         "sums from 4 MiB, float32 gathers from 64 MiB on"], rows)
 
 
 def targets(results: Mapping[str, dict]) -> str:
@@ -134,14 +138,14 @@ def targets(results: Mapping[str, dict]) -> str:
     for name, text, most in TARGETS:
         if name in results:
             plan = results[name]["plan"]
-            peak = max(p["peak_gib"] for n, p in _programs(plan) if n != "one-step inference")
+            peak = max(p["peak_gib"] for n, p in _programs(plan) if n != INFERENCE)
             verdict = "met" if plan["fits"] and peak <= most else f"missed by {peak - most:.1f} GiB"
             lines.append(f"- {text}: {peak:.1f} GiB, {verdict}.")
     for name, result in results.items():
         if not name.startswith("seaweed_8b_video"):
             continue
         for label, p in _programs(result["plan"]):
-            if p["refused"] or label == "one-step inference":
+            if p["refused"] or label == INFERENCE:
                 continue
             total, hidden = parameter_gathers(p)
             wait = total * (1 - hidden)
@@ -150,8 +154,8 @@ def targets(results: Mapping[str, dict]) -> str:
             lines.append(
                 f"- {name}, {label}: {100 * hidden:.0f}% of the gathers' time in the layers is "
                 f"hidden; the rest is {100 * wait / p['step_seconds']:.1f}% of the step. "
-                f"{sums or 'No'} all-reduce{'s' if sums > 1 else ''} of 64 MiB over fsdp or "
-                "context."
+                f"{sums or 'No'} all-reduce{'s' if sums > 1 else ''} of 4 MiB or more over fsdp "
+                "or context."
                 + (f" Tokens: {ratio:.2f} of the Ulysses minimum (target {CONTEXT_TARGET})."
                    if ratio else ""))
     return "## Against the targets\n\n" + "\n".join(lines) + WHY if lines else ""
@@ -164,7 +168,7 @@ def weak_scaling(results: Mapping[str, dict]) -> list[dict[str, Any]]:
     for name, result in results.items():
         if not re.fullmatch(r"seaweed_8b_video_h100_\d+x8", name) or not result["plan"]["fits"]:
             continue
-        steps = [p for n, p in _programs(result["plan"]) if n != "one-step inference"]
+        steps = [p for n, p in _programs(result["plan"]) if n != INFERENCE]
         found.append({
             "devices": result["plan"]["devices"], "mesh": mesh_text(result["plan"]),
             "microbatches": steps[0]["microbatches"],
