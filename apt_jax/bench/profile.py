@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +19,17 @@ from typing import Any
 
 import jax
 
+from apt_jax.bench.report import in_a_line
+
 CALLS, COSTLIEST = 3, 10
 
 
 def folder_of(folder: str | Path | None, name: str) -> Path | None:
-    """A row's own folder: its name with what no file system minds."""
-    return Path(folder) / re.sub(r"[^\w.=,-]+", "_", name) if folder else None
+    """A row's own folder: the start of its name, with what no file system minds, and a digest."""
+    if not folder:
+        return None
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.=,-]+', '_', name)[:80]}_{digest}"
 
 
 def profiled(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[Any], Any],
@@ -31,10 +37,19 @@ def profiled(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[
     """Traces `calls` calls into `folder` (none: no trace, {}).
 
     Returns "device_seconds", during which the device computed, and "costliest", the kernels that
-    took longest: [name, seconds, runs]. All of one call.
+    took longest: [name, seconds, runs]. All of one call. Where the profiler fails, "trace_error"
+    says why: what was timed before stands.
     """
     if folder is None:
         return {}
+    try:
+        return _profiled(call, inputs, wait, folder, calls)
+    except Exception as error:
+        return {"device_seconds": None, "costliest": [], "trace_error": in_a_line(error)}
+
+
+def _profiled(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[Any], Any],
+              folder: Path, calls: int) -> dict[str, Any]:
     wait(call(*inputs[0]))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -45,7 +60,7 @@ def profiled(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[
         wait(result)
     found = [event for path in set(_traces(folder)) - before for event in read(path)]
     if not found:
-        return {"device_seconds": None, "costliest": []}
+        raise ValueError("the trace has nothing that ran on a device")
     return summary(found, calls)
 
 
@@ -54,7 +69,7 @@ def _traces(folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> list[tuple[str, float, float]]:
-    """(name, start, seconds) of what ran on devices; of XLA's operations where there is a CPU only."""
+    """(name, start, seconds) of what ran on devices; of XLA's operations on a CPU."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     processes, threads = {}, {}

@@ -253,6 +253,17 @@ def test_a_call_takes_several_inputs_in_turns_and_its_trace_is_read(tmp_path):
         (each[1] for each in row["costliest"]), reverse=True)
 
 
+def test_a_trace_has_a_folder_for_any_name_and_its_failure_leaves_the_row(tmp_path):
+    one, other = (profile.folder_of(tmp_path, f"a/D step {'model.depth=1 ' * 40}{i}") for i in (1, 2))
+    assert one != other and one.parent == tmp_path and len(one.name) < 100
+    one.mkdir()
+    blocked = tmp_path / "file"
+    blocked.touch()
+    found = profile.profiled(lambda: None, [()], lambda _: None, blocked / "trace")
+    assert found["trace_error"] and found["device_seconds"] is None
+    assert profile.folder_of("", "a") is None and profile.profiled(None, [], None, None) == {}
+
+
 def test_a_gpus_kernels_are_read_from_its_streams_once(tmp_path):
     """As the profiler writes it: streams, and lines that sum up what lies on them."""
     names = {1: "/device:GPU:0", 2: "/host:CPU"}
