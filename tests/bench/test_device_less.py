@@ -183,7 +183,8 @@ def test_splash_attention_compiles_for_tpus(tmp_path, topology):
 @TPUS
 @pytest.mark.parametrize("what, counts", [
     # (forward, backward) runs of splash: two layers; D's three samples go through it at once
-    ("block", [(1, 0), (1, 1)]), ("forward", [(2, 0)]), ("train", [(4, 2), (4, 4)])])
+    ("block", [(1, 0), (1, 1)]), ("forward", [(2, 0)]),
+    pytest.param("train", [(4, 2), (4, 4)], marks=pytest.mark.slow)])
 def test_splash_attention_is_in_the_programs_for_tpus(tmp_path, topology, what, counts):
     """Two narrow layers of the 8B preset at 720p, a clip cut over the four chips."""
     rows = bench(tmp_path, what, *VIDEO_8B, *MESH, "--config.mesh.context=4", "--topology",
