@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.errors import UserError
@@ -98,8 +99,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_sizes(sizes, len(devices))
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices,
-                         axis_types=(AxisType.Auto,) * len(shape))
+    types = (AxisType.Auto,) * len(shape)
+    try:
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices, axis_types=types)
+    except NotImplementedError:
+        # No side of the TPU slice is a product of the sizes (16x16 as 2 x 32 x 4): cut the sides.
+        placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices,
+                                               allow_split_physical_axes=True)
+        return Mesh(placed, tuple(shape), axis_types=types)
 
 
 def _nearest_divisor(wanted: int, of: int) -> int:

@@ -27,9 +27,8 @@ CONTEXT_TARGET = 1.05
 WHY = """
 
 What is left on H100s, read in the compiled programs. Memory: XLA's scheduler spends on overlap what
-it is given of what the arguments leave: 95% of it on few hosts, 56% from four hosts on
-(`gpu_hosts.txt`), where 95% took 59 GiB for the same hidden gathers. On one host 60% was too little (half
-of the D step's gathers hidden). Gathers: those of a loop travel a layer ahead, beside that layer's
+it is given of what the arguments leave: 105% of 80% of the chip's on few hosts, 56% from four hosts on
+(`gpu_hosts.txt`), where XLA's own 95% took 59 GiB for the same hidden gathers. Gathers: those of a loop travel a layer ahead, beside that layer's
 products; the first layer of each loop (there is one between two taps) has nothing to wait behind, and
 its gather comes once a microbatch. On 1,024 devices the layers' reduce-scatters wait, for the sum over
 the copies that follows them, and one sum over replica+fsdp is left in the D step: the gradients of the
@@ -39,6 +38,7 @@ that takes a gradient. Keeping them is remat `exchange`: five arrays a layer and
 the D step of four devices a clip and half of it for eight (`context_8`, which sends 1.00 of the least
 on 64 devices within 40 GiB). The one float32 gather in the
 D step is that of the samples whose turn has come, 66 MiB a microbatch.
+On 64 v5p every gather is an all-reduce ([plan.md](../plan.md)).
 """
 
 

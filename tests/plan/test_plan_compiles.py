@@ -95,6 +95,26 @@ def test_tpus_too(tmp_path):
     assert {"all-gather", "reduce-scatter"} <= kinds
 
 
+SPLIT = """
+from apt_jax.plan.devices import describe, prepare_environment
+prepare_environment()
+from apt_jax.parallel.mesh import make_mesh
+from apt_jax.plan.chips import parse_topology
+devices = describe(parse_topology("v6e:16x16"))
+mesh = make_mesh({"replica": -1, "fsdp": -1, "context": 4}, devices)
+print(*mesh.shape.values(), len({d.id for d in mesh.devices.flat}))
+near = [d.coords for d in mesh.devices[0, 0, :, 0]]
+print(max(sum(abs(a - b) for a, b in zip(x, y)) for x, y in zip(near, near[1:])))
+"""
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
+def test_a_mesh_may_cut_the_sides_of_a_slice():
+    """2 x 32 x 4 of 16 x 16, which jax.make_mesh refuses; the clip's four devices stay neighbours."""
+    done = subprocess.run([sys.executable, "-c", SPLIT], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "32", "4", "1", "256", "1"], done.stderr[-2000:]
+
+
 @pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
 def test_what_the_tpu_compiler_finds_no_room_for_does_not_fit(tmp_path):
     """Nothing recomputed on 16 GiB a chip: XLA:TPU ends in an error, the plan in a verdict."""
