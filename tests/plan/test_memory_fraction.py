@@ -41,7 +41,7 @@ def test_processes_of_one_machine(monkeypatch):
 
     def found(gpus=0, cpu=False):
         args = types.SimpleNamespace(processes=2, gpus=gpus, cpu=cpu, devices=1)
-        return environment(args, 0, 1).get(NAME)
+        return environment(args, 0, 1, "").get(NAME)
 
     monkeypatch.delenv(NAME, raising=False)
     assert float(found(gpus=2)) == pytest.approx(1 - RESERVE)
