@@ -38,7 +38,7 @@ that takes a gradient. Keeping them is remat `exchange`: five arrays a layer and
 the D step of four devices a clip and half of it for eight (`context_8`, which sends 1.00 of the least
 on 64 devices within 40 GiB). The one float32 gather in the
 D step is that of the samples whose turn has come, 66 MiB a microbatch.
-On 64 v5p every gather is an all-reduce ([plan.md](../plan.md)).
+On TPUs no gather in the layers is hidden, and on 64 v5p they are all-reduces ([plan.md](../plan.md)).
 """
 
 
@@ -152,8 +152,10 @@ def targets(results: Mapping[str, dict]) -> str:
             ratio = p["context_gib"] / p["context_minimum_gib"] if p["context_minimum_gib"] else 0
             sums = len(full_sums(p))
             lines.append(
-                f"- {name}, {label}: {100 * hidden:.0f}% of the gathers' time in the layers is "
-                f"hidden; the rest is {100 * wait / p['step_seconds']:.1f}% of the step. "
+                f"- {name}, {label}: " + (
+                    f"{100 * hidden:.0f}% of the gathers' time in the layers is hidden; the rest is "
+                    f"{100 * wait / p['step_seconds']:.1f}% of the step. "
+                    if total else "no gather in the layers. ") +
                 f"{sums or 'No'} all-reduce{'s' if sums > 1 else ''} of 4 MiB or more over fsdp "
                 "or context."
                 + (f" Tokens: {ratio:.2f} of the Ulysses minimum (target {CONTEXT_TARGET})."
