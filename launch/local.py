@@ -82,19 +82,9 @@ def gpu_flags(args: argparse.Namespace) -> str:
     if off or not (args.gpus or glob.glob("/dev/nvidia[0-9]*")):
         return ""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from apt_jax.errors import UserError
-    from apt_jax.parallel.flags import environment_value, platform_flags
-    from apt_jax.parallel.flags.check import unknown_flags
+    from apt_jax.parallel.flags.check import known_value
 
-    unknown: list[str] = []
-    try:
-        unknown = unknown_flags("gpu", platform_flags("gpu"))
-    except UserError as error:
-        print(f"launch/local.py: {error}", file=sys.stderr)
-    for name in unknown:
-        print(f"launch/local.py: left out {name}: the installed XLA does not know it",
-              file=sys.stderr)
-    return environment_value("gpu", without=unknown)
+    return known_value("gpu", 1, lambda line: print(f"launch/local.py: {line}", file=sys.stderr))
 
 
 def free_port() -> int:

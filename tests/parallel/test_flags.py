@@ -42,6 +42,7 @@ def test_unknown_flags_are_named_and_can_be_left_out(monkeypatch, capsys):
                "xla_gpu_c_d": "x", "xla_gpu_enable_pipelined_all_gather": "true"}
     monkeypatch.setattr(flags, "platform_flags", lambda platform, hosts: made_up)
     monkeypatch.setattr(main_module, "platform_flags", lambda platform, hosts: made_up)
+    monkeypatch.setattr(check, "platform_flags", lambda platform, hosts: made_up)
     assert main(["gpu", "--check"]) == 2
     said = capsys.readouterr().err
     assert "xla_gpu_a_b" in said and "xla_gpu_c_d" in said and "latency" not in said

@@ -12,7 +12,7 @@ import sys
 
 from apt_jax.errors import UserError
 from apt_jax.parallel.flags import environment_value, platform_flags
-from apt_jax.parallel.flags.check import unknown_flags
+from apt_jax.parallel.flags.check import known_value, unknown_flags
 
 
 def main(arguments: list[str]) -> int:
@@ -27,23 +27,17 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         flags = platform_flags(args.platform, args.hosts)
-        unknown = []
-        if args.known or args.check:
-            try:
-                unknown = unknown_flags(args.platform, flags)
-            except UserError as error:
-                if args.check:
-                    raise
-                print(f"flags: {error}", file=sys.stderr)
-        if args.check and unknown:
-            raise UserError(f"the installed XLA does not know {', '.join(unknown)}; take "
-                            f"{'them' if len(unknown) > 1 else 'it'} out of {args.platform}.txt")
         if args.check:
+            if unknown := unknown_flags(args.platform, flags):
+                raise UserError(
+                    f"the installed XLA does not know {', '.join(unknown)}; take "
+                    f"{'them' if len(unknown) > 1 else 'it'} out of {args.platform}.txt")
             print(f"the installed XLA knows all {len(flags)} flags of {args.platform}")
-            return 0
-        for name in unknown:
-            print(f"flags: left out {name}: the installed XLA does not know it", file=sys.stderr)
-        print(environment_value(args.platform, args.hosts, unknown))
+        elif args.known:
+            print(known_value(args.platform, args.hosts,
+                              lambda line: print(f"flags: {line}", file=sys.stderr)))
+        else:
+            print(environment_value(args.platform, args.hosts))
     except UserError as error:
         print(f"flags: {error}", file=sys.stderr)
         return 2

@@ -12,10 +12,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.flags import MANY_HOSTS, PLATFORMS, platform_flags
+from apt_jax.parallel.flags import MANY_HOSTS, PLATFORMS, environment_value, platform_flags
 
 _VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 _ASK = {
@@ -49,6 +49,21 @@ def unknown_flags(platform: str, flags: Mapping[str, str] | None = None) -> list
         unknown.append(found.group(1))
         del left[found.group(1)]
     return unknown
+
+
+def known_value(platform: str, hosts: int, say: Callable[[str], None]) -> str:
+    """`environment_value` less the flags that the installed XLA lacks; all where it cannot be asked.
+
+    say: takes a line for each flag left out, or for why it could not be asked.
+    """
+    unknown: list[str] = []
+    try:
+        unknown = unknown_flags(platform, platform_flags(platform, hosts))
+    except UserError as error:
+        say(str(error))
+    for name in unknown:
+        say(f"left out {name}: the installed XLA does not know it")
+    return environment_value(platform, hosts, unknown)
 
 
 def _ask(platform: str, flags: Mapping[str, str]) -> str:
