@@ -9,6 +9,7 @@ stay within twice bfloat16's distance from float32.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apt_jax import api
-from apt_jax.bench.report import Results
+from apt_jax.bench.report import Results, config_digest
 from apt_jax.eval.evaluate import draw, load_split
 from apt_jax.eval.measure import Reference, measure
 from apt_jax.eval.mobilenet import MobileNetFeatures
@@ -45,6 +46,15 @@ LIKE_8B = {"family": "mmdit", "in_channels": 16, "out_channels": 16, "patch": (1
 SHAPE, WORDS = (3, 16, 24, 16), 32  # 288 video tokens
 
 
+def digest(generator: api.Generator) -> str:
+    """Twelve hexadecimal digits of a checkpoint's config and weights: a run's folder keeps its name
+    when it is trained again, and rows of the old weights must not pass for the new ones'."""
+    found = hashlib.sha256(config_digest(generator.config).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(generator.params):
+        found.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return found.hexdigest()[:12]
+
+
 # -- FD of a trained model ---------------------------------------------------------------------------
 
 
@@ -56,12 +66,12 @@ def fd_rows(checkpoint: str, results: Results, *, seeds: Sequence[int], count: i
     split, as `apt-jax evaluate` measures them.
     """
     plain = api.load(checkpoint)
-    data = plain.config.data
+    data, config = plain.config.data, digest(plain)
     frames = min(data.frames)
     real, reference, extract = None, None, MobileNetFeatures()
     for seed in seeds:
         name = f"fd/{checkpoint}/{mode}/{count}/seed {seed}"
-        row = dict(results.rows[name]) if name in results else {}
+        row = dict(results.rows[name]) if results.has(name, config) else {}
         missing = [kind for kind in ("dtype", *kinds) if kind not in row]
         if not missing:
             continue
@@ -72,7 +82,7 @@ def fd_rows(checkpoint: str, results: Results, *, seeds: Sequence[int], count: i
             generator = _in(plain, kind) if kind in KINDS else plain
             samples, _ = draw(generator, real, count, "", mode=mode, seed=seed)
             row[kind] = float(measure(samples.frames, reference, extract)["fd"])
-        results.add(name, row)
+        results.add(name, row, config)
         tell(f"{name:<44} {row['dtype']:8.2f}  " + "  ".join(
             f"{kind} {row[kind] - row['dtype']:+.2f}" for kind in kinds))
 
@@ -170,17 +180,18 @@ def distance_rows(checkpoint: str, results: Results, *, depths: Sequence[int],
                   tell: Callable[[str], None] = print) -> None:
     """A row per depth: distances of networks like the 8B's with the checkpoint's statistics, and
     how many times bfloat16's each kind's is ("times")."""
-    trained = api.load(checkpoint).params
+    generator = api.load(checkpoint)
+    trained, config = generator.params, digest(generator)
     for depth in depths:
         name = f"distance/{checkpoint}/{depth} layers of {LIKE_8B['width']}"
-        if name in results and set(kinds) <= set(results.rows[name]["times"]):
+        if results.has(name, config) and set(kinds) <= set(results.rows[name]["times"]):
             continue
         model = {**LIKE_8B, "depth": depth}
         params = like_trained(make_generator(model).abstract(), trained)
         row: dict[str, Any] = distances(model, params,
                                         [random_inputs(model, seed) for seed in seeds], kinds)
         row["times"] = {kind: row[kind] / row["bfloat16"] for kind in kinds}
-        results.add(name, row)
+        results.add(name, row, config)
         tell(f"{name:<44} bfloat16 {row['bfloat16']:.2%}  " + "  ".join(
             f"{kind} {row[kind]:.2%}, {times:.1f} times: {_word(times < LIMIT)}"
             for kind, times in row["times"].items()))
@@ -198,7 +209,7 @@ def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] =
     """A row per sigma: mean (D(x) - D(x + sigma eps))^2 on real pictures, by D as it starts from the
     checkpoint (its backbone, new heads), with the config's own products and in eight bits."""
     generator = api.load(checkpoint)
-    data = generator.config.data
+    data, config = generator.config.data, digest(generator)
     real = load_split(data.path, data.split, 1, data.height, data.width,
                       max_text_tokens=data.max_text_tokens)
     rng = np.random.default_rng(0)
@@ -207,7 +218,7 @@ def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] =
     noise, t = rng.standard_normal(x.shape, np.float32), rng.random(len(x), np.float32)
     for sigma in sigmas:
         name = f"penalty/{checkpoint}/sigma {sigma:g}"
-        if name in results:
+        if results.has(name, config):
             continue
         row = {}
         for key, matmul in (("dtype", "dtype"), ("fp8", "fp8")):
@@ -219,19 +230,19 @@ def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] =
                           - judge(params, x + sigma * noise, t, text, mask))
             row[key] = float(jnp.mean(difference**2))
         row["ratio"] = row["fp8"] / row["dtype"]
-        results.add(name, row)
+        results.add(name, row, config)
         tell(f"{name:<44} {row['dtype']:.2e}  fp8 {row['fp8']:.2e}  {row['ratio']:.1f} times")
 
 
-def report(checkpoints: Sequence[str], results: Results, *, mode: str, count: int,
+def report(checkpoints: Mapping[str, str], results: Results, *, mode: str, count: int,
            kinds: Sequence[str] = tuple(KINDS), tell: Callable[[str], None] = print) -> bool:
     """Prints and keeps the verdicts: of each checkpoint, and of several as one training from
-    several seeds. True where the gates hold: both of one checkpoint; of several each one's distance
+    several seeds, from the rows of these weights (name -> `digest`). True where the gates hold: both of one checkpoint; of several each one's distance
     and the FD's of them all."""
-    good, runs = [], []
-    for checkpoint in checkpoints:
-        rows = {name: row for name, row in results.rows.items()
-                if name.startswith((f"distance/{checkpoint}/", f"fd/{checkpoint}/{mode}/{count}/"))}
+    good, runs, names = [], [], list(checkpoints)
+    for checkpoint, config in checkpoints.items():
+        rows = {name: row for name, row in results.rows.items() if row.get("config", "") == config
+                and name.startswith((f"distance/{checkpoint}/", f"fd/{checkpoint}/{mode}/{count}/"))}
         good += [row["times"][kind] < LIMIT for name, row in rows.items()
                  if name.startswith("distance/") for kind in kinds]
         runs.append([row for name, row in rows.items() if name.startswith("fd/")])
@@ -239,7 +250,7 @@ def report(checkpoints: Sequence[str], results: Results, *, mode: str, count: in
     for group in groups:
         if any(len(runs[i]) < 2 for i in group):
             continue
-        name = "verdict/" + " ".join(checkpoints[i] for i in group)
+        name = "verdict/" + " ".join(names[i] for i in group)
         found = {kind: fd_verdict([runs[i] for i in group], kind) for kind in kinds}
         results.add(name, found)
         for kind, verdict in found.items():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from apt_jax import api
 from apt_jax.bench import block, case, pipeline, programs, quality, run, torch_peers
 from apt_jax.bench.report import Results, config_digest, revision, row_name
 from apt_jax.cli import main as cli
@@ -243,19 +244,21 @@ def test_the_gates_of_several_checkpoints(capsys):
     results = Results(None, "cpu")
     ask = {"mode": "one_step", "count": 9, "kinds": ["attention"]}
     for name, times, fd in (("a/1", 1.9, 100.0), ("a/2", 1.5, 110.0), ("a", 2.1, 0.0)):
-        results.add(f"distance/{name}/4 layers", {"times": {"attention": times, "both": 9.0}})
+        results.add(f"distance/{name}/4 layers", {"times": {"attention": times, "both": 9.0}}, name)
         for seed in range(2):
             results.add(f"fd/{name}/one_step/9/seed {seed}",
-                        {"dtype": fd + 2 * seed, "attention": fd + 2 * seed + 3})
-    assert quality.report(["a/1", "a/2"], results, **ask)
+                        {"dtype": fd + 2 * seed, "attention": fd + 2 * seed + 3}, name)
+    # A third seed was measured of weights that the folder has no more.
+    results.add("fd/a/1/one_step/9/seed 2", {"dtype": 0.0, "attention": 50.0}, "old")
+    assert quality.report({"a/1": "a/1", "a/2": "a/2"}, results, **ask)
     said = capsys.readouterr().out
     assert "verdict/a/1: attention in eight bits move the FD by +3.00" in said
     assert "a new seed of the noise by 1.41 (standard deviation): fails" in said
     assert said.count("fails") == 2 and "by 7.07 (standard deviation): passes" in said
     assert results.rows["verdict/a/1 a/2"]["attention"]["training"] == pytest.approx(50**0.5)
-    assert not quality.report(["a/1"], results, **ask)  # 3 is more than the noise's 1.41
-    assert not quality.report(["a"], results, **ask)
-    assert not quality.report(["other"], results, **ask)
+    assert not quality.report({"a/1": "a/1"}, results, **ask)  # 3 is more than the noise's 1.41
+    assert not quality.report({"a": "a"}, results, **ask)
+    assert not quality.report({"other": "a"}, results, **ask)
 
 
 def test_an_fd_row_is_filled_up_with_the_kinds_it_lacks(monkeypatch):
@@ -273,6 +276,20 @@ def test_an_fd_row_is_filled_up_with_the_kinds_it_lacks(monkeypatch):
     (row,) = results.rows.values()
     assert drawn[1:] == [("fp8", "auto", 5), ("fp8", "cudnn_fp8", 5)] and len(drawn) == 3
     assert (row["dtype"], row["products"], row["both"]) == (1.0, 2.0, 3.0)
+    # Other weights in the same folder: everything anew.
+    monkeypatch.setattr(quality, "digest", lambda generator: "trained again")
+    quality.fd_rows("bundled:base", results, kinds=["products"], tell=lambda _: None, **ask)
+    (row,) = results.rows.values()
+    assert len(drawn) == 5 and "both" not in row and row["config"] == "trained again"
+
+
+def test_a_checkpoint_is_told_by_its_config_and_its_weights():
+    one = api.load("bundled:base")
+    other = api.load("bundled:base")
+    assert quality.digest(one) == quality.digest(other) != ""
+    leaves, shape = jax.tree.flatten(one.params)
+    other.params = jax.tree.unflatten(shape, [leaves[0] + 1e-6, *leaves[1:]])
+    assert quality.digest(one) != quality.digest(other)
 
 
 def test_a_network_like_the_8b_is_measured_in_both_ways(monkeypatch):
