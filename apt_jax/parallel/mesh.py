@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -100,13 +101,45 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_sizes(sizes, len(devices))
     types = (AxisType.Auto,) * len(shape)
+    return Mesh(_placed(shape, devices), tuple(shape), axis_types=types)
+
+
+def _placed(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape, those that talk most on the fastest links.
+
+    Not `jax.make_mesh`: it refuses devices of more than one slice, and jax calls every GPU host one.
+    """
+    slices = sorted({_slice(device) for device in devices})
+    if devices[0].platform != "tpu":
+        # Hosts in order, and a host's devices side by side: the last axes stay within a host.
+        return np.array(sorted(devices, key=_slice), object).reshape(tuple(shape.values()))
+    outer, rest = dict.fromkeys(shape, 1), len(slices)
+    for axis in BATCH_AXES:  # what talks least crosses the network between slices
+        outer[axis] = math.gcd(rest, shape[axis])
+        rest //= outer[axis]
+    if rest > 1:
+        raise UserError(
+            f"mesh.replica = {shape['replica']} and mesh.fsdp = {shape['fsdp']} cannot be split over "
+            f"{len(slices)} TPU slices; the nearest size that works is mesh.replica = {len(slices)}, "
+            f"with mesh.fsdp = -1")
+    inner = [size // outer[axis] for axis, size in shape.items()]
+
+    def lay(split: bool) -> np.ndarray:
+        if len(slices) == 1:
+            return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(inner, tuple(outer.values()), devices,
+                                                    allow_split_physical_axes=split)
+
     try:
-        return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices, axis_types=types)
+        return lay(split=False)
     except NotImplementedError:
         # No side of the TPU slice is a product of the sizes (16x16 as 2 x 32 x 4): cut the sides.
-        placed = mesh_utils.create_device_mesh(tuple(shape.values()), devices,
-                                               allow_split_physical_axes=True)
-        return Mesh(placed, tuple(shape), axis_types=types)
+        return lay(split=True)
+
+
+def _slice(device: jax.Device) -> int:
+    """The TPU slice, or the GPU host, that a device belongs to; 0 where there is but one."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def _nearest_divisor(wanted: int, of: int) -> int:
@@ -156,8 +189,9 @@ def check_model(mesh: Mesh, model: Mapping[str, Any], discriminator_heads: int =
         sizes["discriminator.heads"] = discriminator_heads
     for name, size in sizes.items():
         if size % ways:
-            nearest = _nearest_divisor(ways, math.gcd(mesh.size, *sizes.values()))
-            fsdp = mesh.shape["fsdp"] * ways // nearest
+            shared = mesh.shape["fsdp"] * ways
+            nearest = _nearest_divisor(ways, math.gcd(shared, *sizes.values()))
+            fsdp = shared // nearest
             raise UserError(f"mesh.tensor = {ways} does not divide {name} = {size}; the nearest "
                             f"size that works is mesh.tensor = {nearest}, with mesh.fsdp = {fsdp}")
     ulysses_size(mesh.shape["context"], model["heads"] // ways, ulysses)

@@ -2,8 +2,10 @@
 
 import math
 import re
+from dataclasses import dataclass
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +69,47 @@ def test_tensor_must_divide_heads_and_widths(tensor, heads, head_blocks, says):
     named = dict(re.findall(r"mesh\.(\w+) = (\d+)", str(error.value).split("works is")[1]))
     check_model(make_mesh({axis: int(size) for axis, size in named.items()},
                           jax.devices()[:tensor]), model, head_blocks)
+
+
+def test_the_tensor_size_named_fits_the_devices_left_to_it():
+    """Six devices, of which three share a clip: 2 must not be named, whose mesh has four."""
+    mesh = make_mesh({"context": 2, "tensor": 3, "fsdp": 1}, (jax.devices() * 2)[:6])
+    with pytest.raises(UserError, match="mesh.tensor = 1, with mesh.fsdp = 3"):
+        check_model(mesh, {"heads": 40, "width": 40, "mlp_ratio": 4.0})
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A stand-in for a device of several hosts as jax shows it: each GPU host is a "slice"."""
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def _hosts(hosts, each, platform="gpu"):
+    return [_Device(each * host + i, host, host, platform)
+            for host in range(hosts) for i in range(each)]
+
+
+def test_gpu_hosts_are_laid_out_with_the_busy_axes_inside_a_host():
+    devices = _hosts(4, 8)
+    shuffled = [devices[i] for i in np.random.default_rng(0).permutation(32)]
+    for given in (devices, shuffled):
+        mesh = make_mesh({"replica": 2, "fsdp": -1, "context": 4}, given)
+        hosts = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+        assert mesh.devices.shape == (2, 4, 4, 1)
+        assert (hosts == hosts[:, :, :1]).all()  # a clip stays on one host
+        assert sorted(hosts[0].ravel()) == [0] * 8 + [1] * 8  # and a copy on two
+        assert len({d.id for d in mesh.devices.flat}) == 32
+
+
+@pytest.mark.parametrize("slices", [3, 16])
+def test_tpu_slices_must_split_replica_or_fsdp(slices):
+    sizes = {"replica": 2, "fsdp": 4, "context": slices}
+    with pytest.raises(UserError, match=f"mesh.replica = {slices}, with mesh.fsdp = -1"):
+        make_mesh(sizes, _hosts(slices, 8, "tpu"))
 
 
 def test_ulysses_takes_what_the_heads_allow_and_the_ring_the_rest():

@@ -115,6 +115,27 @@ def test_a_mesh_may_cut_the_sides_of_a_slice():
     assert done.stdout.split() == ["2", "32", "4", "1", "256", "1"], done.stderr[-2000:]
 
 
+SLICES = """
+from apt_jax.plan.devices import prepare_environment
+prepare_environment()
+from jax.experimental import topologies
+from apt_jax.parallel.mesh import make_mesh
+devices = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5p:2x2x4", num_slices=4).devices
+for sizes in ({"replica": 4, "fsdp": -1, "context": 4}, {"replica": 2, "fsdp": -1, "context": 4}):
+    mesh = make_mesh(sizes, list(devices))
+    clips = [{d.slice_index for d in clip.flat} for row in mesh.devices for clip in row]
+    copies = [{d.slice_index for d in copy.flat} for copy in mesh.devices]
+    print(len({d.id for d in mesh.devices.flat}), max(map(len, clips)), max(map(len, copies)))
+"""
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
+def test_tpu_slices_are_copies_and_no_clip_crosses_the_network():
+    done = subprocess.run([sys.executable, "-c", SLICES], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["64", "1", "1", "64", "1", "2"], done.stderr[-2000:]
+
+
 @pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
 def test_what_the_tpu_compiler_finds_no_room_for_does_not_fit(tmp_path):
     """Nothing recomputed on 16 GiB a chip: XLA:TPU ends in an error, the plan in a verdict."""
