@@ -11,9 +11,9 @@ fails, the others, which wait for it in vain, are stopped and all are started ag
 (saved after a signal, --preempted-status 75) are passed on, without another start. SIGTERM, or
 Ctrl-C, makes all processes save the same step and leave; a second one ends them at once.
 
-GPUs: with --gpus each process gets its share of CUDA_VISIBLE_DEVICES (or of --gpus N of them).
-Where there are GPUs the processes get XLA's flags for them, before what XLA_FLAGS holds, and nearly
-all of their memory.
+GPUs: each process gets its share of those in CUDA_VISIBLE_DEVICES, or of the machine's; of the first
+N of them with --gpus N. The processes get XLA's flags for GPUs, before what XLA_FLAGS holds, and
+nearly all of their memory.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1, metavar="N",
                         help="with --cpu: virtual devices of each process (default: 1)")
     parser.add_argument("--gpus", type=int, default=0, metavar="N",
-                        help="GPUs of this machine, shared out evenly (default: all to every "
-                             "process)")
+                        help="GPUs of this machine, shared out evenly (default: all)")
     parser.add_argument("command", nargs="+", help="after --: the command")
     args = parser.parse_args()
     if args.processes < 1 or args.devices < 1:
         parser.error("--processes and --devices start at 1")
+    if not args.gpus and args.processes > 1:
+        # Two processes on one GPU cannot talk: NCCL takes it for a mistake.
+        args.gpus = gpus_here(args)
     if args.gpus % args.processes:
-        parser.error(f"--gpus {args.gpus} cannot be shared out to {args.processes} processes")
+        wrong(f"{args.gpus} GPUs cannot be shared out to {args.processes} processes; give another "
+              "--gpus or --processes, or --cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and len(split(visible)) < args.gpus:
         wrong(f"--gpus {args.gpus}, but CUDA_VISIBLE_DEVICES={visible} names "
@@ -75,11 +78,17 @@ def split(devices: str) -> list[str]:
     return [device for device in devices.split(",") if device]
 
 
+def gpus_here(args: argparse.Namespace) -> int:
+    """How many GPUs the processes may use."""
+    if args.cpu or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(glob.glob("/dev/nvidia[0-9]*") if visible is None else split(visible))
+
+
 def gpu_flags(args: argparse.Namespace) -> str:
     """XLA's flags for GPUs that the installed one knows; "" where there are no GPUs to use."""
-    off = args.cpu or os.environ.get("JAX_PLATFORMS") == "cpu" or (
-        os.environ.get("CUDA_VISIBLE_DEVICES") == "")
-    if off or not (args.gpus or glob.glob("/dev/nvidia[0-9]*")):
+    if args.cpu or not (args.gpus or gpus_here(args)):
         return ""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from apt_jax.parallel.flags.check import known_value
@@ -104,9 +113,8 @@ def environment(args: argparse.Namespace, process: int, port: int, flags: str) -
         env["XLA_FLAGS"] = " ".join(
             [*others, f"--xla_force_host_platform_device_count={args.devices}"])
         env["JAX_PLATFORMS"] = "cpu"
-    else:  # processes that see the same GPUs share their memory
-        sharing = 1 if args.gpus else args.processes
-        env.setdefault(MEMORY, f"{MEM_FRACTION / sharing:g}")
+    else:
+        env.setdefault(MEMORY, f"{MEM_FRACTION:g}")
     if flags:  # the user's come last and win
         env["XLA_FLAGS"] = f"{flags} {env.get('XLA_FLAGS', '')}".strip()
     if args.gpus:

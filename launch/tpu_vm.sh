@@ -18,6 +18,7 @@ zone=${TPU_ZONE:-us-east5-a}
 type=${TPU_TYPE:-v5p-128}             # 64 chips; v6e-64, ...
 runtime=${TPU_RUNTIME:-v2-alpha-tpuv5} # v2-alpha-tpuv6e for v6e
 options=${TPU_OPTIONS:-}              # --spot, --reserved, --network=...
+patience=${TPU_PATIENCE:-7200}        # seconds that stop gives: an update and a checkpoint
 share=${TPU_SHARE:-}                  # NFS that all hosts mount as /data, e.g. 10.0.0.2:/data
 # --workdir and the data must lie on storage that all hosts see.
 
@@ -66,7 +67,7 @@ train() {
     sudo systemd-run --unit=apt_jax --uid=\"\$(id -un)\" --working-directory=\"\$PWD\" \
       --property=Restart=on-failure --property=RestartSec=10 \
       --property=StartLimitIntervalSec=3600 --property=StartLimitBurst=10 \
-      --property=RestartPreventExitStatus=2 --property=TimeoutStopSec=600 \
+      --property=RestartPreventExitStatus=2 --property=TimeoutStopSec=$patience \
       --setenv=LIBTPU_INIT_ARGS=\"\$flags\" --setenv=APT_JAX_DISTRIBUTED=1 \
       \"\$PWD/.venv/bin/apt-jax\" train --preempted-status 75 $(printf ' %q' "$@")"
 }

@@ -154,8 +154,11 @@ FIELDS: tuple[Field, ...] = (
     _f("train.log_every", 10, "steps between log lines", low=1),
     _f("train.checkpoint_every", 200, "steps between checkpoints", low=1),
     _f("train.keep", 2, "checkpoints kept", low=1),
-    _f("train.hang_seconds", 1800.0, "with several devices: a process whose step takes longer "
-       "prints its stacks and exits, to be restarted; 0 never", low=0),
+    _f("train.hang_seconds", 1800.0, "with several devices: a process whose step takes longer than "
+       "this and twice the slowest step so far prints its stacks and exits, to be restarted; 0 never",
+       low=0),
+    _f("train.first_step_seconds", 3600.0, "the same for the first step of a batch's shape, compiled "
+       "meanwhile, and for reading or writing a checkpoint", low=0),
     _f("train.sample_every", 0, "steps between sample pictures; 0 draws none", low=0),
     _f("train.sample_prompts", ("red heart", "grinning face", "cat face", "red apple"),
        "captions of the sample pictures"),

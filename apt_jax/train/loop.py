@@ -77,15 +77,15 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
     hang = config.train.hang_seconds if jax.device_count() > 1 else 0.0
     # Around all of it: devices wait for each other in a step, and processes when they restore and
     # when they leave, too.
-    with Watchdog(hang) as dog:
+    with Watchdog(hang, config.train.first_step_seconds) as dog:
         run = _Run(config, Path(workdir), quiet, dog)
         try:
             summary = run.train(dataset)
         except BaseException:
-            dog.alive(slowly=True)
+            dog.slowly()
             run.close(LEAVE_SECONDS if jax.process_count() > 1 else None)
             raise
-        dog.alive(slowly=True)
+        dog.slowly()
         run.close()
         return summary
 
@@ -179,7 +179,7 @@ class _Run:
         shapes = set()
         with Preemption() as stop:
             while step < total:
-                self.dog.alive(slowly=batch["x"].shape not in shapes)  # a new shape compiles
+                self.dog.step(new=batch["x"].shape not in shapes)
                 shapes.add(batch["x"].shape)
                 on_device = put_batch(batch, self.mesh, config.train.accumulate)
                 with jax.transfer_guard("disallow"):
@@ -204,14 +204,14 @@ class _Run:
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if step < total and (name := stop.asked(step)):
-                    self.dog.alive(slowly=True)
+                    self.dog.slowly()
                     save()
                     self.checkpoints.wait()
                     self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "
                              "same command goes on from there")
                     return self._summary("preempted", step, seconds())
             # A signal that comes now has nothing left to stop.
-            self.dog.alive(slowly=True)
+            self.dog.slowly()
             self.checkpoints.wait()
         return self._summary("complete", step, seconds())
 

@@ -3,30 +3,36 @@
 A process that waits in a collective for one that is gone waits for ever, holding its devices. The
 scheduler (or launch/local.py) restarts what exits. The timer is faulthandler's: it needs neither
 the interpreter lock nor a Python thread, so it works while jax blocks in C++.
+
+A step of a demo takes a second, one of the paper's batches of clips on eight GPUs hours: how long
+is too long follows from the steps that were seen.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import sys
+import time
 from types import TracebackType
-
-# What takes long by itself: a new batch shape compiles, the first step waits for everyone to come
-# up, and a whole state is read or written.
-SLOW_SECONDS = 3600.0
 
 
 class Watchdog:
-    """`with Watchdog(seconds) as dog: ... dog.alive()` once a step; exits with status 1 when late.
+    """`with Watchdog(seconds, slow) as dog: ... dog.step()` once a step; exits with status 1 when late.
 
-    seconds: 0 watches nothing.
+    Args:
+      seconds: what a step may take beyond twice the slowest one seen; 0 watches nothing.
+      slow: seconds for what is not like the steps before: the first step of a batch's shape, which
+        compiles and waits for everyone to come up, and reading or writing a whole state.
     """
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    def __init__(self, seconds: float, slow: float):
+        self._seconds, self._slow = seconds, slow
+        self._slowest = 0.0
+        self._begun: float | None = None  # when the step began that is under way, None in between
+        self._new = 0  # steps that may still be a new shape's
 
     def __enter__(self) -> Watchdog:
-        self.alive(slowly=True)
+        self.slowly()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -34,10 +40,23 @@ class Watchdog:
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 
-    def alive(self, slowly: bool = False) -> None:
-        """Something got on; `slowly`: what comes next may take an hour (SLOW_SECONDS)."""
-        if not self._seconds:
-            return
-        limit = max(self._seconds, SLOW_SECONDS) if slowly else self._seconds
-        # sys.__stderr__: a test or a notebook may have put something without a file in its place.
-        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+    def step(self, new: bool = False) -> None:
+        """A step begins; `new`: the first of its shape. The loop waits for a step while the next
+        one is under way, so a new one has the time of two."""
+        now = time.monotonic()
+        if self._begun is not None:
+            self._slowest = max(self._slowest, now - self._begun)
+        self._begun = now
+        self._new = 2 if new else max(0, self._new - 1)
+        limit = self._seconds + 2 * self._slowest
+        self._wait(max(self._slow, limit) if self._new else limit)
+
+    def slowly(self) -> None:
+        """What comes next is no step."""
+        self._begun = None
+        self._wait(max(self._slow, self._seconds + 2 * self._slowest))
+
+    def _wait(self, limit: float) -> None:
+        if self._seconds:
+            # sys.__stderr__: a test or a notebook may have put something without a file in its place.
+            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)

@@ -1,6 +1,8 @@
 """The shipped configs load, validate, say how they are run, and build; the 8B ones abstractly."""
 
 import ast
+import json
+import shlex
 from pathlib import Path
 
 import jax
@@ -33,6 +35,23 @@ def test_the_issues_configs_are_there():
         "demo_pretrain", "demo_consistency", "demo_image", "demo_video", "emoji_64",
         "seaweed_8b_image", "seaweed_8b_video", "wan_1_3b_consistency", "wan_1_3b_apt_image",
         "wan_1_3b_apt_video", "qwen_image"}
+
+
+def test_no_planned_update_is_taken_for_one_that_hangs():
+    """The watchdog waits for the first update at least twice as long as the plan says it takes."""
+    seen = 0
+    for file in sorted((CONFIGS.parent / "docs" / "plans").glob("*.json")):
+        found = json.loads(file.read_text())
+        command = shlex.split(found["command"])
+        if found["plan"]["devices"] == 1:  # nobody to wait for
+            continue
+        overrides = [word for word in command if word.startswith("--config.")]
+        config = load_config(CONFIGS.parent / command[command.index("--config") + 1], overrides)
+        if config.stage == "adversarial":
+            seen += 1
+            update = found["plan"]["step_seconds"]
+            assert config.train.first_step_seconds >= 2 * update, (file.name, update)
+    assert seen > 10
 
 
 @pytest.mark.parametrize("path", ALL, ids=short)

@@ -49,6 +49,7 @@ def sbatch(stand_ins, tmp_path, srun):
     stand_ins("scontrol")
     env = {**stand_ins.env, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path),
            "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "5",
+           "SLURM_CPUS_PER_TASK": "64",
            "APT_JAX_VENV": str(tmp_path / "venv"), "APT_JAX_RESTARTS": "2", "XLA_FLAGS": "--mine"}
     return subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "--config", "a b.py"], env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -70,6 +71,8 @@ def sbatch(stand_ins, tmp_path, srun):
 def test_slurm_starts_again_what_can_go_on(stand_ins, tmp_path, statuses, ends, queued):
     """The nth of `statuses`: what srun ends with in attempt n, then what tasks left."""
     code = f"""
+[ "$1" = "--cpus-per-task=64" ] || exit 96  # srun does not take sbatch's by itself
+shift
 [ "$*" = "--kill-on-bad-exit=1 apt-jax train --preempted-status 75 --config a b.py" ] || exit 99
 [ "$7" = "a b.py" ] && [ "$XLA_FLAGS" = "--xla_of=gpu --hosts=5 --mine" ] || exit 98
 echo >> {tmp_path}/count

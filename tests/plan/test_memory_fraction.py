@@ -36,7 +36,7 @@ def test_the_jobset_for_gpus():
 
 
 def test_processes_of_one_machine(monkeypatch):
-    """Each has its own GPUs, or they share the memory of all; a setting of the user's wins."""
+    """Each has its own GPUs; a setting of the user's wins."""
     environment = runpy.run_path(str(LAUNCH / "local.py"))["environment"]
 
     def found(gpus=0, cpu=False):
@@ -45,7 +45,6 @@ def test_processes_of_one_machine(monkeypatch):
 
     monkeypatch.delenv(NAME, raising=False)
     assert float(found(gpus=2)) == pytest.approx(1 - RESERVE)
-    assert float(found()) == pytest.approx((1 - RESERVE) / 2)
     assert found(cpu=True) is None
     monkeypatch.setenv(NAME, "0.3")
     assert found(gpus=2) == "0.3"

@@ -15,6 +15,7 @@ import pytest
 from apt_jax.errors import UserError
 from apt_jax.parallel.flags import environment_value
 from apt_jax.parallel.mesh import make_mesh
+from apt_jax.train import watchdog
 from apt_jax.train.distributed import Job, batch_part, describe, find_job, start
 from apt_jax.train.preemption import Preemption
 
@@ -125,12 +126,38 @@ def test_a_process_says_where_it_is():
 
 
 def test_a_hanging_step_ends_the_process_with_its_stacks():
-    code = ("import time\nfrom apt_jax.train import watchdog\nwatchdog.SLOW_SECONDS = 0\n"
+    code = ("import time\nfrom apt_jax.train.watchdog import Watchdog\n"
             "def waiting_for_the_others():\n    time.sleep(60)\n"
-            "with watchdog.Watchdog(0.2) as dog:\n    dog.alive()\n    waiting_for_the_others()\n")
+            "with Watchdog(0.2, 0) as dog:\n    dog.step()\n    waiting_for_the_others()\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "waiting_for_the_others" in done.stderr
+
+
+def test_how_long_a_step_may_take_follows_from_those_before(monkeypatch):
+    """Hours an update on a few devices are no hang; a step of that length is known after the second
+    one began, because the loop waits for a step while the next is under way."""
+    now, limits = [0.0], []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later",
+                        lambda limit, **_: limits.append(limit))
+    with watchdog.Watchdog(1800, 3600) as dog:
+        now[0] = 900  # restored
+        dog.step(new=True)
+        now[0] = 960  # compiled and started
+        dog.step()
+        now[0] = 4460  # the first one is done
+        dog.step()
+        now[0] = 7960
+        dog.step(new=True)  # a batch of clips
+        dog.slowly()
+        now[0] = 17960  # written
+        dog.step()
+    assert limits == [3600, 3600, 3600, 1800 + 7000, 8800, 8800, 8800]
+    limits.clear()
+    with watchdog.Watchdog(0, 3600) as dog:
+        dog.step()
+    assert not limits
 
 
 def launcher(*arguments, code, **options):
@@ -223,6 +250,18 @@ def test_the_launcher_complains_in_one_line(arguments, visible, says):
     done = subprocess.run([sys.executable, LOCAL, *arguments], capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": visible})
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_processes_share_the_gpus_of_the_machine_out():
+    """Without --gpus too: NCCL refuses two processes on one GPU."""
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    job = launcher("--processes", "2", code=code, env={**env, "CUDA_VISIBLE_DEVICES": "1,3,5,7"})
+    out, said = job.communicate(timeout=300)
+    assert job.returncode == 0 and sorted(out.splitlines()) == ["[0] 1,3", "[1] 5,7"], said
+    job = launcher("--processes", "2", code=code, env={**env, "CUDA_VISIBLE_DEVICES": "1"})
+    assert "1 GPUs cannot be shared out to 2 processes" in job.communicate(timeout=300)[1]
+    assert job.returncode == 2
 
 
 def test_the_launcher_sets_flags_and_memory_of_gpus():

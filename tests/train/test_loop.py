@@ -106,14 +106,14 @@ def test_a_signal_in_the_last_step_has_nothing_left_to_stop(copy, monkeypatch, c
 
     monkeypatch.setattr(loop, "Preemption", Signalled)
     waits = []
-    monkeypatch.setattr(loop, "Watchdog", lambda seconds: waits.append(seconds) or Watchdog(0))
+    monkeypatch.setattr(loop, "Watchdog", lambda *seconds: waits.append(seconds) or Watchdog(0, 0))
     summary = train(emoji_config(train__log_every=1, train__steps=5, train__hang_seconds=77.0),
                     copy, quiet=True)
     assert (summary["status"], summary["step"]) == ("complete", 5)
     said = capsys.readouterr().err
     assert "SIGTERM" not in said
     assert f"tiny: process 0 of 1: pid {os.getpid()} on " in said
-    assert jax.device_count() > 1 and waits == [77.0]  # devices wait for each other too
+    assert jax.device_count() > 1 and waits == [(77.0, 3600.0)]  # devices wait for each other too
 
 
 def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(copy, whole, capsys):
