@@ -30,5 +30,9 @@ def test_between_hosts_every_member_brings_its_port():
     assert link_rate(range(8), chip) == chip.fast
     assert link_rate(range(16), chip) == 8 * chip.slow  # eight ports a host, less than the fast net
     assert link_rate((0, 8, 16, 24), chip) == chip.slow
+    few, alone = parse_topology("h100:2x4").chip, parse_topology("h100:8x1").chip
+    assert link_rate(range(4), few) == few.fast
+    assert link_rate(range(8), few) == 4 * few.slow and link_rate((0, 4), few) == few.slow
+    assert link_rate(range(8), alone) == link_rate((0, 1), alone) == alone.slow
     tpu = parse_topology("v5p:4x4x4").chip
     assert link_rate(range(64), tpu) == tpu.fast
