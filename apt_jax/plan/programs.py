@@ -153,6 +153,8 @@ def training_programs(config: Any, devices: list) -> list[Program]:
     setup = set_up(config, mesh)
     steps = build_steps(config, setup.nets, setup.optimizers, mesh, setup.shardings)
     state, frozen = setup.abstract, _frozen(config, setup, mesh)
+    teacher = {**frozen.get("teacher", {}), **{
+        name: frozen[name] for name in ("null_text", "null_mask") if name in frozen}}
     inputs = abstract_batch(config, mesh, batch)
 
     def reference(name: str, remat: str | None) -> tuple[Any, tuple]:
@@ -166,7 +168,8 @@ def training_programs(config: Any, devices: list) -> list[Program]:
 
     return [Program(STEP_NAMES[name], step, (state, frozen, inputs),
                     functools.partial(reference, name),
-                    {**_parts(state), "teacher": frozen.get("teacher", {}), "batch": inputs},
+                    {**_parts(state), "untrained weights": setup.bases, "teacher": teacher,
+                     "batch": inputs},
                     batch, microbatches(config.train.accumulate, batch, mesh),
                     context_minimum=context_minimum(config, mesh, batch, STEP_NAMES[name]),
                     keeps_attention=config.model.remat in KEEP_ATTENTION)

@@ -44,6 +44,20 @@ def live_bytes(tree):
                for shard in leaf.addressable_shards if shard.device == device)
 
 
+@pytest.mark.parametrize(("overrides", "untrained"), [
+    ((), ()), (("--config.lora.rank=2", "--config.lora.discriminator=True"), ("untrained weights",)),
+    (("--config.stage=consistency", "--config.lora.rank=2"), ("untrained weights", "teacher"))])
+def test_every_argument_of_a_step_has_a_row(overrides, untrained):
+    config = validate(load_config("configs/demo_image.py", [
+        "--config.model.depth=2", "--config.discriminator.taps=2,", "--config.mesh.fsdp=8", *overrides]))
+    for program in training_programs(config, jax.devices()):
+        state = program.args[0]
+        rows = {name: shard_bytes(tree) for name, tree in program.parts.items()}
+        assert sum(rows.values()) + shard_bytes([state["step"], state["key"]]) == shard_bytes(
+            program.args)
+        assert all(rows[name] > rows["generator"] for name in untrained)
+
+
 def test_arguments_and_outputs_are_the_live_bytes_exactly(measured):
     _, _, programs, results = measured
     for program, result in zip(programs, results, strict=True):
