@@ -15,6 +15,7 @@ from apt_jax.errors import UserError
 from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.kernels.dispatch import Request, refusal as cannot_serve
 from apt_jax.parallel.mesh import make_mesh
+from apt_jax.plan.advice import launch_notes
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
 from apt_jax.plan.kept import Kept
@@ -27,6 +28,9 @@ log = logging.getLogger("apt_jax")
 # What the driver, the collective library and the allocator's rounding take of a device's memory.
 # The launch files give jax the rest (XLA_PYTHON_CLIENT_MEM_FRACTION; it would take 0.75 by itself).
 RESERVE = 0.06
+# What is tried: heads are cut over tensor and one host's links carry it; context may leave the host;
+# shards of larger copies are thinner than a row of the weights.
+WIDEST_TENSOR, WIDEST_CONTEXT, LARGEST_COPY = 8, 16, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Plan:
 
     batch: samples of one update over all devices. usable: bytes of a device that a program may
     take. remedy: the smallest change found that fits, "" where none was found, None where none was
-    looked for. forward: FLOPs of the generator for one sample.
+    looked for. forward: FLOPs of the generator for one sample. notes: what the launch must know
+    (advice.py).
     """
 
     topology: Topology
@@ -46,6 +51,7 @@ class Plan:
     programs: tuple[Measurement, ...]
     remedy: str | None = None
     forward: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def usable(self) -> int:
@@ -103,7 +109,8 @@ class Plan:
             "parameters": self.parameters,
             "fits": self.fits, "peak_gib": self.peak / GIB, "usable_gib": self.usable / GIB,
             "flops_forward_tflop": self.forward / 1e12,
-            "step_seconds": self.step, "remedy": self.remedy, "programs": programs,
+            "step_seconds": self.step, "remedy": self.remedy, "notes": list(self.notes),
+            "programs": programs,
         }
 
 
@@ -158,8 +165,10 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     if config.stage == "adversarial":
         parameters["discriminator"] = make_discriminator(
             config.model, config.discriminator).parameter_count()
-    return Plan(topology, dict(mesh.shape), batch, tokens, parameters, tuple(measured),
-                forward=forward_flops(config, devices, measured))
+    found = Plan(topology, dict(mesh.shape), batch, tokens, parameters, tuple(measured),
+                 forward=forward_flops(config, devices, measured))
+    return dataclasses.replace(
+        found, notes=launch_notes(config, topology.devices, found.step))
 
 
 def forward_flops(config: Any, devices: list, measured: list[Measurement]) -> float:
@@ -184,23 +193,32 @@ def for_chip(config: Any, topology: Topology, hardware: Hardware) -> Any:
     return config
 
 
-def remedies(config: Any, found: Plan) -> list[tuple[str, Any]]:
-    """What a user can change so that it fits, mildest first: (key, value)."""
-    wanted = [("train.accumulate", 0),  # the same batch, one sample at a time
-              ("model.remat", "full"),
-              ("mesh.context", 2), ("mesh.context", 4), ("mesh.context", 8)]
-    # The samples themselves: only where they are large beside what is missing.
+def remedies(config: Any, found: Plan) -> list[dict[str, Any]]:
+    """What a user can change so that it fits, mildest first: key -> value, of one change.
+
+    found: its plan, which does not fit; its mesh has the sizes that -1 stands for.
+    """
+    wanted = [{"train.accumulate": 0}]  # the same batch, one sample at a time
+    if found.mesh.get("replica", 1) > 1:  # one copy of the parameters over all devices
+        wanted.append({"mesh.replica": 1, "mesh.fsdp": -1})
+    wanted.append({"model.remat": "full"})
+    wider = [size for size in _divisors(found.topology.devices, WIDEST_CONTEXT)
+             if size > found.mesh.get("context", 1)]
+    # The wider axis needs devices that a fixed size would keep.
+    wanted += [{"mesh.context": size, "mesh.fsdp": -1} for size in wider[:3]]
     worst = max(found.programs, key=lambda p: p.peak)
     if worst.name == INFERENCE:  # takes one sample as it is and keeps nothing for a backward pass
-        wanted = [(key, value) for key, value in wanted if key == "mesh.context"]
+        wanted = [change for change in wanted if "mesh.fsdp" in change]
+    # The samples themselves: only where they are large beside what is missing.
     clips = max(config.data.frames) > 1 and config.train.clip_batch_size > 0
     key = "clip_batch_size" if clips else "batch_size"
     for part in (2, 4):
         saved = worst.parts.get("batch", 0) * (1 - 1 / part)
         if config.train[key] >= part and saved > (worst.peak - found.usable) / 2:
-            wanted.append((f"train.{key}", config.train[key] // part))
-    return [(key, value) for key, value in wanted
-            if config[key.split(".")[0]][key.split(".")[1]] != value]
+            wanted.append({f"train.{key}": config.train[key] // part})
+    changes = [{key: value for key, value in change.items()
+                if config[key.split(".")[0]][key.split(".")[1]] != value} for change in wanted]
+    return [change for change in changes if change]
 
 
 def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -> str:
@@ -211,13 +229,12 @@ def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -
     worst = max(found.programs, key=lambda p: p.peak).name
     inference = any(p.name == INFERENCE for p in found.programs)
     for count in (1, 2):
-        for changes in itertools.combinations(remedies(config, found), count):
-            if len({key for key, _ in changes}) < count:
-                continue
-            if any(key == "mesh.context" for key, _ in changes) and config.mesh.fsdp != -1:
-                changes = (*changes, ("mesh.fsdp", -1))  # makes room for the wider axis
+        for parts in itertools.combinations(remedies(config, found), count):
+            changes = {key: value for part in parts for key, value in part.items()}
+            if any(changes[key] != value for part in parts for key, value in part.items()):
+                continue  # two sizes of one axis
             changed = config.copy_and_resolve_references()
-            for key, value in changes:
+            for key, value in changes.items():
                 group, field = key.split(".")
                 changed[group][field] = value
             try:
@@ -225,23 +242,28 @@ def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -
             except (UserError, jax.errors.JaxRuntimeError):
                 continue  # a mesh that does not fit the devices or the heads, or the compiler
             if fitting.fits:
-                return " ".join(f"--config.{key}={value}" for key, value in changes)
+                return " ".join(f"--config.{key}={value}" for key, value in changes.items())
     return ""
 
 
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
 def mesh_shapes(config: Any, devices: int) -> Iterator[dict[str, int]]:
-    """Every mesh of the four axes that the devices, the model's heads and the batch allow."""
-    heads = config.model.heads
-    for tensor in (1, 2, 4, 8):
-        for context in (1, 2, 4, 8, 16):
-            if devices % (tensor * context) or heads % tensor:
-                continue
+    """Every mesh of all the devices that the batch, and for tensor the heads, allow: tensor up to
+    WIDEST_TENSOR, context up to WIDEST_CONTEXT, copies of at most LARGEST_COPY devices.
+
+    The model may still refuse one for its widths or heads.
+    """
+    for tensor in _divisors(devices, WIDEST_TENSOR):
+        if config.model.heads % tensor:
+            continue
+        for context in _divisors(devices // tensor, WIDEST_CONTEXT):
             rest = devices // (tensor * context)
             if rest * (config.train.accumulate or 1) > asked_batch(config):
                 continue  # more ways than samples
-            for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
-                if fsdp * context * tensor > 256:  # shards thinner than a row of the weights
-                    continue
+            for fsdp in _divisors(rest, LARGEST_COPY // (context * tensor)):
                 yield {"replica": rest // fsdp, "fsdp": fsdp, "context": context,
                        "tensor": tensor}
 

@@ -69,7 +69,7 @@ def format_plan(plan: Plan) -> str:
     if waits:
         blocks.append(lay_out(["exposed in the layers", "kind", "axes", "MiB", "times", "one takes",
                                "hidden"], waits))
-    notes = [f"{p.name}: {note}" for p in plan.programs for note in p.notes]
+    notes = [*plan.notes, *(f"{p.name}: {note}" for p in plan.programs for note in p.notes)]
     if notes:
         shown = notes[:12] + ([f"and {len(notes) - 12} more"] if len(notes) > 12 else [])
         blocks.append("notes\n" + "\n".join(f"  {note}" for note in shown))

@@ -8,8 +8,9 @@ import pytest
 from apt_jax.config import load_config
 from apt_jax.errors import UserError
 from apt_jax.kernels.choice import Hardware
-from apt_jax.parallel.mesh import check_batch
+from apt_jax.parallel.mesh import check_batch, resolve_sizes
 from apt_jax.plan import run
+from apt_jax.plan.advice import launch_notes
 from apt_jax.plan.chips import GIB, parse_topology
 from apt_jax.plan.collectives import Collective
 from apt_jax.plan.flops import Flops
@@ -173,8 +174,60 @@ def test_a_smaller_batch_is_the_last_remedy_and_only_where_samples_are_large():
     config.train.batch_size, large = 1024, made(peak=81 * GIB)
     held = dataclasses.replace(large.programs[0], parts={"batch": 16 * GIB})
     found = run.remedies(config, dataclasses.replace(large, programs=(held,)))
-    assert found[-2:] == [("train.batch_size", 512), ("train.batch_size", 256)]
-    assert not [key for key, _ in run.remedies(config, large) if key == "train.batch_size"]
+    assert found[-2:] == [{"train.batch_size": 512}, {"train.batch_size": 256}]
+    assert not [change for change in run.remedies(config, large) if "train.batch_size" in change]
+
+
+def test_copies_are_given_up_first_and_context_only_gets_wider():
+    config = load_config("configs/demo_image.py", [
+        "--config.train.accumulate=0", "--config.model.remat=full", "--config.mesh.replica=8",
+        "--config.mesh.fsdp=1"])
+
+    def wanted(topology="h100:1x8", name="D step", **mesh):
+        return run.remedies(config, dataclasses.replace(
+            made(topology, peak=90 * GIB, name=name), mesh={"replica": 1, "context": 1, **mesh}))
+
+    one_copy = {"mesh.replica": 1, "mesh.fsdp": -1}
+    assert wanted(replica=8)[0] == wanted(name=run.INFERENCE, replica=8)[0] == one_copy
+    config.mesh.fsdp = -1
+    assert wanted(replica=8)[0] == {"mesh.replica": 1}  # the rest stands there already
+    config.mesh.replica = 1
+    assert wanted(context=4) == [{"mesh.context": 8}]
+    assert wanted("h100:8x8", context=4) == [{"mesh.context": 8}, {"mesh.context": 16}]
+    assert [change["mesh.context"] for change in wanted("h100:1x6")] == [2, 3, 6]
+
+
+def test_copies_that_do_not_fit_are_mended_by_one(monkeypatch):
+    config = load_config("configs/demo_image.py", [
+        "--config.train.accumulate=0", "--config.model.remat=full", "--config.mesh.replica=8",
+        "--config.mesh.fsdp=1"])
+
+    def plan(config, topology, inference, first):
+        resolve_sizes(config.mesh, topology.devices)
+        return made(peak=(90 if config.mesh.replica > 1 else 20) * GIB)
+
+    monkeypatch.setattr(run, "plan", plan)
+    large = dataclasses.replace(made(peak=90 * GIB), mesh={"replica": 8, "fsdp": 1, "context": 1})
+    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == (
+        "--config.mesh.replica=1 --config.mesh.fsdp=-1")
+
+
+def test_a_launch_of_long_updates_is_told_its_patience_and_its_grace():
+    config = load_config("configs/demo_image.py", [])
+    config.train.hang_seconds, config.train.first_step_seconds = 1800.0, 3600.0
+    assert launch_notes(config, 8, 299.0) == ()
+    (grace,) = launch_notes(config, 8, 1750.0)
+    assert "1,750 s" in grace and "grace of 2100 s" in grace and "--signal=B:USR1@" in grace
+    patience, grace = launch_notes(config, 8, 10_442.0)
+    assert "--config.train.first_step_seconds=21000" in patience and "3,600 s" in patience
+    config.train.first_step_seconds = 21_600.0
+    assert launch_notes(config, 8, 10_442.0) == (grace,)
+    config.train.first_step_seconds = 3600.0
+    assert launch_notes(config, 1, 10_442.0) == (grace,)  # nothing to wait for, nobody watches
+    config.train.hang_seconds = 0.0
+    assert launch_notes(config, 8, 10_442.0) == (grace,)  # switched off
+    long = dataclasses.replace(made(), notes=(grace,))
+    assert f"  {grace}" in format_plan(long) and long.to_json()["notes"] == [grace]
 
 
 def test_the_sweep_ranks_what_fits_by_time_a_sample(monkeypatch):
@@ -183,6 +236,11 @@ def test_the_sweep_ranks_what_fits_by_time_a_sample(monkeypatch):
     config.train.accumulate = 1
     shapes = list(run.mesh_shapes(config, 8))
     assert shapes and all(s["replica"] * s["fsdp"] <= 4 for s in shapes)  # of four samples
+    config.model.heads = 12
+    twelve = list(run.mesh_shapes(config, 12))
+    assert {s["context"] for s in twelve} == {1, 2, 3, 4, 6, 12}
+    assert {s["tensor"] for s in twelve} == {1, 2, 3, 4, 6}
+    config.model.heads = 8
 
     def plan(config, topology, inference):
         if config.mesh.tensor > 1:
