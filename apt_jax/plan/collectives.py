@@ -30,6 +30,7 @@ class Collective:
       group: devices of one group.
       dtype: of what travels; of several arrays, the one that most of the bytes have.
       bytes: of the whole result (all-gather), the whole input (reduce-scatter) or the array.
+      float32: the part of the bytes that are float32, whatever else travels with them.
       wire: bytes that each device sends, on a ring.
       times: runs per call of the program.
       steady: it runs more often than there are microbatches: inside the loop over the layers.
@@ -50,6 +51,7 @@ class Collective:
     members: tuple[int, ...] = ()
     seconds: float = 0.0
     hidden: float = 0.0
+    float32: int = 0
 
 
 def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | None = None,
@@ -95,11 +97,13 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
             if kind == "all-reduce" and "all-reduce-scatter" in computation:
                 kind = "reduce-scatter"  # how TPUs spell it: a fusion that keeps one slice
             wire = _wire(kind, total, size)
+            wide = _bytes([a for a in arrays if a.dtype == "f32"]) / max(1, _bytes(arrays))
             found[key] = Collective(
                 instruction.name, kind, _axes(members, groups_of_axes, kind), size,
                 _dtype(arrays), total, wire, times, times > microbatches,
                 members[0] if members else (),
-                wire / link_rate(members[0] if members else (), chip) if chip else 0.0)
+                wire / link_rate(members[0] if members else (), chip) if chip else 0.0,
+                float32=round(total * wide))
     if chip is None:
         return list(found.values())
     played = Timeline(program, chip,

@@ -244,11 +244,12 @@ def _notes(program: Program, found: list[Collective], shape: dict[str, int]) -> 
     reduce-scatter would do or where only tokens should travel, from SUM_BYTES on."""
     notes = []
     for c in found:
-        if c.bytes < (SUM_BYTES if c.kind == "all-reduce" else NOTE_BYTES):
+        size = c.float32 if c.kind == "all-gather" else c.bytes
+        if size < (SUM_BYTES if c.kind == "all-reduce" else NOTE_BYTES):
             continue
-        what = f"of {c.bytes / 2**20:.0f} MiB, {c.times:g} times ({c.name})"
+        what = f"of {size / 2**20:.0f} MiB, {c.times:g} times ({c.name})"
         axes = set(c.axes.split("+"))
-        if c.kind == "all-gather" and c.dtype == "f32":
+        if c.kind == "all-gather":
             where = "in the layers" if c.steady else "outside the layers"
             notes.append(f"float32 all-gather over {c.axes}, {where}, {what}")
         if not program.training or c.kind != "all-reduce":
@@ -256,7 +257,9 @@ def _notes(program: Program, found: list[Collective], shape: dict[str, int]) -> 
         if "fsdp" in axes:
             notes.append(f"all-reduce over {c.axes}, where a reduce-scatter would do, {what}")
         elif "context" in axes:
-            notes.append(f"all-reduce over {c.axes}, which the parameters are cut over too, {what}")
+            # XLA names no array: it may be what the context's devices share, a sample's text
+            notes.append(f"all-reduce over {c.axes}, of gradients of a sample's text or of "
+                         f"parameters, {what}")
     if math.prod(shape.values()) > 1:
         for name, tree in program.parts.items():
             if name == "batch":  # its few samples on many devices are no mistake

@@ -197,6 +197,11 @@ def test_joined_arrays_have_the_type_of_most_bytes():
                     "replica_groups=[1,8]<=[8], dimensions={0}")
     (found,) = collectives(program, {"fsdp": 8})
     assert found.dtype == "bf16" and found.bytes == 2 * 4096**2 + 64 * 4
+    assert found.float32 == 64 * 4
+    scattered = entry("ROOT %s = (f32[64]{0}, bf16[64]{0}) reduce-scatter(%p, %q), "
+                      "replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add")
+    (found,) = collectives(scattered, {"fsdp": 8})
+    assert found.float32 == 8 * 64 * 4 and found.bytes == 8 * 64 * 6
 
 
 def test_other_text_is_refused():

@@ -264,7 +264,7 @@ def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
     def one(name, kind="all-gather", axes="fsdp", dtype="bf16", steady=True, hidden=1.0,
             size=2**27):
         return Collective(name, kind, axes, 8, dtype, size, float(size), 72.0, steady, (), 1e-3,
-                          hidden)
+                          hidden, size * (dtype == "f32"))
 
     found = [one("a", hidden=0.2), one("b"), one("c", steady=False, hidden=0.0),
              one("d", dtype="f32", steady=False), one("e", "all-reduce", "context"),
@@ -287,6 +287,9 @@ def test_what_waits_in_the_layers_is_listed_and_notes_name_what_is_large():
     assert [n for n in notes if "(e)" in n and "context" in n]
     assert [n for n in notes if "(f)" in n and "reduce-scatter" in n] and len(notes) == 4
     assert [n for n in notes if "(i)" in n and "8 MiB" in n]
+    joined = dataclasses.replace(found[0], bytes=2**30, float32=2**27)  # most of it bfloat16
+    assert "float32 all-gather over fsdp, in the layers, of 128 MiB" in _notes(
+        program, [joined], {"fsdp": 1})[0]
     assert len(_notes(dataclasses.replace(program, training=False), found, {"fsdp": 1})) == 1
 
 
