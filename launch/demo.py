@@ -119,7 +119,7 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int) -> tupl
     entry("apt_1_raw", raw, [{}], "one_step")
     entry("apt_2", averaged, [{"time": t} for t in TWO_STEP_TIMES], "two_step")
     facts = {"train": len(split.frames), "frames": KINDS[kind], "height": split.frames.shape[2],
-             "width": split.frames.shape[3], "projection": reference.hash[:16]}
+             "width": split.frames.shape[3], "reference": reference.hash[:16]}
     return entries, facts
 
 

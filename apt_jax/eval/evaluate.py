@@ -123,7 +123,7 @@ def format_result(result: dict, name: str) -> str:
         body.append(row(label + (" (best)" if "sweep" in result and entry is best else ""), entry))
     lines = [lay_out(headings, body), "",
              "Floor: halves of {:,} and {:,}; ".format(*floor_["halves"]) +
-             f"{best['dim']} dimensions, projection {best['projection'][:12]}."]
+             f"{best['dim']} dimensions, reference {best['reference'][:12]}."]
     if "held_out" in result:
         kid = result["held_out"]
         lines.append(

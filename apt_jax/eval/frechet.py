@@ -3,8 +3,8 @@
 Heusel et al., "GANs trained by a two time-scale update rule" (NeurIPS 2017), equation 6. A
 covariance of 1280 dimensions needs far more pictures than a small data set has, so features are
 first projected on the principal components of the *whole* training reference (`Projection`, 128 of
-them). The projection is fitted once, on real data only, and carries its hash: distances may be
-compared only where the hash is the same.
+them). The projection is fitted once, on real data only. Distances may be compared only where they
+were measured against the same data in as many dimensions (`measure.Reference.hash`).
 """
 
 import hashlib
@@ -56,7 +56,8 @@ class Projection:
 
     @property
     def hash(self) -> str:
-        """sha256 over both arrays, the identity of the space that distances are measured in."""
+        """sha256 over both arrays, to tell an altered file. Fitted anew on another machine the same
+        data give the same space and another hash: eigenvectors are not exact in their last bits."""
         digest = hashlib.sha256(np.ascontiguousarray(self.mean).tobytes())
         digest.update(np.ascontiguousarray(self.components).tobytes())
         return digest.hexdigest()

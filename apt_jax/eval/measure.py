@@ -75,10 +75,14 @@ class Reference:
             _write(path, features, projection, motion)
         return cls(frames, features, projection, motion)
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Hash of the projection; distances compare only where it is equal."""
-        return self.projection.hash
+        """Hash of the frames, the network and dim: distances compare only where it is equal.
+
+        It is exact. The projection's own hash is not: its last bits differ with the machine and
+        the number of threads, and move a distance by 1e-12 of itself.
+        """
+        return _key(self.frames, self.projection.dim)
 
     @cached_property
     def sharpness(self) -> float:
@@ -98,7 +102,7 @@ def measure(frames: np.ndarray, reference: Reference, extract=None, label: str =
     """Distance and sharpness of samples uint8 [N, F, H, W, 3].
 
     Returns {"fd", "sharpness", "sharpness_ratio" (to the data's), "n", "frames", "dim",
-    "projection" (hash)} and, where F > 1, "fd_motion". `features` [N, F, 1280] may be given where
+    "reference" (its hash)} and, where F > 1, "fd_motion". `features` [N, F, 1280] may be given where
     they are known. Raises UserError where the size differs from the reference's or n is too small.
     """
     frames = np.asarray(frames)
@@ -115,7 +119,7 @@ def measure(frames: np.ndarray, reference: Reference, extract=None, label: str =
         "n": len(frames),
         "frames": frames.shape[1],
         "dim": reference.projection.dim,
-        "projection": reference.hash,
+        "reference": reference.hash,
     }
     result["sharpness_ratio"] = result["sharpness"] / max(reference.sharpness, 1e-12)
     if reference.motion is not None:
@@ -128,9 +132,12 @@ def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
     """Real against real: FD between two random disjoint halves, the mean over `splits` splits.
 
     Returns {"fd", "fd_low", "fd_high" (smallest and largest split), "sharpness", "n" (real samples
-    in both halves), "halves" (their sizes), "splits", "frames", "dim", "projection"} and
-    "fd_motion" for clips. Clips are split whole. Halves are smaller than the sets that samples are
-    measured with, and an FD's bias falls with n: the floor of equal sizes would be a little lower.
+    in both halves together), "halves" (what each distance is measured with), "splits", "frames",
+    "dim", "reference"} and "fd_motion" for clips. Clips are split whole.
+
+    An FD is biased upwards, the more the fewer samples it has: the floor of halves lies above what
+    as many real samples as the data has would score, and a good generator's FD, measured with all,
+    may lie below it. Tables therefore show the size of a half (eval/table.py).
     """
     rng = np.random.default_rng(seed)
     total = len(reference.features)
@@ -150,7 +157,7 @@ def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
         "sharpness": reference.sharpness, "sharpness_ratio": 1.0,
         "n": total, "halves": [half, total - half], "splits": splits,
         "frames": reference.frames.shape[1], "dim": reference.projection.dim,
-        "projection": reference.hash,
+        "reference": reference.hash,
     }
     if motions:
         result["fd_motion"] = float(np.mean(motions))
@@ -162,6 +169,7 @@ def _moments(features: np.ndarray, projection: Projection, what: str) -> Moments
 
 
 def _key(frames: np.ndarray, dim: int) -> str:
+    frames = np.ascontiguousarray(frames)
     digest = hashlib.sha256(f"{mobilenet.identity()} {frames.shape} {frames.dtype} {dim}".encode())
     digest.update(frames.data)
     return digest.hexdigest()[:24]

@@ -19,7 +19,8 @@ def spread(summaries: Mapping[str, dict]) -> dict[str, Any]:
 
     Args:
       summaries: name of a run -> its summary.json. They must be of the same length and data, and
-        their seeds must differ.
+        their seeds must differ. The data are the same where name, counts, sizes and the hash of
+        the reference are; summaries of older versions have no such hash and go by the rest.
 
     Returns:
       {"runs", "seeds", "length", "image" and "video": {entry: {measure: {"mean", "sd", "values"}}},
@@ -34,10 +35,13 @@ def spread(summaries: Mapping[str, dict]) -> dict[str, Any]:
     seeds = {name: summary.get("seed") for name, summary in summaries.items()}
     if len(set(seeds.values())) < len(seeds):
         raise UserError(f"the runs' seeds are {seeds}; give runs of different seeds")
-    for what in ("length", "data"):
-        values = [summary.get(what) for summary in summaries.values()]
-        if any(value != values[0] for value in values):
-            raise UserError(f"the runs differ in {what}; give runs of one study")
+    _same("length", [summary.get("length", "short") for summary in summaries.values()])
+    data = [summary.get("data") for summary in summaries.values()]
+    _same("data", [_facts(value) for value in data])
+    for kind in KINDS:
+        hashes = {str(value[kind]["reference"]) for value in data if isinstance(value, dict)
+                  and isinstance(value.get(kind), dict) and "reference" in value[kind]}
+        _same(f"data ({KINDS[kind].lower()} of other pixels)", list(hashes))
     first = next(iter(summaries.values()))
     found: dict[str, Any] = {"runs": list(summaries), "seeds": list(seeds.values()),
                              "length": first.get("length", "short")}
@@ -51,6 +55,22 @@ def spread(summaries: Mapping[str, dict]) -> dict[str, Any]:
          "holds": [g.holds for g in each]}
         for each in zip(*(gates(summary) for summary in summaries.values()), strict=True)]
     return found
+
+
+def _same(what: str, values: list) -> None:
+    if any(value != values[0] for value in values):
+        raise UserError(f"the runs differ in {what}; give runs of one study")
+
+
+def _facts(data: Any) -> Any:
+    """A summary's data without its hashes.
+
+    The projection's, which older versions wrote, differs between machines on the same data.
+    """
+    if not isinstance(data, dict):
+        return data
+    return {key: _facts(value) for key, value in data.items()
+            if key not in ("projection", "reference")}
 
 
 def _measures(entries: list[dict]) -> dict[str, dict]:

@@ -51,6 +51,33 @@ def test_runs_that_cannot_be_compared(change, says):
         spread({})
 
 
+def test_committed_summaries_of_one_data_set_compare():
+    """Two studies on two machines: the floors agree, the projections' hashes do not."""
+    results = ROOT / "docs" / "results"
+    short = json.loads((results / "demo" / "summary.json").read_text())
+    long = json.loads((results / "demo-long" / "demo-long-0.json").read_text())
+    ours, theirs = (summary["data"]["video"]["projection"] for summary in (short, long))
+    assert ours != theirs
+    found = spread({"a": long, "b": {**short, "length": "long", "seed": 1}})
+    assert found["video"]["floor"]["fd"]["sd"] < 1e-9
+    # A summary of today names the pixels instead; it compares with the older ones too.
+    today = [copy.deepcopy(long) for _ in range(2)]
+    for seed, one in enumerate(today, 1):
+        one["seed"] = seed
+        for kind in ("image", "video"):
+            del one["data"][kind]["projection"]
+            one["data"][kind]["reference"] = "c0ffee"
+    runs = dict(zip("abc", (long, *today)))
+    assert spread(runs)["seeds"] == [0, 1, 2]
+    today[1]["data"]["video"]["reference"] = "c0ffe0"
+    with pytest.raises(UserError, match="clips of other pixels"):
+        spread(runs)
+    del today[1]["data"]["video"]["reference"]
+    today[1]["data"]["video"]["train"] += 1
+    with pytest.raises(UserError, match="differ in data"):
+        spread(runs)
+
+
 def test_the_command_writes_what_it_prints(tmp_path):
     for seed in (0, 1):
         (tmp_path / f"run{seed}").mkdir()
