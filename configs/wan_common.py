@@ -90,6 +90,7 @@ def adversarial(config):
     config.optimizer.decay = 0.9
     config.optimizer.weight_decay = 0.0
     config.train.ema_decay = 0.995
-    config.train.checkpoint_every = 2  # 40 minutes of clips on 8 H100s with 1.3B, 2 hours on 64 with 14B
-    config.train.first_step_seconds = 10800.0  # an update of 14B's clips is over an hour on 64 H100s
+    # Two updates of clips are 40 minutes for 1.3B on 8 H100s and two hours for 14B on 64.
+    config.train.checkpoint_every = 2
+    config.train.first_step_seconds = 10800.0
     return config

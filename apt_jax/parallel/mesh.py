@@ -107,7 +107,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def _placed(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices in the mesh's shape, those that talk most on the fastest links.
 
-    Not `jax.make_mesh`: it refuses devices of more than one slice, and jax calls every GPU host one.
+    Not `jax.make_mesh`: it refuses devices of more than one slice, which jax calls each GPU host.
     """
     slices = sorted({_slice(device) for device in devices})
     if devices[0].platform != "tpu":
@@ -119,9 +119,9 @@ def _placed(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarr
         rest //= outer[axis]
     if rest > 1:
         raise UserError(
-            f"mesh.replica = {shape['replica']} and mesh.fsdp = {shape['fsdp']} cannot be split over "
-            f"{len(slices)} TPU slices; the nearest size that works is mesh.replica = {len(slices)}, "
-            f"with mesh.fsdp = -1")
+            f"mesh.replica = {shape['replica']} and mesh.fsdp = {shape['fsdp']} cannot be split "
+            f"over {len(slices)} TPU slices; the nearest size that works is mesh.replica = "
+            f"{len(slices)}, with mesh.fsdp = -1")
     inner = [size // outer[axis] for axis, size in shape.items()]
 
     def lay(split: bool) -> np.ndarray:

@@ -17,7 +17,7 @@ from types import TracebackType
 
 
 class Watchdog:
-    """`with Watchdog(seconds, slow) as dog: ... dog.step()` once a step; exits with status 1 when late.
+    """`with Watchdog(seconds, slow) as dog: ... dog.step()` once a step; status 1 when late.
 
     Args:
       seconds: what a step may take beyond twice the slowest one seen; 0 watches nothing.
@@ -58,5 +58,5 @@ class Watchdog:
 
     def _wait(self, limit: float) -> None:
         if self._seconds:
-            # sys.__stderr__: a test or a notebook may have put something without a file in its place.
+            # sys.__stderr__: a test or a notebook may have put what has no file in its place.
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
