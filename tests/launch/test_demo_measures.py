@@ -1,0 +1,59 @@
+"""What the demo measures: the baseline at its better weights, every sweep at its best."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from apt_jax import api
+from apt_jax.config import base_config
+from apt_jax.eval import evaluate, measure
+from apt_jax.eval.samples import SampleSet, load_samples
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "demo.py"
+FRAMES = np.zeros((2, 1, 4, 4, 3), np.uint8)
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """launch/demo.py whose generators draw pictures of one value: their FD."""
+    spec = importlib.util.spec_from_file_location("demo_measures", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fds = {("base", "ema"): 90, ("consistency", "ema"): 200, ("consistency", "raw"): 180,
+           ("image", "ema"): 100, ("image", "raw"): 110}
+
+    def draw(generator, split, count, label, *, mode, time=None, guidance=None, **settings):
+        fd = fds[generator] + (0 if time is None else round(50 * (1 - time)))
+        used = {"sampling_seconds": 1.0, "weights": generator[1], "mode": mode}
+        used |= {k: v for k, v in (("time", time), ("guidance", guidance)) if v is not None}
+        return SampleSet(np.full_like(FRAMES, fd), ["a", "b"]), used
+
+    monkeypatch.setattr(api, "load", lambda path, weights="ema": (Path(path).name, weights))
+    monkeypatch.setattr(evaluate, "load_split", lambda *a: SimpleNamespace(
+        frames=FRAMES, captions=["a", "b"]))
+    monkeypatch.setattr(evaluate, "draw", draw)
+    monkeypatch.setattr(measure.Reference, "build", lambda *a, **k: SimpleNamespace(hash="0" * 24))
+    monkeypatch.setattr(measure, "measure", lambda frames, *a: {"fd": float(frames.flat[0])})
+    monkeypatch.setattr(measure, "floor", lambda reference: {"fd": 20.0})
+    monkeypatch.setattr(module, "best_guidance", lambda base, kind: [3.0])
+    return module
+
+
+def test_the_baseline_is_the_better_of_raw_and_averaged_weights(demo, tmp_path):
+    entries, _ = demo.measure_kind("image", base_config(), tmp_path, "base", 0)
+    found = entries["consistency_1"]
+    assert (found["fd"], found["weights"], found["other_fd"]) == (180, "raw", 200)
+    assert load_samples(tmp_path / "samples/image/consistency_1.npz").frames.max() == 180
+    assert entries["apt_1"]["fd"] == 100 and entries["apt_1"]["weights"] == "ema"
+    assert entries["apt_1_raw"]["fd"] == 110 and "other_fd" not in entries["apt_1"]
+
+
+def test_two_steps_are_tried_close_to_one(demo, tmp_path):
+    entries, _ = demo.measure_kind("image", base_config(), tmp_path, "base", 0)
+    found = entries["apt_2"]
+    times = [trial["time"] for trial in found["sweep"]]
+    assert {0.5, 0.75, 0.9, 0.95} <= set(times) and found["time"] == max(times)
+    assert found["fd"] == min(trial["fd"] for trial in found["sweep"])
