@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.bench import attention_peers as peers
+from apt_jax.bench import check
 from apt_jax.bench.cases import AttentionCase, parts_of_backend
 from apt_jax.bench.memory import device_memory
 from apt_jax.bench.profile import folder_of, profiled
@@ -22,7 +23,6 @@ from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
 from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import BACKENDS, Hardware, choosing
-from apt_jax.kernels.oracle import oracle
 
 # The makers' dense bfloat16 peaks, FLOP/s, by what a device calls itself.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
@@ -38,27 +38,13 @@ def peak_of(device: str) -> float | None:
 
 
 def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
-    """The compiled function of one backend; UserError where it cannot serve."""
+    """One backend as a jitted function of `peers.inputs_of`'s arrays; UserError where it cannot
+    serve."""
     def forward(q, k, v, *mask):
         with choosing(backend=backend):
             return attention(q, k, v, *mask)
 
     return jax.jit(forward if part == "forward" else peers.gradient_of(forward))
-
-
-CHECKED = 64  # queries whose scores fit beside everything else
-
-
-@jax.jit
-def _compare(out, q, k, v, *mask):
-    with jax.default_matmul_precision("highest"):
-        want = oracle(*(x.astype(jnp.float32) for x in (q[:, -CHECKED:], k, v)), *mask)
-    return jnp.linalg.norm(out[:, -CHECKED:] - want) / jnp.linalg.norm(want)
-
-
-def distance(call: Callable[..., Any], inputs: Sequence[jax.Array]) -> float:
-    """How far the last queries' results are from plain attention in float32, over their norm."""
-    return float(_compare(call(*inputs), *inputs))
 
 
 def check_oracle(case: AttentionCase, part: str, memory: int | None = None) -> None:
@@ -77,7 +63,7 @@ def check_oracle(case: AttentionCase, part: str, memory: int | None = None) -> N
 
 def contender(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],
               inputs: Callable[[], Sequence[tuple]]) -> peers.Contender:
-    """(call, inputs, wait) of a backend or a peer; UserError where it cannot serve."""
+    """A backend or a peer; UserError where it cannot serve."""
     if backend == "torch":
         return peers.torch_sdpa(case, part, seeds)
     if backend == "tokamax_choice":
@@ -89,7 +75,8 @@ def contender(case: AttentionCase, part: str, backend: str, seeds: Sequence[int]
         raise UserError(reason)
     if backend == "oracle":
         check_oracle(case, part)
-    return ours(case, backend, part), inputs(), jax.block_until_ready
+    return peers.Contender(ours(case, backend, part), peers.inputs_of(part, inputs()),
+                           jax.block_until_ready)
 
 
 def run(cases: Sequence[AttentionCase], backends: Sequence[str], results: Results, *,
@@ -125,14 +112,17 @@ def run(cases: Sequence[AttentionCase], backends: Sequence[str], results: Result
 def _timed(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],
            inputs: Callable[[], Sequence[tuple]], device: Hardware, seconds: float,
            trace: Path | None) -> dict[str, Any]:
-    call, sets, wait = contender(case, part, backend, seeds, inputs)
-    row: dict[str, Any] = {}
+    call, sets, wait, says = contender(case, part, backend, seeds, inputs)
+    row = dict(says)
     try:
+        if backend != "torch":  # before it is timed: the time of a wrong result says nothing
+            found = check.distances(call, part, sets[0])
+            row["distances"] = found
+            if error := check.wrong(found, check.limit(backend, case.dtype)):
+                return row | {"error": error}
         timing = measure(call, sets, wait, seconds=seconds)
         if backend != "torch":
-            row = profiled(call, sets, wait, trace)
-            if part == "forward":
-                row["distance"] = distance(call, sets[0])
+            row |= profiled(call, sets, wait, trace)
     finally:
         if backend == "torch":
             call = sets = None
@@ -165,7 +155,9 @@ def line(name: str, row: dict[str, Any]) -> str:
     return (f"{name:<40}{1e3 * row['median']:>10.3f} ms  {row['tflops']:>8.2f} TFLOP/s{share}"
             f"  (quartiles {1e3 * row['low']:.3f} to {1e3 * row['high']:.3f})"
             + (f"  backward alone {alone:.2f} TFLOP/s" if alone else "")
-            + (f"  {row['distance']:.1e} from float32" if "distance" in row else ""))
+            + (f"  by {', '.join(row['kernels'])}" if "kernels" in row else "")
+            + (f", {row['mask']}" if "mask" in row else "")
+            + (f"  {max(row['distances'].values()):.1e} from float32" if "distances" in row else ""))
 
 
 def default_backends() -> list[str]:

@@ -17,7 +17,8 @@ from jax.sharding import SingleDeviceSharding
 
 from apt_jax.bench import programs
 from apt_jax.bench.attention import ours
-from apt_jax.bench.case import Case, random_like
+from apt_jax.bench.attention_peers import inputs_of
+from apt_jax.bench.case import SETS, Case, random_like
 from apt_jax.bench.cases import MARKERS, AttentionCase
 from apt_jax.bench.programs import tokens
 from apt_jax.bench.report import row_name
@@ -165,8 +166,8 @@ def parts_of(config: Any, device: Any, part: str, seconds: float) -> dict[str, f
     place, total = SingleDeviceSharding(device), 0.0
     counted = products(jax.make_jaxpr(_function(plain, part)[1])(*case.args))
     for product, count in counted.items():
-        args = random_like(product.args(place))
-        total += count * measure(product.function(), [args], jax.block_until_ready,
+        sets = [random_like(product.args(place), seed) for seed in range(SETS)]
+        total += count * measure(product.function(), sets, jax.block_until_ready,
                                  seconds=seconds).median
     length = text_length(config)
     count, heads = tokens(config), config.model.heads
@@ -179,6 +180,7 @@ def parts_of(config: Any, device: Any, part: str, seconds: float) -> dict[str, f
         one = AttentionCase("", queries, keys, heads, config.model.head_dim,
                             hidden=None if config.model.family == "wan" else 1,
                             dtype=config.model.dtype)
-        attention += measure(ours(one, config.model.attention, part), [tuple(one.arrays(0))],
+        sets = inputs_of(part, [tuple(one.arrays(seed)) for seed in range(SETS)])
+        attention += measure(ours(one, config.model.attention, part), sets,
                              jax.block_until_ready, seconds=seconds).median
     return {"products_seconds": total, "attention_seconds": attention}

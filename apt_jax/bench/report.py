@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -130,11 +131,20 @@ class Results:
     def add(self, name: str, row: dict[str, Any], config: str = "") -> None:
         """Keeps a row, and writes the file at once."""
         made = {"revision": self.head["revision"], "command": self.command}
-        self.rows[name] = {**row, **made, **({"config": config} if config else {})}
+        self.rows[name] = _finite({**row, **made, **({"config": config} if config else {})})
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f".{self.path.name}.tmp")
-        part.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n",
-                        encoding="utf-8")
+        content = {**self.head, "rows": self.rows}
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(self.path)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for each float that JSON does not know: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -125,7 +125,6 @@ def test_a_device_that_is_lost_is_a_status_of_its_own(monkeypatch, capsys):
 def test_a_failure_is_the_commands_status(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "measure", lambda *a, **k: 1 / 0)
     out = tmp_path / "rows.json"
-    monkeypatch.setitem(attention.peers.__dict__, "gradient_of", lambda f: f)
     monkeypatch.setattr("apt_jax.bench.cases.CASES", {"t": AttentionCase("t", 4, 4, 1, 4)})
     command = ["bench", "attention", "--backends", "oracle", "cudnn", "--json", str(out)]
     assert cli.main(command) == 1
@@ -210,6 +209,10 @@ def test_inputs_are_drawn_once_for_all_backends(monkeypatch):
     assert "tokamax" in results.rows["tiny/forward/tokamax_choice"]["skipped"]
     gradient = results.rows["tiny/gradient/oracle"]
     forward = results.rows["tiny/forward/oracle"]
+    for backend in ("oracle", "pallas"):
+        found = results.rows[f"tiny/gradient/{backend}"]["distances"]
+        assert list(found) == ["dq", "dk", "dv"] and max(found.values()) < 2e-6
+    assert forward["distances"]["out"] < 2e-6
     if gradient["median"] > forward["median"]:
         assert gradient["backward_seconds"] == gradient["median"] - forward["median"]
 
