@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.plan.programs import INFERENCE
+from apt_jax.plan.targets import (
+    CONTEXT_TARGET, OTHERS, PEAKS, REASONS, missed, over_fsdp, parameter_gathers, reason, sums,
+    tokens_ratio, training_steps,
+)
 
 HEAD = """\
 # Plans that were compiled
@@ -18,27 +22,6 @@ stands in its file, with the versions) by the real compiler, without the hardwar
 and XLA's own; "fits" keeps 6% of the memory for the driver. Times are models
 ([plan.md](../plan.md)): products at the stated efficiencies, transfers at data-sheet rates less what
 the work beside them hides.
-"""
-TARGETS = (  # (result, what, most GiB at the peak of a training step)
-    ("seaweed_8b_video_h100_1x8", "8B video fits 8 H100s at <= 70 GiB, one clip per 4 GPUs", 70.0),
-    ("seaweed_8b_video_h100_8x8", "8B video on 64 H100s at <= 40 GiB", 40.0),
-)
-CONTEXT_TARGET = 1.05
-WHY = """
-
-What is left on H100s, read in the compiled programs. Memory: XLA's scheduler spends on overlap what
-it is given of what the arguments leave: 105% of 80% of the chip's on few hosts, 56% from four hosts on
-(`gpu_hosts.txt`), where XLA's own 95% took 59 GiB for the same hidden gathers. Gathers: those of a loop travel a layer ahead, beside that layer's
-products; the first layer of each loop (there is one between two taps) has nothing to wait behind, and
-its gather comes once a microbatch. On 1,024 devices the layers' reduce-scatters wait, for the sum over
-the copies that follows them, and one sum over replica+fsdp is left in the D step: the gradients of the
-heads' three output matrices, 56 MiB once a microbatch, 10 ms of 52 s and hidden. Tokens: with remat
-`attention` the backward pass sends a layer's four arrays a second time, 12 where 8 would do in a layer
-that takes a gradient. Keeping them is remat `exchange`: five arrays a layer and sample, 36 GiB more in
-the D step of four devices a clip and half of it for eight (`context_8`, which sends 1.00 of the least
-on 64 devices within 40 GiB). The one float32 gather in the
-D step is that of the samples whose turn has come, 66 MiB a microbatch.
-On TPUs no gather in the layers is hidden, and on 64 v5p they are all-reduces ([plan.md](../plan.md)).
 """
 
 
@@ -96,18 +79,6 @@ def memory(results: Mapping[str, dict]) -> str:
          "peak", "usable", "fits"], rows)
 
 
-def parameter_gathers(program: dict) -> tuple[float, float]:
-    """(seconds of a call, the part of them that is hidden) of the gathers inside the layers."""
-    rows = [t for t in program["steady_collectives"] if t["kind"] == "all-gather"]
-    total = sum(t["seconds"] for t in rows)
-    return total, sum(t["seconds"] * t["overlapped"] for t in rows) / total if total else 1.0
-
-
-def full_sums(program: dict) -> list[str]:
-    """The notes on all-reduces over fsdp or context where a reduce-scatter would do."""
-    return [note for note in program["notes"] if note.startswith("all-reduce over")]
-
-
 def traffic(results: Mapping[str, dict]) -> str:
     rows = []
     for name, result in results.items():
@@ -117,14 +88,14 @@ def traffic(results: Mapping[str, dict]) -> str:
                              p["refused"]])
                 continue
             gathers, hidden = parameter_gathers(p)
-            ratio = p["context_gib"] / p["context_minimum_gib"] if p["context_minimum_gib"] else 0
+            ratio = tokens_ratio(p)
             rows.append([
                 name, label, f"{p['flops_forward_tflop']:,.0f}", seconds_text(p["floor_seconds"]),
                 seconds_text(p["step_seconds"]),
                 f"{100 * p['exposed_seconds'] / p['step_seconds']:.1f}%",
                 f"{100 * hidden:.0f}% of {seconds_text(gathers)}" if gathers else "",
                 f"{ratio:.2f}" if ratio else "",
-                f"{len(full_sums(p))} all-reduces, "
+                f"{len(sums(p))} all-reduces, "
                 f"{sum('float32 all-gather' in n for n in p['notes'])} float32 gathers"])
     return "## Work and traffic of one call\n\n" + table(
         ["plan", "program", "forward TFLOP a sample", "floor at peak", "modelled", "exposed",
@@ -133,34 +104,44 @@ def traffic(results: Mapping[str, dict]) -> str:
 
 
 def targets(results: Mapping[str, dict]) -> str:
-    """The targets against what was found, misses too."""
-    lines = []
-    for name, text, most in TARGETS:
+    """The targets against what was found, misses with their reasons."""
+    lines, rows, marks = [], [], set()
+    for name, text, most in PEAKS:
         if name in results:
             plan = results[name]["plan"]
             peak = max(p["peak_gib"] for n, p in _programs(plan) if n != INFERENCE)
             verdict = "met" if plan["fits"] and peak <= most else f"missed by {peak - most:.1f} GiB"
             lines.append(f"- {text}: {peak:.1f} GiB, {verdict}.")
-    for name, result in results.items():
-        if not name.startswith("seaweed_8b_video"):
-            continue
-        for label, p in _programs(result["plan"]):
-            if p["refused"] or label == INFERENCE:
-                continue
-            total, hidden = parameter_gathers(p)
-            wait = total * (1 - hidden)
-            ratio = p["context_gib"] / p["context_minimum_gib"] if p["context_minimum_gib"] else 0
-            sums = len(full_sums(p))
-            lines.append(
-                f"- {name}, {label}: " + (
-                    f"{100 * hidden:.0f}% of the gathers' time in the layers is hidden; the rest is "
-                    f"{100 * wait / p['step_seconds']:.1f}% of the step. "
-                    if total else "no gather in the layers. ") +
-                f"{sums or 'No'} all-reduce{'s' if sums > 1 else ''} of 4 MiB or more over fsdp "
-                "or context."
-                + (f" Tokens: {ratio:.2f} of the Ulysses minimum (target {CONTEXT_TARGET})."
-                   if ratio else ""))
-    return "## Against the targets\n\n" + "\n".join(lines) + WHY if lines else ""
+    for name, label, p in training_steps(results):
+        total, hidden = parameter_gathers(p)
+        wait, ratio = total * (1 - hidden) / p["step_seconds"], tokens_ratio(p)
+        found = [reason(name, label, what) for what in missed(p)]
+        marks |= {r.mark for r in found if r}
+        rows.append([
+            name, label, f"{100 * hidden:.0f}%, {100 * wait:.1f}%" if total else "none",
+            _sums_text(over_fsdp(p), p), f"{ratio:.2f}" if ratio else "",
+            ", ".join(r.mark if r else "unexplained" for r in found) or "met"])
+    if not rows:
+        return ""
+    told = "\n".join(f"- **{r.mark}** {r.text}" for r in REASONS if r.mark in marks)
+    return "## Against the targets\n\n" + "\n".join([
+        *lines,
+        "- Every gather of parameters in the layers hidden, no all-reduce (from 4 MiB on) over fsdp, "
+        f"tokens at most {CONTEXT_TARGET} of the least that Ulysses sends: the table, and below it "
+        "why what is missed is.", "", table(
+            ["plan", "step", "gathers in the layers: hidden, wait as part of the step",
+             "all-reduces over fsdp", "tokens", "missed"], rows), told, OTHERS])
+
+
+def _sums_text(found: list[tuple[str, int, float]], program: dict) -> str:
+    """How many, the largest, the most often, and what part of the step all of that kind take."""
+    if not found:
+        return "none"
+    seconds = sum(t["seconds"] for t in program["collectives"]
+                  if t["kind"] == "all-reduce" and "fsdp" in t["axes"].split("+"))
+    return (f"{len(found)}, up to {max(size for _, size, _ in found)} MiB, up to "
+            f"{max(times for *_, times in found):,.0f} times, "
+            f"{100 * seconds / program['step_seconds']:.1f}%")
 
 
 def weak_scaling(results: Mapping[str, dict]) -> list[dict[str, Any]]:
