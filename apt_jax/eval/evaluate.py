@@ -114,7 +114,8 @@ def format_result(result: dict, name: str) -> str:
         cells = [label, f"{entry['fd']:.1f}"]
         if motion:
             cells.append(f"{entry['fd_motion']:.1f}")
-        return cells + [f"{entry['sharpness_ratio']:.2f}", f"{entry['n']:,}",
+        count = min(entry.get("halves", [entry["n"]]))
+        return cells + [f"{entry['sharpness_ratio']:.2f}", f"{count:,}",
                         duration(seconds) if seconds is not None else ""]
 
     body = [row("real against real", floor_)]
@@ -122,7 +123,8 @@ def format_result(result: dict, name: str) -> str:
         label = f"{name}, guidance {entry['guidance']:g}" if "guidance" in entry else name
         body.append(row(label + (" (best)" if "sweep" in result and entry is best else ""), entry))
     lines = [lay_out(headings, body), "",
-             "Floor: halves of {:,} and {:,}; ".format(*floor_["halves"]) +
+             "Real against real: halves of {:,} and {:,}, whose FD lies above that of all (it "
+             "falls with n); ".format(*floor_["halves"]) +
              f"{best['dim']} dimensions, reference {best['reference'][:12]}."]
     if "held_out" in result:
         kid = result["held_out"]

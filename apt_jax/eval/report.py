@@ -15,12 +15,13 @@ from string import Template
 import numpy as np
 
 from apt_jax import media
+from apt_jax.errors import disk_errors
 from apt_jax.eval import report_curves
 from apt_jax.eval.measure import clip_features
 from apt_jax.eval.nearest import nearest
 from apt_jax.eval.progress import duration
 from apt_jax.eval.samples import SampleSet
-from apt_jax.eval.study import COLUMNS, ENTRIES, KINDS, Study, gates, read_study
+from apt_jax.eval.study import COLUMNS, ENTRIES, KINDS, Study, gates, notes, read_study
 from apt_jax.eval.table import HEADINGS, rows, used_columns
 
 PROMPTS = {"image": 14, "video": 8}  # rows of the side-by-side
@@ -43,7 +44,7 @@ def write_report(directory: Path | str, title: str = "One step instead of twenty
                              + _overview(study, kind)))
     if study.runs:
         sections.append(("curves", "Training curves", report_curves.section(study.runs)))
-    sections.append(("method", "How it was measured", _method(study)))
+    sections.append(("method", "How it was measured", _method()))
     sections.append(("details", "Configurations and versions", _details(study)))
     if study.missing:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in study.missing)
@@ -58,8 +59,9 @@ def write_report(directory: Path | str, title: str = "One step instead of twenty
             for key, name, text in sections))
     path = study.directory / "report.html"
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with disk_errors(path):  # "replace": half a surrogate pair, as JSON may hold, is no UTF-8
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
     return path
 
 
@@ -114,6 +116,7 @@ def _result(study: Study) -> str:
         parts.append(f'<ul class="gates">{"".join(items)}</ul>')
     parts += [_table(study.summary[kind], name) for kind, name in KINDS.items()
               if isinstance(study.summary.get(kind), dict)]
+    parts += [f'<p class="soft">{html.escape(note)}</p>' for note in notes(study.summary)]
     seconds = study.summary.get("seconds")
     if isinstance(seconds, dict) and seconds:
         stages = " · ".join(f"{html.escape(key.replace('_', ' '))} {duration(value)}"
@@ -141,24 +144,18 @@ def _table(kind: dict, name: str) -> str:
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
-def _method(study: Study) -> str:
-    floors = []
-    for kind, name in KINDS.items():
-        floor = (study.summary.get(kind) or {}).get("floor") or {}
-        if "halves" in floor:
-            one, other = floor["halves"]
-            floors.append(f"{name.lower()} {one:,} against {other:,}")
-    halves = f" (here {'; '.join(floors)})" if floors else ""
-    return f"""
+def _method() -> str:
+    return """
 <p><b>FD-MobileNetV2</b> is the Fréchet distance between Gaussians fitted to ImageNet MobileNetV2
 features at 96 px, projected on the leading principal components (128 unless the summary says
 otherwise) of the whole real training set. It is not FID and cannot be compared with one. Lower is
 better. For clips every frame counts as a picture; <b>motion FD</b> is the same distance on the
 differences of neighbouring frames' features, and is no FVD.</p>
-<p><b>Real against real</b> is the floor: random disjoint halves of the real set{halves}. A
-distance of this kind falls as more samples are taken, so compare only rows with a like n.</p>
+<p><b>Real against real</b> is the floor: random disjoint halves of the real set, and n the
+size of a half. A distance of this kind falls as more samples are taken, so the floor of the whole
+set lies lower: compare only rows with a like n.</p>
 <p><b>Sharpness</b> is the mean absolute difference of neighbouring pixels, shown as a ratio to the
-data's: below 1 is blurrier, above 1 is sharper or noisier. Where a sampler has a guidance weight,
+data's: below 1 is smoother, above 1 is sharper or noisier. Where a sampler has a guidance weight,
 the row shows its best value.</p>
 <p>The prompts shown are spread evenly over the set and were not picked. Samples in a row share
 their noise.</p>"""

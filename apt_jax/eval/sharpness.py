@@ -1,4 +1,4 @@
-"""Sharpness: how strongly neighbouring pixels differ. Consistency models blur, APT sharpens."""
+"""Sharpness: how strongly neighbouring pixels differ. Blur lowers it, noise raises it."""
 
 import numpy as np
 

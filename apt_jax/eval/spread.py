@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from apt_jax.errors import UserError
-from apt_jax.eval.study import ENTRIES, KINDS, gates
+from apt_jax.eval.study import ENTRIES, KINDS, floor_note, gates
 from apt_jax.eval.table import lay_out
 
 MEASURES = ("fd", "fd_motion", "sharpness_ratio")
@@ -24,8 +25,8 @@ def spread(summaries: Mapping[str, dict]) -> dict[str, Any]:
 
     Returns:
       {"runs", "seeds", "length", "image" and "video": {entry: {measure: {"mean", "sd", "values"}}},
-      "gates": [{"text", "bounds", "ratios", "holds"}]}. sd is the sample standard deviation
-      (n - 1), None for one run.
+      "gates": [{"text", "bounds", "ratios", "holds"}], "notes": [sentence]}. sd is the sample
+      standard deviation (n - 1), None for one run.
 
     Raises:
       UserError: runs that cannot be compared.
@@ -54,7 +55,20 @@ def spread(summaries: Mapping[str, dict]) -> dict[str, Any]:
         {"text": each[0].text, "bounds": each[0].bounds, "ratios": [g.ratio for g in each],
          "holds": [g.holds for g in each]}
         for each in zip(*(gates(summary) for summary in summaries.values()), strict=True)]
+    found["notes"] = [note for note in (floor_note(first), _weights_note(summaries)) if note]
     return found
+
+
+def _weights_note(summaries: Mapping[str, dict]) -> str:
+    """Which weights the baseline was measured with, run by run, where a run chose the better."""
+    found = []
+    for kind, title in KINDS.items():
+        entries = [(one.get(kind) or {}).get("consistency_1") or {} for one in summaries.values()]
+        if any("other_fd" in entry for entry in entries):
+            words = ("raw" if entry.get("weights") == "raw" else "averaged" if "other_fd" in entry
+                     else "averaged (raw not measured)" for entry in entries)
+            found.append(f"{title.lower()} {', '.join(words)}")
+    return found and f"The consistency model's weights, run by run: {'; '.join(found)}." or ""
 
 
 def _same(what: str, values: list) -> None:
@@ -99,7 +113,8 @@ def format_spread(found: dict[str, Any]) -> str:
         verdict = ("holds" if all(gate["holds"]) else "not measured" if None in gate["holds"]
                    else "DOES NOT HOLD")
         lines.append(f"{gate['text']} = {ratios}, {gate['bounds']}: {verdict}")
-    return "\n\n".join([*blocks, "\n".join(lines)])
+    remarks = [textwrap.fill(note, 100) for note in found.get("notes", ())]
+    return "\n\n".join([*blocks, *remarks, "\n".join(lines)])
 
 
 def _cell(value: dict | None, digits: int) -> str:

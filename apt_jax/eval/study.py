@@ -4,16 +4,17 @@
     samples/{image,video}/     NAME.npz: the samples behind each entry; data.npz: the real frames
     RUN/                       metrics.jsonl, config.json, versions.json of each training run
 
-Everything but the directory itself may be missing (a run in progress, a tiny test): it is then
-named in `Study.missing`, never guessed.
+Everything but the directory itself may be missing or damaged (a run in progress, a tiny test, a
+full disk): it is then named in `Study.missing`, never guessed.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from apt_jax.config import config_from_json
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
 from apt_jax.eval.samples import SampleSet, load_samples
 
 KINDS = {"image": "Images", "video": "Clips"}
@@ -26,6 +27,9 @@ ENTRIES = {
     "apt_1_raw": "APT, 1 step, raw weights",
     "apt_2": "APT, 2 steps",
 }
+# Fields of an entry that are numbers, where it has them.
+NUMBERS = ("fd", "fd_motion", "fd_low", "fd_high", "other_fd", "sharpness", "sharpness_ratio", "n",
+           "seconds", "guidance", "steps", "time")
 COLUMNS = {"data": "real"} | {name: text for name, text in ENTRIES.items() if name != "floor"}
 _SHORT = {"apt_1": "APT in 1 step", "consistency_1": "consistency model in 1 step",
           "diffusion_25": "diffusion in 25 steps"}
@@ -121,18 +125,94 @@ def _ratio(value, base) -> float | None:
     return value / base if known else None
 
 
+def entry_title(name: str, entry: Mapping) -> str:
+    """What a row is called: of a baseline that was measured at its better weights, which."""
+    text = ENTRIES[name]
+    return f"{text}, raw weights" if entry.get("weights") == "raw" and "raw" not in text else text
+
+
+def notes(summary: Mapping) -> list[str]:
+    """What a reader of the tables must know, in sentences; none for a summary without entries."""
+    return [note for note in (floor_note(summary), _weights_note(summary)) if note]
+
+
+def floor_note(summary: Mapping) -> str:
+    """Why a model may score below "real against real"; "" where that was not measured."""
+    halves = {name.lower(): (summary[kind].get("floor") or {}).get("halves")
+              for kind, name in KINDS.items() if kind in summary}
+    sizes = ", ".join(f"{name} {pair[0]:,} against {pair[1]:,}"
+                      for name, pair in halves.items() if pair)
+    return sizes and (
+        f"Real against real is measured between random halves of the data ({sizes}). FD falls with "
+        "n, so it lies above what as much real data as there are samples would score, and a "
+        "model's distance may fall below it.")
+
+
+def _weights_note(summary: Mapping) -> str:
+    found = []
+    for kind, name in KINDS.items():
+        entry = (summary.get(kind) or {}).get("consistency_1") or {}
+        if isinstance(entry.get("other_fd"), int | float):
+            called = ["averaged", "raw"]
+            one, other = called[::-1] if entry.get("weights") == "raw" else called
+            found.append(f"{name.lower()}: {one}, with the {other} ones {entry['other_fd']:.1f}")
+    return found and ("The consistency model is shown with the better of its raw and averaged "
+                      f"weights ({'; '.join(found)}).") or ""
+
+
 def read_summary(directory: Path | str) -> dict:
-    """summary.json of a directory. Raises UserError where it is missing or no JSON object."""
+    """summary.json of a directory. Raises UserError where it is missing or not as the demo's is."""
     path = Path(directory) / "summary.json"
     if not path.is_file():
         raise UserError(f"{directory} has no summary.json; run make demo or apt-jax evaluate first")
     try:
-        summary = json.loads(path.read_text())
-    except ValueError as error:
+        with disk_errors(path, "read"):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        _check(summary)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path} holds no JSON object; delete it and evaluate again")
     return summary
+
+
+def _check(summary) -> None:
+    """Raises ValueError naming the first part of a summary that tables could not show."""
+    _need(summary, dict, "it holds no JSON object")
+    _need(summary.get("length", ""), str, "length is no text")
+    _need(summary.get("seed"), int | str | None, "seed is no number")
+    _need(summary.get("data"), dict | str | None, "data is no object")
+    for stage, value in _need(summary.get("seconds", {}), dict, "seconds is no object").items():
+        _number(value, f"seconds.{stage}")
+    for kind in KINDS:
+        if kind not in summary:
+            continue
+        for name, entry in _need(summary[kind], dict, f"{kind} is no object").items():
+            if name not in ENTRIES:
+                continue
+            _need(entry, dict, f"{kind}.{name} is no object")
+            for key in NUMBERS:
+                _number(entry.get(key), f"{kind}.{name}.{key}")
+            if "halves" in entry:
+                what = f"{kind}.{name}.halves"
+                if len(_need(entry["halves"], list, f"{what} is no list")) != 2:
+                    raise ValueError(f"{what} are not two")
+                for half in entry["halves"]:
+                    _number(_need(half, int, f"{what} are no counts"), what)
+
+
+def _need(value, kind, complaint: str):
+    if not isinstance(value, kind):
+        raise ValueError(complaint)
+    return value
+
+
+def _number(value, what: str) -> None:
+    if value is not None and not _finite(value):
+        raise ValueError(f"{what} is no number")
+
+
+def _finite(value) -> bool:
+    """A number that can be shown and drawn: not NaN, infinite or beyond a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_study(directory: Path | str) -> Study:
@@ -182,22 +262,24 @@ def _read_samples(study: Study, kind: str) -> None:
 def _read_run(study: Study, path: Path) -> Run:
     name = str(path.parent.relative_to(study.directory))
     documents = []
-    # A run writes its tuples in a form of its own; config_from_json reads that and plain JSON.
-    readers = {"config.json": lambda text: config_from_json(text).to_dict(),
-               "versions.json": json.loads}
-    for file, read in readers.items():
+    for file, read in {"config.json": _config, "versions.json": _versions}.items():
         try:
-            documents.append(read((path.parent / file).read_text()))
-        except (OSError, ValueError, UserError):
+            documents.append(read((path.parent / file).read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError, UserError):
             documents.append({})
             study.missing.append(f"{name}: {file} is missing or damaged")
     metrics, damaged = [], 0
-    for line in path.read_text().splitlines():
+    try:  # "replace": bytes that are no text cost their line only
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        study.missing.append(f"{name}: metrics.jsonl cannot be read ({error.strerror})")
+        lines = []
+    for line in lines:
         try:  # a killed run may leave half a line
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and _finite(row.get("step")):
             metrics.append(row)
         else:
             damaged += 1
@@ -206,3 +288,17 @@ def _read_run(study: Study, path: Path) -> Run:
     if not metrics:
         study.missing.append(f"{name}: metrics.jsonl has no lines yet")
     return Run(name, *documents, metrics)
+
+
+def _config(text: str) -> dict:
+    """A run's config.json, whose tuples have a form of their own; ValueError if it is none."""
+    config = config_from_json(text).to_dict()
+    data = _need(config.get("data") or {}, dict, "data is no object")
+    for count in _need(data.get("frames") or (), list | tuple, "data.frames is no list"):
+        _need(count, int, "data.frames are no counts")
+    _need(config.get("stage"), str | None, "stage is no text")
+    return config
+
+
+def _versions(text: str) -> dict:
+    return _need(json.loads(text), dict, "it holds no JSON object")

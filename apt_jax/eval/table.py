@@ -1,7 +1,9 @@
 """The table that a study prints on the terminal."""
 
+import textwrap
+
 from apt_jax.eval.progress import duration
-from apt_jax.eval.study import ENTRIES, KINDS, gates
+from apt_jax.eval.study import ENTRIES, KINDS, entry_title, gates, notes
 
 
 def _number(value, digits: str = ".1f") -> str:
@@ -17,20 +19,21 @@ def rows(kind: dict) -> list[list[str]]:
     """Cells of one kind's part of the summary, a row per entry that is there, in fixed order.
 
     name, FD, FD against diffusion's, motion FD, sharpness against the data's, n, guidance, seconds.
+    n of the floor is the size of a half, which is what its distance is measured with.
     """
     fd = (kind.get("diffusion_25") or {}).get("fd")
     sharp = (kind.get("floor") or {}).get("sharpness")
     out = []
-    for name, text in ENTRIES.items():
+    for name in ENTRIES:
         entry = kind.get(name)
         if not isinstance(entry, dict):
             continue
         out.append([
-            text, _number(entry.get("fd")),
+            entry_title(name, entry), _number(entry.get("fd")),
             "" if name == "floor" else _ratio(entry.get("fd"), fd),
             _number(entry.get("fd_motion")),
             "1.00" if name == "floor" else _ratio(entry.get("sharpness"), sharp),
-            f"{entry['n']:,}" if "n" in entry else "-",
+            _number(min(entry["halves"]) if "halves" in entry else entry.get("n"), ","),
             _number(entry.get("guidance"), "g") if "guidance" in entry else "",
             duration(entry["seconds"]) if isinstance(entry.get("seconds"), int | float) else "",
         ])
@@ -58,7 +61,7 @@ def used_columns(body: list[list[str]]) -> list[int]:
 
 
 def format_table(summary: dict) -> str:
-    """The whole table as text: a block per kind, then the gates with their ratios."""
+    """The whole table as text: a block per kind, notes, then the gates with their ratios."""
     blocks = []
     for kind, title in KINDS.items():
         if kind in summary:
@@ -71,4 +74,5 @@ def format_table(summary: dict) -> str:
         verdict = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[gate.holds]
         value = "-" if gate.ratio is None else f"{gate.ratio:.2f}"
         lines.append(f"{gate.text} = {value}, {gate.bounds}: {verdict}")
-    return "\n\n".join([*blocks, "\n".join(lines)]).rstrip()
+    remarks = [textwrap.fill(note, 100) for note in notes(summary)]
+    return "\n\n".join([*blocks, *remarks, "\n".join(lines)]).rstrip()

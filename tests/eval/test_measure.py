@@ -136,5 +136,16 @@ def test_sample_files_never_unpickle(tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="no sample file"):
         load_samples(tmp_path / "cut.npz")
+    whole = save_samples(tmp_path / "spoilt.npz", _pictures(3), ["a", "b", "c"])
+    data = bytearray(whole.read_bytes())
+    data[200:240] = bytes(40)
+    whole.write_bytes(data)
+    with pytest.raises(UserError, match="no sample file"):
+        load_samples(whole)
+    for frames, captions in ((_pictures(2)[..., :1], ["a", "b"]), (_pictures(1), "a"),
+                             (_pictures(1)[:, :, :0], ["a"])):
+        np.savez(tmp_path / "odd.npz", frames=frames, captions=np.array(captions))
+        with pytest.raises(UserError, match="expected uint8"):
+            load_samples(tmp_path / "odd.npz")
     with pytest.raises(UserError, match="one for each"):
         save_samples(tmp_path / "x.npz", _pictures(2), ["one"])

@@ -2,20 +2,23 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from apt_jax.cli.main import main
 from apt_jax.config import base_config, save_json
 from apt_jax.errors import UserError
 from apt_jax.eval import curves
 from apt_jax.eval.curves import Series, line_plot, nice_ticks
 from apt_jax.eval.report import write_report
 from apt_jax.eval.samples import save_samples
-from apt_jax.eval.study import COLUMNS, gates, read_study
+from apt_jax.eval.study import COLUMNS, gates, read_study, read_summary
 from apt_jax.eval.table import format_table
 
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 FDS = {"floor": 12.0, "diffusion_25": 80.0, "consistency_1": 240.0, "apt_1": 120.0,
        "apt_1_raw": 150.0, "apt_2": 118.0}
 
@@ -103,6 +106,60 @@ def test_table_text():
     assert text.count(": holds") == 2 and text.count("DOES NOT HOLD") == 1
     assert format_table({"image": {"apt_1": {"fd": 1.0}}}).count("not measured") == 2
     assert format_table({}) == ""
+
+
+def test_notes_say_how_the_floor_and_the_baseline_were_measured(study):
+    summary = _summary()
+    summary["image"]["floor"] |= {"n": 1527, "halves": [763, 764], "fd": 81.0}
+    summary["image"]["consistency_1"] |= {"weights": "raw", "other_fd": 251.04}
+    text = format_table(summary)
+    assert re.search(r"real against real +81\.0 +1\.00 +763", text)
+    assert re.search(r"consistency, 1 step, raw weights +240\.0", text)
+    assert "halves of the data (images 763 against 764)" in " ".join(text.split())
+    assert "(images: raw, with the averaged ones 251.0)" in " ".join(text.split())
+    (study / "summary.json").write_text(json.dumps(summary))
+    page = write_report(study).read_text()
+    assert "images 763 against 764" in page and "averaged ones 251.0" in page
+    assert "<td>763</td>" in page and "1,527" not in page.partition('id="details"')[0]
+    # The summaries that older versions wrote are committed: their tables say it too.
+    old = read_summary(RESULTS / "demo")
+    assert old["image"]["floor"]["n"] == 1527
+    assert "images 763 against 764, clips 303 against 303" in " ".join(format_table(old).split())
+
+
+DAMAGE = [
+    ({"image": 3}, "image is no object"), ({"image": None}, "image is no object"),
+    ({"image": {"floor": [1]}}, "image.floor is no object"),
+    ({"video": {"apt_1": {"fd": 1.0, "n": "x"}}}, "video.apt_1.n is no number"),
+    ({"image": {"apt_2": {"fd": float("nan")}}}, "image.apt_2.fd is no number"),
+    ({"image": {"floor": {"halves": 7}}}, "image.floor.halves is no list"),
+    ({"image": {"floor": {"halves": [1, "b"]}}}, "image.floor.halves are no counts"),
+    ({"length": []}, "length is no text"), ({"seed": []}, "seed is no number"),
+    ({"data": 5}, "data is no object"), ({"seconds": {"image": "long"}}, "seconds.image"),
+    ([], "no JSON object")]
+
+
+@pytest.mark.parametrize("summary, says", DAMAGE)
+def test_a_damaged_summary_is_one_line_and_named_on_the_page(tmp_path, capsys, summary, says):
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_summary(tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    assert says in (tmp_path / "report.html").read_text()
+
+
+def test_damaged_runs_are_named_and_the_rest_shown(study):
+    (study / "image" / "config.json").write_text('{"data": 5}')
+    (study / "image" / "versions.json").write_text("[1]")
+    with open(study / "image" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": "six", "loss": 1.0}\n\xff\xfe\n' + b"[" * 100_000 + b"\n")
+    (study / "other" / "metrics.jsonl").mkdir(parents=True)
+    (study / "summary.json").write_text('{"data": {"name": "half a pair: \\ud83d"}}')
+    page = write_report(study).read_text(encoding="utf-8")
+    for text in ("config.json is missing or damaged", "versions.json is missing or damaged",
+                 "3 damaged lines", "other: metrics.jsonl cannot be read", "half a pair: ?"):
+        assert text in page
+    assert page.count("<svg") == 3
 
 
 def test_an_empty_directory_names_everything_missing(tmp_path):

@@ -32,6 +32,10 @@ def test_means_spread_and_gates():
     assert "130.0 ± 26.5" in text and "1.10, 1.20, 1.60, at most 1.3: DOES NOT HOLD" in text
     assert "seeds 0, 1, 2" in text
     assert "Clips" not in text
+    better = summary(3, 100.0)
+    better["image"]["consistency_1"] |= {"weights": "raw", "other_fd": 320.0}
+    text = " ".join(format_spread(spread({"a": summary(0, 110.0), "d": better})).split())
+    assert "run by run: images averaged (raw not measured), raw." in text
 
 
 def test_one_run_has_no_spread():
@@ -59,6 +63,7 @@ def test_committed_summaries_of_one_data_set_compare():
     ours, theirs = (summary["data"]["video"]["projection"] for summary in (short, long))
     assert ours != theirs
     found = spread({"a": long, "b": {**short, "length": "long", "seed": 1}})
+    assert "clips 303 against 303" in " ".join(format_spread(found).split())
     assert found["video"]["floor"]["fd"]["sd"] < 1e-9
     # A summary of today names the pixels instead; it compares with the older ones too.
     today = [copy.deepcopy(long) for _ in range(2)]
