@@ -168,12 +168,33 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """RGB, with transparency laid over the background."""
+    """RGB, with transparency laid over the background.
+
+    Deep grey values (16 bits) become 8 bits, 65,535 white; ValueError where they are outside it.
+    """
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         under = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(under, image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as L, or LA where a value stands for transparency.
+
+    Pillow's own conversion cuts values off at 255, which makes nearly all of them white.
+    """
+    values = np.asarray(image)
+    if image.mode == "F" or values.size and not 0 <= values.min() <= values.max() <= 65535:
+        raise ValueError(f"pixels of mode {image.mode} that are not 16-bit grey; save it with 8 or "
+                         "16 bits a channel")
+    grey = Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _probe_picture(path: File) -> Media:

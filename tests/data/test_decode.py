@@ -66,6 +66,28 @@ def test_transparency_is_laid_over_the_background(tmp_path):
     assert frame[0, 0].tolist() == [255, 0, 0] and frame[7, 0].tolist() == [0, 0, 255]
 
 
+def test_grey_of_sixteen_bits_keeps_its_values(tmp_path):
+    ramp = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
+    want = np.repeat(np.rint(ramp / 257)[..., None], 3, -1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show
+    Image.fromarray(ramp).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode.startswith("I")  # what Pillow would clip to white
+    frame = decode.read(tmp_path / "a.png", [0], 30, 20)[0]
+    np.testing.assert_array_equal(frame, np.rot90(want, -1))
+    # one grey that stands for transparency, and older Pillow's mode of 32 bits
+    Image.fromarray(ramp).save(tmp_path / "b.png", transparency=int(ramp[0, 5]))
+    frame = decode.read(tmp_path / "b.png", [0], 20, 30, (1, 2, 3))[0]
+    assert frame[0, 5].tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(frame[1:], want[1:])
+    wide = Image.fromarray(ramp.astype(np.int32))
+    np.testing.assert_array_equal(np.asarray(decode.flatten(wide, (0, 0, 0))), want)
+    for values in (ramp.astype(np.int32) - 1, ramp.astype(np.int32) + 1, ramp.astype(np.float32)):
+        with pytest.raises(ValueError, match="not 16-bit grey"):
+            decode.flatten(Image.fromarray(values), (0, 0, 0))
+
+
 def test_fit_crops_the_centre():
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, 10:20] = 255
