@@ -24,10 +24,17 @@ import numpy as np
 
 from apt_jax import media
 from apt_jax.config import base_config, load_json
-from apt_jax.config.load import nearest
 from apt_jax.convert.provenance import history
+from apt_jax.data.metadata import is_text
 from apt_jax.errors import UserError
-from apt_jax.eval.generate import MODES, Generation, Itself, generation_of, sample_noise
+from apt_jax.eval.generate import (
+    Generation,
+    Itself,
+    check_mode,
+    check_sampling,
+    generation_of,
+    sample_noise,
+)
 from apt_jax.eval.latents import LatentSpace
 from apt_jax.kernels.scope import Scope
 from apt_jax.models.presets import make_generator
@@ -158,6 +165,10 @@ class Generator:
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption."""
+        for prompt in prompts:
+            if not is_text(prompt):
+                raise UserError(f"the prompt {prompt!r} holds bytes or half a character that are "
+                                "no UTF-8; type it again")
         if self._encoder is None:
             from apt_jax.data.captions import TextEncoder
 
@@ -209,6 +220,7 @@ class Generator:
             raise UserError("there is no prompt; give at least one")
         if count < 1:
             raise UserError(f"count = {count} must be at least 1")
+        check_mode(mode, negative=negative)
         captions = tuple(prompt for prompt in prompts for _ in range(count))
         text, mask = self.encode([*prompts, negative])
         rows = np.repeat(np.arange(len(prompts)), count)
@@ -230,7 +242,8 @@ class Generator:
         settings = self._resolve(mode, seed, frames, height, width, steps, guidance, time,
                                  fresh_noise)
         shape, decoder = self._shape(settings), self.latents and self.latents.decoder
-        size = min(batch or (64 if self.latents is None else 1), len(text))
+        most = (64 if self.latents is None else 1) if batch is None else batch
+        size = min(most, max(1, len(text)))
         generation = self._generation(settings, size)
 
         def forward(rows: slice, label: str = "", kept: list | None = None) -> np.ndarray:
@@ -272,13 +285,7 @@ class Generator:
     def _resolve(self, mode, seed, frames, height, width, steps, guidance, time, fresh_noise
                  ) -> dict[str, Any]:
         """All settings of a call with their defaults, checked."""
-        if mode not in MODES:
-            raise UserError(f"unknown mode {mode!r}{nearest(str(mode), MODES)}")
-        for name, value, owner in (("steps", steps, "euler"), ("guidance", guidance, "euler"),
-                                   ("time", time, "two_step"),
-                                   ("fresh_noise", fresh_noise or None, "two_step")):
-            if value is not None and mode != owner:
-                raise UserError(f"{name} = {value} belongs to mode {owner!r}, not {mode!r}")
+        check_mode(mode, steps=steps, guidance=guidance, time=time, fresh_noise=fresh_noise)
         self._check_base()
         data, sample = self.config.data, self.config.sample
         sizes = ((max(data.frames), data.height, data.width) if self.latents is None
@@ -294,14 +301,11 @@ class Generator:
         if mode == "euler":
             settings["steps"] = int(sample.steps if steps is None else steps)
             settings["guidance"] = float(sample.guidance if guidance is None else guidance)
-            if settings["steps"] < 1:
-                raise UserError(f"steps = {steps} must be at least 1")
         if mode == "two_step":
             settings["time"] = float(sample.two_step_time if time is None else time)
             settings["fresh_noise"] = bool(
                 sample.two_step_fresh if fresh_noise is None else fresh_noise)
-            if not 0 < settings["time"] < 1:
-                raise UserError(f"time = {time} must lie between 0 and 1")
+        check_sampling(settings)
         for name, patch in zip(("frames", "height", "width"), self.model["patch"]):
             size = settings[name]
             if size < 1:

@@ -23,7 +23,7 @@ from jax.sharding import Sharding
 
 from apt_jax.diffusion.samplers import one_step
 from apt_jax.errors import UserError
-from apt_jax.eval.generate import sample_noise
+from apt_jax.eval.generate import check_sampling, sample_noise
 from apt_jax.kernels.scope import Scope
 from apt_jax.models.presets import make_generator
 from apt_jax.models.vae import VAE, Tiling
@@ -187,7 +187,8 @@ class Server:
     def draw(self, text: Any, mask: Any, *, seed: int = 0, first: int = 0) -> jax.Array:
         """Text states float [B, L <= tokens, D] and their mask bool [B, L] -> float32 [B, *shape] on
         the device. Returns before the work is done. Sample i is `Generator.sample`'s of index
-        first + i. UserError for another batch, width or longer text."""
+        first + i. UserError for another batch, width or longer text, or a seed beyond int32."""
+        check_sampling({"seed": seed})
         return self._draw(self.params, np.int32(seed), np.int32(first), *self._filled(text, mask))
 
     def decode(self, latents: jax.Array) -> jax.Array:
@@ -198,16 +199,32 @@ class Server:
         return self._decode(self._vae, latents)
 
     def _filled(self, text: Any, mask: Any) -> tuple[Any, Any]:
-        b, length, width = np.shape(text)
-        if (b, width) != (self.batch, self.width) or length > self.tokens:
-            raise UserError(f"text states are {(b, length, width)}, this server takes a batch of "
+        """Both with `tokens` tokens, as the program takes them; what is on the device stays there."""
+        b, length, width = shape = np.shape(text) if np.ndim(text) == 3 else (None,) * 3
+        if None in shape or (b, width) != (self.batch, self.width) or length > self.tokens:
+            raise UserError(f"text states are {np.shape(text)}, this server takes a batch of "
                             f"{self.batch}, up to {self.tokens} tokens, width {self.width}; make "
                             "one for the size you need")
-        if length == self.tokens:
-            return text, mask
+        if np.shape(mask) != (b, length) or _dtype(mask) != bool:
+            raise UserError(f"the mask is {_dtype(mask)} {np.shape(mask)}, and these text states need "
+                            f"bool {(b, length)}")
+        if not jnp.issubdtype(_dtype(text), jnp.floating):
+            raise UserError(f"text states are {_dtype(text)}; give floats")
         rest = self.tokens - length
-        return (np.pad(np.asarray(text, np.float32), ((0, 0), (0, rest), (0, 0))),
-                np.pad(np.asarray(mask, bool), ((0, 0), (0, rest))))
+        pads = ((0, 0), (0, rest), (0, 0)), ((0, 0), (0, rest))
+        filled = []
+        for x, dtype, pad in zip((text, mask), (np.float32, bool), pads, strict=True):
+            here = jnp if isinstance(x, jax.Array) else np
+            x = x if _dtype(x) == dtype else here.asarray(x, dtype)
+            filled.append(here.pad(x, pad) if rest else x)
+        return tuple(filled)
+
+
+_INT32 = np.iinfo(np.int32)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
 
 
 def server_of(generator: Any, *, frames: int | None = None, height: int | None = None,
@@ -232,10 +249,13 @@ def server_of(generator: Any, *, frames: int | None = None, height: int | None =
     decoder = generator.latents and generator.latents.decoder
     model = {**dict(generator.model), "attention": attention}
     if kept is not None:
+        if weights != "fp8" and (weights or model.get("matmul") != "fp8"):
+            raise UserError(f"kept = {kept} is for weights = 'fp8': no block multiplies in eight bits")
         model["matmul_kept"] = kept
+    tokens = generator.config.data.max_text_tokens if tokens is None else tokens
     return Server(model, generator.params, shape,
-                  batch=batch, tokens=tokens or generator.config.data.max_text_tokens,
-                  weights=weights, scope=generator.network.scope, chunk=chunk, tiling=tiling,
+                  batch=batch, tokens=tokens, weights=weights, scope=generator.network.scope,
+                  chunk=chunk, tiling=tiling,
                   decoder=decoder and (decoder.vae, decoder.params))
 
 

@@ -142,6 +142,15 @@ def test_a_run_from_before_the_frame_rate_was_a_field_is_sampled(generator):
     (dict(prompts="a", height=5), "height = 5 is not a multiple"),
     (dict(prompts="a", width=0), "width = 0"),
     (dict(prompts="a", count=0), "count = 0"),
+    (dict(prompts="a", batch=0), "batch = 0 must be"),
+    (dict(prompts="a", batch=-1), "batch = -1 must be"),
+    (dict(prompts="a", seed=2**31), "seed = 2147483648 does not fit"),
+    (dict(prompts="a", mode="euler", guidance=float("nan")), "guidance = nan is no number"),
+    (dict(prompts="a", mode="euler", guidance=float("inf")), "guidance = inf is no number"),
+    (dict(prompts="a", negative="b"), "negative = b belongs to mode 'euler', not 'one_step'"),
+    (dict(prompts="a", mode="two_step", negative="b"), "negative = b belongs"),
+    (dict(prompts=["a", "b\ud800"]), "holds bytes or half a character"),
+    (dict(prompts="a", mode="euler", negative="\udcff"), "holds bytes or half a character"),
 ])
 def test_wrong_settings_are_user_errors(generator, arguments, words):
     with pytest.raises(UserError, match=words):
@@ -198,3 +207,9 @@ def test_command_line_equals_the_interface(generator, folder, tmp_path, monkeypa
     np.testing.assert_array_equal(np.asarray(Image.open(out / "001_dog.png")), expected[1, 0])
     record = json.loads((out / "sample.json").read_text())
     assert record["time"] == 0.7 and record["seconds"] > 0 and record["checkpoint"] == str(folder)
+    # A negative prompt has a meaning in euler only, so it asks for it, as --guidance does.
+    again = ["sample", "--checkpoint", str(folder), "--prompt", "cat", "--negative", "dog",
+             "--frames", "1", "--out", str(out)]
+    assert cli.main(again) == 0 and "euler: 6 network" in capsys.readouterr().out
+    assert cli.main([*again, "--steps", "1"]) == 2
+    assert "negative = dog belongs to mode 'euler'" in capsys.readouterr().err

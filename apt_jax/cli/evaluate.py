@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, writes the files."""
+    from apt_jax.errors import disk_errors
     from apt_jax.eval.evaluate import (
+        check_counts,
         evaluate_generator,
         evaluate_samples,
         format_result,
@@ -70,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     )
     from apt_jax.eval.samples import load_samples, save_samples
 
+    check_counts(args.count, args.dim, args.batch)
     out = Path(args.out)
+    with disk_errors(out):  # before the work of minutes
+        out.mkdir(parents=True, exist_ok=True)
     if args.samples:
         samples = load_samples(args.samples)
         frames, height, width = samples.frames.shape[1:4]
@@ -96,11 +101,12 @@ def run(args: argparse.Namespace) -> int:
             fresh_noise=args.fresh_noise or None, batch=args.batch)
         result["data"] = {"path": path, "split": args.split, "held_out": args.held_out}
         name = args.mode
-        save_samples(out / "samples.npz", samples.frames, samples.captions)
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"evaluation.json.{os.getpid()}.tmp"
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, out / "evaluation.json")
+        with disk_errors(out):
+            save_samples(out / "samples.npz", samples.frames, samples.captions)
+    with disk_errors(out):
+        partial = out / f"evaluation.json.{os.getpid()}.tmp"
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, out / "evaluation.json")
     print(format_result(result, name))
     print(f"wrote {out / 'evaluation.json'}")
     return 0

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="G",
                         help="guidance of euler (default: the config's)")
     parser.add_argument("--negative", default="", metavar="TEXT",
-                        help="euler: the guidance's negative prompt (default: the empty one)")
+                        help="negative prompt of euler's guidance (default: the empty one)")
     parser.add_argument("--time", type=float, metavar="T",
                         help="two_step: the time between the steps, 0 to 1 (default: the config's)")
     parser.add_argument("--fresh-noise", action="store_true",
@@ -102,7 +102,8 @@ def mesh_of(overrides: list[str]) -> dict[str, int] | None:
 def run(args: argparse.Namespace) -> int:
     """Samples, saves, prints the time of a forward pass and the paths."""
     mode, steps = choose_mode(args.mode, args.steps)
-    if args.guidance is not None and args.mode is None and args.steps is None:
+    guided = args.guidance is not None or args.negative
+    if guided and args.mode is None and args.steps is None:
         mode = "euler"  # guidance has a meaning there only
 
     from apt_jax import api

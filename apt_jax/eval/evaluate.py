@@ -12,9 +12,10 @@ import numpy as np
 
 from apt_jax.data.pipeline import load_all, open_dataset
 from apt_jax.errors import UserError
+from apt_jax.eval.generate import check_sampling
 from apt_jax.eval.kernel_distance import kernel_distance
 from apt_jax.eval.measure import DIM, Reference, clip_features, floor, measure
-from apt_jax.eval.mobilenet import MobileNetFeatures
+from apt_jax.eval.mobilenet import FEATURES, MobileNetFeatures
 from apt_jax.eval.progress import duration
 from apt_jax.eval.samples import SampleSet
 from apt_jax.eval.table import lay_out
@@ -53,6 +54,15 @@ def draw(generator, split: Split, count: int, label: str, **settings) -> tuple[S
     return SampleSet(samples.frames, list(samples.captions)), samples.settings
 
 
+def check_counts(count: int = 0, dim: int = DIM, batch: int = 1) -> None:
+    """UserError for a number of samples, dimensions or samples at a time that cannot be."""
+    for name, value, least in (("count", count, 0), ("dim", dim, 1), ("batch", batch, 1)):
+        if value < least:
+            raise UserError(f"{name} = {value} must be at least {least}")
+    if dim > FEATURES:
+        raise UserError(f"dim = {dim} is more than the features have; give at most {FEATURES}")
+
+
 def evaluate_generator(generator, train: Split, held_out: Split | None, *, mode: str,
                        guidance: Sequence[float] = (), count: int = 0, seed: int = 0,
                        dim: int = DIM, cache_dir=None, **settings) -> tuple[dict, SampleSet]:
@@ -68,6 +78,10 @@ def evaluate_generator(generator, train: Split, held_out: Split | None, *, mode:
             f"{generator.model['text_width']}; evaluate on data prepared with its text encoder")
     if guidance and mode != "euler":
         raise UserError(f"--guidance belongs to mode 'euler', not {mode!r}; drop it")
+    batch = settings.get("batch")
+    check_counts(count, dim, 1 if batch is None else batch)
+    for value in guidance or (1.0,):
+        check_sampling({"guidance": value, "seed": seed})
     extract = MobileNetFeatures()
     reference = Reference.build(train.frames, dim, cache_dir, extract)
     trials = []
@@ -96,6 +110,7 @@ def evaluate_generator(generator, train: Split, held_out: Split | None, *, mode:
 
 def evaluate_samples(samples: SampleSet, real: Split, dim: int = DIM, cache_dir=None) -> dict:
     """Measure an existing sample file against a split of the same shape."""
+    check_counts(dim=dim)
     extract = MobileNetFeatures()
     reference = Reference.build(real.frames, dim, cache_dir, extract)
     entry = measure(samples.frames, reference, extract, "features of the samples")

@@ -1,13 +1,15 @@
 """Draw samples for a measurement: fixed noise per index, so that methods share their seeds."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apt_jax.config.load import nearest
 from apt_jax.diffusion import samplers
 from apt_jax.errors import UserError
 from apt_jax.eval.latents import decode_latents
@@ -17,6 +19,30 @@ from apt_jax.models.presets import make_generator
 from apt_jax.models.vae import FrameDecoder
 
 MODES = ("one_step", "two_step", "euler")
+OWNERS = {"steps": "euler", "guidance": "euler", "negative": "euler", "time": "two_step",
+          "fresh_noise": "two_step"}  # setting -> the only mode that has it
+
+
+def check_mode(mode: str, **given) -> None:
+    """UserError for an unknown mode and for a setting given (neither None, "" nor False) to
+    another mode than its own."""
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r}{nearest(str(mode), MODES)}")
+    for name, value in given.items():
+        if value not in (None, "") and value is not False and mode != OWNERS[name]:
+            raise UserError(f"{name} = {value} belongs to mode {OWNERS[name]!r}, not {mode!r}")
+
+
+def check_sampling(settings: Mapping[str, float]) -> None:
+    """UserError for a seed, steps, guidance or time, where they are given, that cannot be used."""
+    if not -(2**31) <= settings.get("seed", 0) < 2**31:  # programs take it as int32
+        raise UserError(f"seed = {settings['seed']} does not fit; give one from 0 to 2147483647")
+    if settings.get("steps", 1) < 1:
+        raise UserError(f"steps = {settings['steps']} must be at least 1")
+    if not math.isfinite(settings.get("guidance", 1.0)):
+        raise UserError(f"guidance = {settings['guidance']} is no number; give one such as 3.0")
+    if not 0 < settings.get("time", 0.5) < 1:
+        raise UserError(f"time = {settings['time']} must lie between 0 and 1")
 
 
 def sample_noise(seed: int, index: jax.Array, shape: tuple[int, int, int, int],
@@ -43,6 +69,8 @@ class Generation:
                  two_step_time: float = 0.5, two_step_fresh: bool = False, batch: int = 64):
         if mode not in MODES:
             raise UserError(f"unknown sampling mode {mode!r}; use one of {', '.join(MODES)}")
+        if batch < 1:
+            raise UserError(f"batch = {batch} must be at least 1")
         self.net, self.mode, self.batch = net, mode, batch
         self.steps, self.shift = steps, shift
         self.two_step_time, self.two_step_fresh = two_step_time, two_step_fresh
@@ -78,8 +106,11 @@ class Generation:
         whose time then counts. null_text [L, D], null_mask [L]: the negative prompt,
         needed by "euler". time: between two steps, in place of two_step_time. first: index of the
         first sample, for its noise. The last batch is padded. kept: takes the samples before they
-        become frames, float32 [n, *shape] a batch.
+        become frames, float32 [n, *shape] a batch. UserError for settings that cannot be used.
         """
+        check_sampling({"seed": seed, "guidance": guidance})
+        if not len(text):
+            raise UserError("there is no caption to draw a sample for; give at least one")
         if self.mode == "euler" and (null_text is None or null_mask is None):
             raise UserError("euler sampling needs null_text and null_mask, the states of the "
                             "empty caption; take them from the data's manifest")

@@ -89,6 +89,34 @@ def test_the_command_measures_a_checkpoint_and_its_samples_alike(generator, real
     assert again["train"]["fd"] == pytest.approx(first["train"]["fd"], rel=1e-4)
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--batch", "-1"], "batch = -1 must be at least 1"), (["--batch", "0"], "batch = 0"),
+    (["--count", "-3"], "count = -3 must be at least 0"), (["--dim", "0"], "dim = 0"),
+    (["--dim", "1281"], "at most 1280")])
+def test_wrong_numbers_end_before_anything_is_read(tmp_path, capsys, flags, says):
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "none"), "--out",
+                 str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_named_before_the_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("apt_jax.api.load", lambda *a: pytest.fail("the work began"))
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        assert main(["evaluate", "--checkpoint", "bundled:base", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"{out} cannot be written" in error and error.count("\n") == 1
+
+
+def test_seeds_and_guidance_are_checked_before_the_reference(generator, real, monkeypatch):
+    monkeypatch.setattr(Reference, "build", lambda *a, **k: pytest.fail("the reference was built"))
+    for wrong, says in (({"seed": 2**31}, "seed"), ({"batch": 0}, "batch"), ({"count": -1}, "count"),
+                        ({"guidance": (1.0, float("nan"))}, "guidance = nan")):
+        with pytest.raises(UserError, match=says):
+            evaluate_generator(generator, real, None, mode="euler", **wrong)
+
+
 def test_too_few_samples_end_in_one_line(tmp_path, capsys):
     save_samples(tmp_path / "few.npz", np.zeros((10, 1, 16, 16, 3), np.uint8), ["x"] * 10)
     assert main(["evaluate", "--samples", str(tmp_path / "few.npz"), "--split", "holdout",

@@ -70,6 +70,18 @@ def test_first_continues_a_set():
     np.testing.assert_array_equal(whole[2:], tail)
 
 
+def test_counts_and_seeds_that_cannot_be_are_refused():
+    params, text, mask = _inputs()
+    for batch in (0, -1):  # would leave frames as the memory was
+        with pytest.raises(UserError, match=f"batch = {batch}"):
+            generate(_net, params, text, mask, SHAPE, "one_step", batch=batch)
+    with pytest.raises(UserError, match="no caption"):
+        generate(_net, params, text[:0], mask[:0], SHAPE, "one_step")
+    with pytest.raises(UserError, match="seed = 2147483648"):
+        generate(_net, params, text, mask, SHAPE, "one_step", seed=2**31)
+    assert len(generate(_net, params, text, mask, SHAPE, "one_step", seed=2**31 - 1)) == 5
+
+
 def test_wrong_mode_and_missing_null_are_refused():
     with pytest.raises(UserError, match="one_step"):
         Generation(_net, "three_step")
