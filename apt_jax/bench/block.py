@@ -22,6 +22,7 @@ from apt_jax.bench.case import SETS, Case, random_like
 from apt_jax.bench.cases import MARKERS, AttentionCase
 from apt_jax.bench.programs import tokens
 from apt_jax.bench.report import row_name
+from apt_jax.bench.tables import pairs_of
 from apt_jax.bench.timing import measure
 from apt_jax.models import mmdit
 from apt_jax.models.presets import model_config
@@ -105,6 +106,8 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
         plain.model.attention, plain.model.matmul = "oracle", "dtype"
         return count_flops(_function(plain, part)[1], params, *inputs).total
 
+    alone = config.copy_and_resolve_references()
+    alone.mesh.context = 1  # a block is measured on one device, whatever the mesh
     attentions = 2 if config.model.family == "wan" else 1
     kernels = {name: attentions * counts[PARTS.index(part)]
                for name, counts in MARKERS.get(backend, {}).items()}
@@ -114,7 +117,7 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
     return Case(row_name(config.name, "block", part, config.model.matmul, backend,
                          overrides=overrides),
                 f"block {part}", backend, jax.jit(function), (params, *inputs), flops, kernels,
-                eight if config.model.matmul == "fp8" else None, tokens(config) ** 2,
+                eight if config.model.matmul == "fp8" else None, pairs_of(alone),
                 exactly=part == "forward")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from apt_jax.bench.device_less import Compiled, complaint, count_kernels, elsewh
 from apt_jax.bench.memory import memory, memory_stats
 from apt_jax.bench.profile import CALLS, profiled
 from apt_jax.bench.report import in_a_line
+from apt_jax.bench.tables import Pair
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
@@ -36,7 +37,7 @@ class Case:
       kernels: marker -> how often a call runs it (`device_less.count_kernels`).
       fp8: eight-bit products that a call runs at least; None where there must be none. exactly: no
         more than that.
-      scores: elements that no array may have; None does not look.
+      pairs: queries and keys of its attentions, whose scores must not lie in memory (`tables`).
       share: elements of one kernel's result that a device should make at most; None does not look.
       samples: of one call.
       donates: the first argument is a state, which comes out first and goes in again.
@@ -52,7 +53,7 @@ class Case:
     flops: Callable[[], float] | None = None
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
     fp8: int | None = None
-    scores: int | None = None
+    pairs: Sequence[Pair] = ()
     share: int | None = None
     samples: int = 1
     donates: bool = False
@@ -66,7 +67,7 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
     absent or cannot serve is an error of the row, as whatever else the compiler says."""
     start = time.perf_counter()
     made = {"case": f"{case.name} ({label})", "backend": case.backend, "part": case.part,
-            "device": device.device_kind, "scores": case.scores or 0}
+            "device": device.device_kind}
     try:
         with elsewhere(device), dispatch.recording() as selected:
             compiled = case.function.lower(*case.args).compile()
@@ -74,20 +75,21 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
         reason = str(error) if isinstance(error, UserError) else in_a_line(error)
         return Compiled(**made, kernels={}, wanted=dict(case.kernels), largest=0, temporary_bytes=0,
                         seconds=time.perf_counter() - start, error=reason)
-    found, largest, result, written = count_kernels(compiled.as_text(), list(case.kernels), [FP8])
+    found, largest, result, written, tables = count_kernels(
+        compiled.as_text(), list(case.kernels), [FP8], case.pairs)
     eight = found.pop(FP8)
     wanted = dict(case.kernels)
     if device.platform == "gpu":
         least = case.fp8 or 0
         found[FP8] = eight
         wanted[FP8] = max(eight, least) if case.fp8 and not case.exactly else least
-    error = complaint(found, wanted, largest, case.scores)
+    error = complaint(found, wanted, tables)
     if not error and case.share is not None and result > 1.1 * case.share:
         error = f"a kernel makes {result} elements on one device, whose share is {case.share}"
     return Compiled(
         **made, kernels=found, wanted=wanted, largest=largest, error=error, written_bytes=written,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        seconds=time.perf_counter() - start, selected=sorted(selected))
+        seconds=time.perf_counter() - start, selected=sorted(selected), tables=tables)
 
 
 def random_like(args: Any, seed: int = 0) -> Any:

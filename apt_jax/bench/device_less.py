@@ -1,7 +1,7 @@
 """Compile attention for hardware that is not there, and check what came out.
 
-A program passes when the kernel that was named is in it as often as it must be and no array in it is
-as large as the table of all scores. Whether it is fast is not known before it has run.
+A program passes when the kernel that was named is in it as often as it must be and it makes no table
+of scores (`bench/tables.py`). Whether it is fast is not known before it has run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from apt_jax.bench.cases import MARKERS, AttentionCase, parts_of_backend
+from apt_jax.bench.tables import Pair, made, tables
 from apt_jax.errors import UserError
 from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import Hardware, choosing
@@ -30,7 +31,7 @@ class Compiled:
     """What a compiled program shows.
 
     kernels: marker -> how often it runs in one call. wanted: the same, as it must be.
-    largest: elements of the largest array. scores: elements that no array may have.
+    largest: elements of the largest array that it makes. tables: those that look like scores.
     error: why there is no program, or what is wrong with it; "" where it passes.
     written_bytes: what neither products nor kernels write: norms, modulation, rotary positions,
       rounding, copies. Each byte is read again at least once.
@@ -44,12 +45,12 @@ class Compiled:
     kernels: dict[str, int]
     wanted: dict[str, int]
     largest: int
-    scores: int
     temporary_bytes: int
     seconds: float
     error: str
     written_bytes: int = 0
     selected: Sequence[str] = ()
+    tables: Sequence[str] = ()
 
     @property
     def passes(self) -> bool:
@@ -62,41 +63,44 @@ SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "aft
 
 
 class Counted(NamedTuple):
-    """kernels: marker -> runs in one call; largest: elements of the program's largest array; result:
+    """kernels: marker -> runs in one call; largest: elements of the largest array that the program
 
-    elements of the largest result of a counted kernel; written: see `Compiled.written_bytes`."""
+    makes; result: elements of the largest result of a counted kernel; written: see
+    `Compiled.written_bytes`; tables: see `tables.tables`."""
 
     kernels: dict[str, int]
     largest: int
     result: int
     written: int
+    tables: Sequence[str] = ()
 
 
-def count_kernels(text: str, markers: Sequence[str], others: Sequence[str] = ()) -> Counted:
+def count_kernels(text: str, markers: Sequence[str], others: Sequence[str] = (),
+                  pairs: Sequence[Pair] = ()) -> Counted:
     """How often a call of the program runs custom calls that say each marker, and sizes.
 
     text: the compiled module; loops count as often as they turn. others: markers of calls whose
-    results are not sized.
+    results are not sized. pairs: queries and keys whose scores are looked for.
     """
     program = parse_hlo(text)
-    counts, largest, result, written = dict.fromkeys([*markers, *others], 0.0), 0, 0, 0.0
+    counts, result, written = dict.fromkeys([*markers, *others], 0.0), 0, 0.0
     # what is inside a fusion stays in registers
     inside = {i.called["calls"] for body in program.computations.values() for i in body
               if i.opcode == "fusion" and "calls" in i.called}
     for name, times in program.walk():
         for instruction in program.computations[name]:
-            size = max((math.prod(array.shape) for array in instruction.result), default=0)
-            largest = max(largest, size)
             if name not in inside and not instruction.opcode.startswith(SILENT):
                 written += times * instruction.bytes
             if instruction.opcode.startswith("custom-call"):
+                size = max((math.prod(array.shape) for array in instruction.result), default=0)
                 line = f"{instruction.name} {instruction.rest}"
                 for marker in counts:
                     if marker in line:
                         counts[marker] += times
                         result = max(result, 0 if marker in others else size)
+    largest = max((math.prod(array.shape) for _, array in made(program)), default=0)
     return Counted({marker: round(n) for marker, n in counts.items()}, largest, result,
-                   round(written))
+                   round(written), tables(program, pairs))
 
 
 def compile_attention(case: AttentionCase, backend: str, part: str, device: Any) -> Compiled:
@@ -111,11 +115,9 @@ def compile_attention(case: AttentionCase, backend: str, part: str, device: Any)
     index = ("forward", "gradient").index(part)
     markers = MARKERS.get(backend, {})
     wanted = {name: 0 if case.plain else counts[index] for name, counts in markers.items()}
-    # One head's scores; where keys are few, that is less than the queries themselves.
-    scores = max(case.queries * case.keys,
-                 2 * case.batch * case.heads * case.head_dim * max(case.queries, case.keys))
-    made = {"case": case.name, "backend": backend, "part": part, "device": device.device_kind,
-            "wanted": wanted, "scores": scores}
+    pairs = [] if case.plain else [(case.queries, case.keys)]
+    said = {"case": case.name, "backend": backend, "part": part, "device": device.device_kind,
+            "wanted": wanted}
     start = time.perf_counter()
     try:
         with elsewhere(device), choosing(backend=backend):
@@ -126,22 +128,23 @@ def compile_attention(case: AttentionCase, backend: str, part: str, device: Any)
     except Exception as error:  # whatever the compiler of that hardware says
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
-        kernels, largest, _, written = count_kernels(compiled.as_text(), list(markers))
-        reason = complaint(kernels, wanted, largest, None if case.plain else scores)
-        return Compiled(kernels=kernels, largest=largest, error=reason, written_bytes=written,
+        found = count_kernels(compiled.as_text(), list(markers), pairs=pairs)
+        return Compiled(kernels=found.kernels, largest=found.largest, tables=found.tables,
+                        error=complaint(found.kernels, wanted, found.tables),
+                        written_bytes=found.written,
                         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-                        seconds=time.perf_counter() - start, **made)
+                        seconds=time.perf_counter() - start, **said)
     return Compiled(kernels={}, largest=0, temporary_bytes=0, error=reason,
-                    seconds=time.perf_counter() - start, **made)
+                    seconds=time.perf_counter() - start, **said)
 
 
-def complaint(kernels: dict[str, int], wanted: dict[str, int], largest: int,
-              scores: int | None) -> str:
-    """What is wrong with a program, "" where nothing is. scores: elements no array may have."""
+def complaint(kernels: dict[str, int], wanted: dict[str, int], tables: Sequence[str]) -> str:
+    """What is wrong with a program, "" where nothing is. tables: of scores, in it."""
     wrong = [f"{name} runs {kernels[name]} times, not {count}"
              for name, count in wanted.items() if kernels[name] != count]
-    if scores is not None and largest >= scores:
-        wrong.append(f"an array of {largest} elements is as large as the scores")
+    if tables:
+        wrong.append(f"{tables[0]} is a table of scores"
+                     + (f", and so are {len(tables) - 1} others" if len(tables) > 1 else ""))
     return "; ".join(wrong)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from apt_jax.bench.case import Case
 from apt_jax.bench.cases import MARKERS
 from apt_jax.bench.report import row_name
+from apt_jax.bench.tables import pairs_of
 from apt_jax.errors import UserError
 from apt_jax.models.presets import discriminator_taps, matmul_of
 from apt_jax.parallel.context import on_mesh
@@ -62,7 +63,7 @@ def forward_case(config: Any, devices: Sequence[Any], weights: str,
                 expected_kernels("one-step inference", config, backend),
                 products(config) * (config.model.depth - config.model.matmul_kept)
                 if eight else None,
-                tokens(config) ** 2, device_share("one-step inference", config), batch,
+                pairs_of(config), device_share("one-step inference", config), batch,
                 exactly=True)
 
 
@@ -106,7 +107,7 @@ def train_cases(config: Any, devices: Sequence[Any], overrides: Sequence[str] = 
                      overrides=overrides),
             program.name, backend, program.function, program.args, flops,
             {name: turns * count for name, count in kernels.items()}, eight and turns * eight,
-            tokens(config) ** 2,
+            pairs_of(config),
             device_share(program.name, config) * (program.samples // turns // ways),
             program.samples, donates=True, weights=2))
     return cases

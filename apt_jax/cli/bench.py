@@ -18,7 +18,7 @@ cpu         the demo's network and one of 100M parameters against the same in Py
             compiled: forward and training step. Needs torch.
 
 With --device-less nothing runs: attention, block, forward, train, vae and pipeline are compiled for
---topology, and the command fails where a kernel is not in its program, an array is as large as the
+--topology, and the command fails where a kernel is not in its program, an array has the shape of the
 scores, or a product that should be in eight bits is not. Needs pip install 'apt_jax[plan]'; tokamax
 too for its kernel.
 

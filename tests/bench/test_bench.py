@@ -63,10 +63,11 @@ def test_a_kernel_whose_attributes_wrap_does_not_end_its_computation():
 
 
 def test_what_is_wrong_with_a_program():
-    assert complaint({"a": 1}, {"a": 1}, 99, 100) == ""
-    assert complaint({"a": 0}, {"a": 1}, 99, 100) == "a runs 0 times, not 1"
-    assert "as large as the scores" in complaint({"a": 1}, {"a": 1}, 100, 100)
-    row = Compiled("case", "pallas", "forward", "H100", {"a": 0}, {"a": 1}, 9, 10, 0, 1.0, "bad")
+    assert complaint({"a": 1}, {"a": 1}, []) == ""
+    assert complaint({"a": 0}, {"a": 1}, []) == "a runs 0 times, not 1"
+    assert complaint({"a": 1}, {"a": 1}, ["dot.1 f32[9,9]", "x", "y"]) == (
+        "dot.1 f32[9,9] is a table of scores, and so are 2 others")
+    row = Compiled("case", "pallas", "forward", "H100", {"a": 0}, {"a": 1}, 9, 0, 1.0, "bad")
     assert not row.passes and "FAILS: bad" in table([row])
 
 

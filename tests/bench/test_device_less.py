@@ -72,6 +72,36 @@ def test_the_8b_one_step_forward_runs_each_kernel_36_times(tmp_path, gpus):
 
 
 @needs_cuda
+@pytest.mark.parametrize("config, overrides", [
+    ("demo_image", []),
+    ("seaweed_8b_image", ["--config.model.depth=2", "--config.discriminator.taps=1,2"])])
+def test_an_image_has_fewer_scores_than_weights_and_passes(tmp_path, config, overrides):
+    (row,) = bench(tmp_path, "forward", "--config", f"configs/{config}.py", "--topology",
+                   "h100:1x1", *MESH, "--config.mesh.context=1", *overrides, "--backends",
+                   "pallas").values()
+    assert row["kernels"]["apt_flash_forward"] == (2 if overrides else 4)
+    assert row["tables"] == []
+
+
+@needs_cuda
+def test_plain_attention_for_h100_leaves_a_table_of_scores(tmp_path):
+    """What the check is for: without a kernel the compiler writes the scores."""
+    case = "AttentionCase('t', 4300, 4352, 2, 64, hidden=3)"
+    code = ("from apt_jax.plan.devices import prepare_environment, describe; prepare_environment()\n"
+            "from apt_jax.bench.cases import AttentionCase\n"
+            "from apt_jax.bench.device_less import compile_attention\n"
+            "from apt_jax.plan.chips import parse_topology\n"
+            "device = describe(parse_topology('h100:1x1'))[0]\n"
+            "for part in ('forward', 'gradient'):\n"
+            f"    print(compile_attention({case}, 'oracle', part, device).error)\n")
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+    said = [line for line in done.stdout.splitlines() if "is a table of scores" in line]
+    assert len(said) == 2, done.stdout + done.stderr[-2000:]
+
+
+@needs_cuda
 def test_ulysses_in_a_ring_runs_our_kernel_in_every_turn(tmp_path):
     (row,) = bench(tmp_path, "forward", *VIDEO_8B, "--topology", "h100:1x8", *MESH,
                    "--config.mesh.context=8", "--config.mesh.ulysses=2", "--backends",
