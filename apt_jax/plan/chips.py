@@ -24,8 +24,8 @@ class Chip:
       bandwidth: bytes/s of device memory.
       fast: bytes/s of a device to its neighbours on the fast network, one way.
       slow: bytes/s of a device to other hosts, one way.
-      host_devices: devices of one host on the fast network (0: the whole slice is one); of CHIPS the
-        most that it joins, of a `Topology` those that its hosts have.
+      host_devices: devices of one host on the fast network (0: the whole slice is one); of CHIPS
+        the most that it joins, of a `Topology` those that its hosts have.
       attention: the backend of `model.attention` that serves it by default.
     """
 
@@ -101,7 +101,7 @@ def parse_topology(text: str) -> Topology:
             raise UserError(f"topology {text!r} has {found[1]} GPUs a host; the fast network joins "
                             f"{chip.host_devices}: write {name}:"
                             f"{math.ceil(math.prod(found) / chip.host_devices)}x{chip.host_devices}")
-        chip = dataclasses.replace(chip, host_devices=found[1])  # the rest is behind other ports
+        chip = dataclasses.replace(chip, host_devices=found[1])  # the rest is behind the ports
     else:
         axes = 3 if name in ("v4", "v5p") else 2
         if len(found) != axes:

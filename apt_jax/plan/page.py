@@ -126,9 +126,9 @@ def targets(results: Mapping[str, dict]) -> str:
     told = "\n".join(f"- **{r.mark}** {r.text}" for r in REASONS if r.mark in marks)
     return "## Against the targets\n\n" + "\n".join([
         *lines,
-        "- Every gather of parameters in the layers hidden, no all-reduce (from 4 MiB on) over fsdp, "
-        f"tokens at most {CONTEXT_TARGET} of the least that Ulysses sends: the table, and below it "
-        "why what is missed is.", "", table(
+        "- Every gather of parameters in the layers hidden, no all-reduce (from 4 MiB on) over "
+        f"fsdp, tokens at most {CONTEXT_TARGET} of the least that Ulysses sends: the table, and "
+        "below it why what is missed is.", "", table(
             ["plan", "step", "gathers in the layers: hidden, wait as part of the step",
              "all-reduces over fsdp", "tokens", "missed"], rows), told, OTHERS])
 

@@ -28,8 +28,8 @@ log = logging.getLogger("apt_jax")
 # What the driver, the collective library and the allocator's rounding take of a device's memory.
 # The launch files give jax the rest (XLA_PYTHON_CLIENT_MEM_FRACTION; it would take 0.75 by itself).
 RESERVE = 0.06
-# What is tried: heads are cut over tensor and one host's links carry it; context may leave the host;
-# shards of larger copies are thinner than a row of the weights.
+# What is tried: heads are cut over tensor and one host's links carry it; context may leave the
+# host; shards of larger copies are thinner than a row of the weights.
 WIDEST_TENSOR, WIDEST_CONTEXT, LARGEST_COPY = 8, 16, 256
 
 

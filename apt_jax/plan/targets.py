@@ -30,52 +30,55 @@ class Reason(NamedTuple):
 
 REASONS = (
     Reason("a", "tokens", r".*", r".*",
-           "Tokens: with remat `attention` (and Wan's `full`) the backward pass sends a layer's four "
-           "arrays a second time, 12 where 8 would do in a layer that takes a gradient. Keeping them "
-           "is remat `exchange`: five arrays a layer and sample, 36 GiB more in the 8B D step of four "
-           "devices a clip, 54 in Wan 14B's of eight, neither of which an H100 has left. The 8B stage "
-           "with eight devices a clip has it (`context_8`, which sends 1.00 of the least)."),
+           "Tokens: with remat `attention` (and Wan's `full`) the backward pass sends a layer's "
+           "four arrays a second time, 12 where 8 would do in a layer that takes a gradient. "
+           "Keeping them is remat `exchange`: five arrays a layer and sample, 36 GiB more in the"
+           " 8B D step of four devices a clip, 54 in Wan 14B's of eight, neither of which an "
+           "H100 has left. The 8B stage with eight devices a clip has it (`context_8`, which "
+           "sends 1.00 of the least)."),
     Reason("b", "gathers", r".*_v(5p|6e)_.*", r".*",
-           "TPUs: libtpu schedules every gather by itself, beside no work ([plan.md](../plan.md) has "
-           "what was tried)."),
+           "TPUs: libtpu schedules every gather by itself, beside no work ([plan.md](../plan.md)"
+           " has what was tried)."),
     Reason("c", "sums", r".*_v5p_4x4x4", r".*",
-           "64 v5p: gathers over all the devices are all-reduces of arrays that are zero but for a "
-           "device's own part, and reduce-scatters are all-reduces too: twice the bytes."),
+           "64 v5p: gathers over all the devices are all-reduces of arrays that are zero but for"
+           " a device's own part, and reduce-scatters are all-reduces too: twice the bytes."),
     Reason("d", "sums", r".*_v6e_8x8", r".*",
            "64 v6e: the gathers stay gathers, but each layer's gradients are summed whole, five "
-           "all-reduces of 72 to 108 MiB, of which a device keeps its 64th: twice the bytes of the "
-           "reduce-scatters that libtpu makes on 256."),
+           "all-reduces of 72 to 108 MiB, of which a device keeps its 64th: twice the bytes of "
+           "the reduce-scatters that libtpu makes on 256."),
     Reason("e", "sums", r".*_image_(v5p_4x8x8|v6e_16x16)", r".*",
            "Images on 256 TPUs: what is summed once a microbatch, 5 to 41 MiB, are vectors: the "
-           "conditioning of the microbatch's 256 samples, which libtpu collects by a sum of their "
-           "parts, joined with the gradients of biases and norms. No matrix's gradient is in it."),
+           "conditioning of the microbatch's 256 samples, which libtpu collects by a sum of "
+           "their parts, joined with the gradients of biases and norms. No matrix's gradient is "
+           "in it."),
     Reason("f", "sums", r"seaweed_8b_video_h100_128x8", r"D step",
            "1,024 H100s: one sum over replica+fsdp, the gradients of the heads' three output "
            "matrices, 56 MiB once a microbatch, 10 ms of 52 s and hidden."),
     Reason("g", "gathers", r"seaweed_8b_image_h100_128x8", r"G step",
-           "Images on 1,024 H100s: of every two layers of the backward loop one gather has to end "
-           "before the sum over the copies may begin (XLA has one of them under way at a time), "
-           "which leaves it the products of q, k and v to hide behind: 36% of 1.1 ms."),
+           "Images on 1,024 H100s: of every two layers of the backward loop one gather has to "
+           "end before the sum over the copies may begin (XLA has one of them under way at a "
+           "time), which leaves it the products of q, k and v to hide behind: 36% of 1.1 ms."),
     Reason("h", "gathers", r"wan_14b_.*", r"D step",
-           "Wan 14B: in two of the three backward loops the gathers are synchronous, for want of "
-           "memory to gather ahead into: from four hosts on overlap is given 56% of what is left "
-           "(`gpu_hosts.txt`, for the 40 GiB of the 8B stage), and a clip of 75,600 tokens takes "
-           "that for itself. With 80% (`--flags`) all gathers in the layers were hidden, at 55.1 "
-           "GiB and 0.8% less time: `XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=80` for the launch."),
+           "Wan 14B: in two of the three backward loops the gathers are synchronous, for want of"
+           " memory to gather ahead into: from four hosts on overlap is given 56% of what is "
+           "left (`gpu_hosts.txt`, for the 40 GiB of the 8B stage), and a clip of 75,600 tokens "
+           "takes that for itself. With 80% (`--flags`) all gathers in the layers were hidden, "
+           "at 55.1 GiB and 0.8% less time: `XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=80` "
+           "for the launch."),
     Reason("i", "gathers", r"seaweed_8b_video_h100_8x8_context_8", r"G step",
            "`context_8`, G step: a gather of a MiB or more is hidden by 95% or more of its time."),
 )
 OTHERS = """
 Not misses, but to be known. Memory: XLA's scheduler spends on overlap what it is given of what the
-arguments leave: 105% of 80% of the chip's on few hosts, 56% from four hosts on (`gpu_hosts.txt`), where
-XLA's own 95% took 59 GiB for the same hidden gathers. Gathers: those of a loop travel a layer ahead,
-beside that layer's products; the first layer of each loop (there is one between two taps) has nothing
-to wait behind, and its gather comes once a microbatch. On 1,024 devices the layers' reduce-scatters
-wait, for the sum over the copies that follows them. Float32 gathers: of the 8B stages and of 64 to 212
-MiB over context alone, the samples whose turn has come; of Wan besides, of each network once a
-microbatch, its time modulation (601 MiB of 14B, 54 of 1.3B), which Wan computes in float32: less than
-0.05% of the step. Sums over context alone, Wan 14B's: the gradients of the text's keys and values, 10 MiB
-a layer, which every device of a clip holds in full; no parameter's.
+arguments leave: 105% of 80% of the chip's on few hosts, 56% from four hosts on (`gpu_hosts.txt`),
+where XLA's own 95% took 59 GiB for the same hidden gathers. Gathers: those of a loop travel a layer
+ahead, beside that layer's products; the first layer of each loop (there is one between two taps)
+has nothing to wait behind, and its gather comes once a microbatch. On 1,024 devices the layers'
+reduce-scatters wait, for the sum over the copies that follows them. Float32 gathers: of the 8B
+stages and of 64 to 212 MiB over context alone, the samples whose turn has come; of Wan besides, of
+each network once a microbatch, its time modulation (601 MiB of 14B, 54 of 1.3B), which Wan computes
+in float32: less than 0.05% of the step. Sums over context alone, Wan 14B's: the gradients of the
+text's keys and values, 10 MiB a layer, which every device of a clip holds in full; no parameter's.
 """
 
 
@@ -87,8 +90,8 @@ def parameter_gathers(program: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def sums(program: Mapping[str, Any]) -> list[tuple[str, int, float]]:
-    """(axes, MiB, times) of the all-reduces that were noted: over fsdp, where a reduce-scatter would
-    do, or over context."""
+    """(axes, MiB, times) of the all-reduces that were noted: over fsdp, where a reduce-scatter
+    would do, or over context."""
     found = map(_SUM.match, program["notes"])
     return [(m.group(1), int(m.group(2)), float(m.group(3))) for m in found if m]
 
