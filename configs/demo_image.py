@@ -4,8 +4,8 @@
     apt-jax train --config configs/demo_image.py --workdir runs/image
 
 Cost: an update (one D and one G step on 32 images) takes 0.45 s on two cores. Gives: a one-step
-generator whose samples are sharp where those of the consistency model are blurred. `make demo` runs
-and measures it.
+generator whose samples are as sharp as the data where those of the consistency model are noisy.
+`make demo` runs and measures it.
 """
 
 from demo_common import at_length, demo_config
