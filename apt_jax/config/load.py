@@ -231,10 +231,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (),
     overrides: '--config.key=value' strings, or pairs '--config.key', 'value'.
     keys: the names to choose the nearest from, where a name is wrong (a training config's).
     Call `validate` on the result. UserError in one line for a missing file, one without
-    get_config, one that raises, and for every wrong override.
+    get_config, one that raises or exits, and for every wrong override.
     """
     file, argument = split_argument(str(path))
     keys = list(BY_KEY if keys is None else keys)
+    if file.is_dir():
+        inside = [str(file / p.name) for p in sorted(file.glob("*.py"))]
+        hint = f"such as {inside[0]}" if inside else "FILE.py; there is none in it"
+        raise UserError(f"the config {str(file)!r} is a folder; give one of its files, {hint}")
     if not file.is_file():
         beside = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"config file {str(file)!r} does not exist{nearest(str(file), beside)}")
@@ -255,7 +259,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (),
         config = get_config(argument) if argument is not None else get_config()
     except UserError:
         raise
-    except Exception as error:  # the user's own code: any exception becomes one line
+    except (Exception, SystemExit) as error:  # the user's own code: all of it becomes one line
         raise UserError(f"{_where(error, file)}: {_problem(error, keys)}") from None
     finally:
         sys.path.remove(folder)

@@ -22,7 +22,7 @@ class Field:
     """One configuration field.
 
     low / high bound a number (or each number of a tuple); both are allowed values unless
-    `open_low` says that low itself is not. choices lists the only allowed values.
+    `open_low` or `open_high` says that it is not itself. choices lists the only allowed values.
     """
 
     key: str
@@ -32,10 +32,12 @@ class Field:
     high: float | None = None
     open_low: bool = False
     choices: tuple | None = None
+    open_high: bool = False
 
 
-def _f(key, default, help, low=None, high=None, open_low=False, choices=None) -> Field:  # noqa: A002
-    return Field(key, default, help, low, high, open_low, choices)
+def _f(key, default, help, low=None, high=None, open_low=False, choices=None,  # noqa: A002
+       open_high=False) -> Field:
+    return Field(key, default, help, low, high, open_low, choices, open_high)
 
 
 FIELDS: tuple[Field, ...] = (
@@ -134,10 +136,10 @@ FIELDS: tuple[Field, ...] = (
     _f("optimizer.name", "rmsprop", "rmsprop (the paper's) or adamw", choices=("rmsprop", "adamw")),
     _f("optimizer.learning_rate", 1e-4, "learning rate", low=0, open_low=True),
     _f("optimizer.discriminator_learning_rate", 0.0, "0 takes learning_rate", low=0),
-    _f("optimizer.decay", 0.9, "rmsprop's decay", low=0, high=1),
+    _f("optimizer.decay", 0.9, "rmsprop's decay", low=0, high=1, open_high=True),
     _f("optimizer.eps", 1e-8, "added to the root of the second moment", low=0, open_low=True),
-    _f("optimizer.b1", 0.9, "adamw's first decay", low=0, high=1),
-    _f("optimizer.b2", 0.999, "adamw's second decay", low=0, high=1),
+    _f("optimizer.b1", 0.9, "adamw's first decay", low=0, high=1, open_high=True),
+    _f("optimizer.b2", 0.999, "adamw's second decay", low=0, high=1, open_high=True),
     _f("optimizer.weight_decay", 0.0, "adamw's decoupled decay", low=0),
     _f("optimizer.warmup_steps", 0, "steps of linear warm-up", low=0),
     _f("optimizer.final_rate", 1.0, "part of the learning rate left at the last step; it falls "
@@ -176,7 +178,8 @@ FIELDS: tuple[Field, ...] = (
     _f("sample.guidance", 3.0, "guidance of the many-step sampler", low=0),
     _f("sample.steps", 25, "Euler steps", low=1),
     _f("sample.shift", 1.0, "time shift of the Euler grid", low=0, open_low=True),
-    _f("sample.two_step_time", 0.5, "t between the two steps", low=0, high=1, open_low=True),
+    _f("sample.two_step_time", 0.5, "t between the two steps", low=0, high=1, open_low=True,
+       open_high=True),
     _f("sample.two_step_fresh", False, "fresh noise for the second step instead of the same"),
     _f("sample.fps", 0.0, "frames a second of clips that are written, those of the training data; "
        "0: 8, and 16 where a VAE makes the frames", low=0),

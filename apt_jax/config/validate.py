@@ -69,7 +69,9 @@ def check_value(field: Field, value: Any) -> None:
             good = number > field.low if field.open_low else number >= field.low
             _require(good, f"{field.key} = {value!r} must be {sign} {field.low}")
         if field.high is not None:
-            _require(number <= field.high, f"{field.key} = {value!r} must be <= {field.high}")
+            sign = "<" if field.open_high else "<="
+            good = number < field.high if field.open_high else number <= field.high
+            _require(good, f"{field.key} = {value!r} must be {sign} {field.high}")
 
 
 def _data(c: ml_collections.ConfigDict) -> None:
@@ -212,8 +214,6 @@ def _train(c: ml_collections.ConfigDict) -> None:
              f"train.accumulate = {c.train.accumulate}")
     _require(c.train.ema_decay < 1, "train.ema_decay = 1 would never leave the first weights; use "
                                     "less than 1")
-    _require(c.optimizer.decay < 1, "optimizer.decay must be less than 1")
-    _require(c.optimizer.b1 < 1 and c.optimizer.b2 < 1, "optimizer.b1 and b2 must be less than 1")
     _require(c.train.sample_every == 0 or len(c.train.sample_prompts) > 0,
              "train.sample_every is set but train.sample_prompts is empty")
     _require(c.optimizer.warmup_steps <= c.train.steps,

@@ -206,6 +206,7 @@ def test_a_file_imports_its_neighbour_and_leaves_no_trace(tmp_path):
      ("line 4", "'batchsize'", "'train.batch_size'")),
     ("from apt_jax.config import base_config\ndef get_config():\n    c = base_config()\n"
      "    c.train.steps = 'many'\n    return c", ("line 4", "steps")),
+    ("import sys\nsys.exit(3)\n", ("line 2", "SystemExit: 3")),
 ])
 def test_a_wrong_file_is_one_line_with_its_place(tmp_path, body, words):
     path = tmp_path / "x.py"
@@ -218,6 +219,13 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     config_file(tmp_path, "", "demo_image.py")
     text = message_of(lambda: load_config(tmp_path / "demo_imge.py"))
     assert "does not exist" in text and "demo_image.py" in text
+
+
+def test_a_folder_is_no_config(tmp_path):
+    assert "give one of its files, FILE.py" in message_of(lambda: load_config(tmp_path))
+    config_file(tmp_path, "", "demo_image.py")
+    text = message_of(lambda: load_config(tmp_path))
+    assert f"{str(tmp_path)!r} is a folder" in text and text.endswith("demo_image.py")
 
 
 def test_an_argument_that_is_not_taken(tmp_path):
