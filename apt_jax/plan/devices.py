@@ -94,5 +94,6 @@ def _cuda(topology: Topology) -> dict[str, Any]:
     target = _SM90.format(bandwidth=int(chip.bandwidth), memory=chip.memory,
                           name=_NAMES[chip.name])
     hosts, devices = topology.sizes
+    # slices x hosts x GPUs: with real devices jax calls every host a slice, so here too.
     return {"platform": "cuda", "topology_name": chip.name, "target_config": target,
-            "topology": f"1x{hosts}x{devices}"}
+            "topology": f"{hosts}x1x{devices}"}
