@@ -20,9 +20,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from apt_jax.config import config_from_json, config_to_json
-from apt_jax.config.schema import BY_KEY
 from apt_jax.errors import UserError
 from apt_jax.installed import versions_of
+from apt_jax.train.course import check_course
+from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import check_shared, everywhere, same_everywhere
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
 
@@ -32,16 +33,6 @@ STATE, META = "state", "meta"
 # A state up to SMALL bytes is cut into files below FILE_BYTES, which any transfer takes; larger
 # ones into the library's own 2 GB files.
 SMALL, FILE_BYTES, CHUNK_BYTES = 2**30, 12 * 2**20, 4 * 2**20
-
-# Config fields that fix the arrays of the state; a change of one is another run.
-IDENTITY = ("stage", "optimizer.name", "discriminator.taps", "discriminator.backbone",
-            "discriminator.heads", "lora.rank", "lora.alpha", "lora.discriminator")
-# Fields of config.model that change how it is computed, not what it is.
-COMPUTE_ONLY = ("dtype", "matmul", "matmul_kept", "remat", "attention")
-# Fields whose change is allowed but alters draws or data order.
-COURSE = ("seed", "data.path", "data.split", "data.frames", "train.batch_size",
-          "train.clip_batch_size")
-
 
 # What a process says of a checkpoint.
 GOOD, BROKEN_HERE, OTHER = range(3)
@@ -53,47 +44,25 @@ class Restored(NamedTuple):
     seconds: float  # trained before, over all attempts
 
 
-def _get(config: Any, key: str) -> Any:
-    """The field of a run's config; its default where the run is older than the field."""
-    for part in key.split("."):
-        if part not in config:
-            return BY_KEY[key].default
-        config = config[part]
-    return config
-
-
-def differences(saved: Any, config: Any) -> tuple[str | None, list[str]]:
-    """What keeps a checkpoint of `saved` from going on under `config`.
-
-    Returns:
-      The first difference that makes another run of it (None if there is none), and those that
-      are allowed but change the course of the run, each as "key = old there, new here".
-    """
-    def says(key):
-        return f"{key} = {_get(saved, key)!r} there, {_get(config, key)!r} here"
-
-    identity = [key for key in IDENTITY
-                if config.stage == "adversarial" or not key.startswith("discriminator")]
-    identity += [f"model.{key}" for key in config.model if key not in COMPUTE_ONLY]
-    hard = next((says(key) for key in identity if _get(saved, key) != _get(config, key)), None)
-    return hard, [says(key) for key in COURSE if _get(saved, key) != _get(config, key)]
-
-
 class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, workdir: str | Path, config: Any, say: Callable[[str], None] = print):
         """Opens (and makes) WORKDIR/checkpoints; `say` takes one-line warnings.
 
-        UserError, before anything of the run is written, where not all processes see one folder.
+        UserError, before anything of the run is written, where not all processes see one folder,
+        or it cannot be made.
         """
-        # Orbax reports every phase of every save at INFO, and a torn folder at WARNING.
+        # Orbax reports every phase of every save at INFO, and a torn folder at WARNING; asyncio
+        # each of the many files that a full disk did not take.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._workdir = Path(workdir).resolve()
         self._folder = self._workdir / CHECKPOINTS
         self._config, self._say = config, say
-        check_shared(self._folder, max(self._on_disk(), default=-1))
-        self._manager = self._open()
+        with run_disk(self._folder, opening=True):
+            check_shared(self._folder, max(self._on_disk(), default=-1))
+            self._manager = self._open()
 
     def _on_disk(self) -> list[int]:
         """The steps whose folders this process sees, before the manager is asked."""
@@ -123,6 +92,8 @@ class Checkpoints:
           step: finished updates.
           data: the data position, JSON-able.
           seconds: trained so far.
+
+        UserError where the disk did not take this one or one that was still being written.
         """
         if step in self._manager.all_steps():
             return
@@ -134,8 +105,9 @@ class Checkpoints:
             save_args=(jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
                        if small else None),
             ocdbt_target_data_file_size=FILE_BYTES if small else None)
-        self._manager.save(step, args=ocp.args.Composite(
-            **{STATE: arguments, META: ocp.args.JsonSave(meta)}))
+        with run_disk(self._folder):
+            self._manager.save(step, args=ocp.args.Composite(
+                **{STATE: arguments, META: ocp.args.JsonSave(meta)}))
 
     def restore(self, abstract: dict[str, Any]) -> Restored | None:
         """The newest checkpoint that can be read, on the shardings of `abstract`; None if there
@@ -190,11 +162,7 @@ class Checkpoints:
         return Restored(state, step, float(meta["seconds"]))
 
     def _check(self, saved: Any, step: int) -> None:
-        hard, course = differences(saved, self._config)
-        if hard:
-            raise UserError(f"{self._folder}/{step} is of another config: {hard}; use another "
-                            "--workdir, or the config it was trained with")
-        for line in course:
+        for line in check_course(saved, self._config, step, self._workdir):
             self._say(f"warning: the checkpoint was trained with another {line}")
 
     def _set_aside(self, broken: Mapping[int, str], good: int) -> None:
@@ -215,17 +183,33 @@ class Checkpoints:
         self._manager = self._open()
 
     def wait(self) -> None:
-        """Returns when everything started is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything started is on disk; UserError where the disk did not take it."""
+        with run_disk(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self, seconds: float | None = None) -> None:
         """Waits, so many seconds at most, then releases the folder."""
         if seconds is None:
-            self._manager.close()
+            with run_disk(self._folder):
+                self._manager.close()
             return
         closing = threading.Thread(target=self._manager.close, daemon=True)
         closing.start()
         closing.join(seconds)
+
+
+def newest_saved(workdir: str | Path) -> tuple[Any, int] | None:
+    """(config, step) of the newest checkpoint of a run folder whose config can be read, or None."""
+    folder = Path(workdir).resolve() / CHECKPOINTS
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    for step in sorted(steps, reverse=True):
+        try:
+            meta = ocp.JsonCheckpointHandler().restore(folder / str(step) / META,
+                                                       args=ocp.args.JsonRestore())
+            return config_from_json(meta["config"]), step
+        except Exception:  # whatever a torn folder makes the reader raise; a restore says it
+            continue
+    return None
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:

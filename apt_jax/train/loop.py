@@ -20,6 +20,7 @@ from apt_jax.parallel.mesh import (
 )
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
+from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import agree, batch_part, describe
 from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
@@ -27,7 +28,7 @@ from apt_jax.train.preemption import Preemption
 from apt_jax.train.state import frozen_inputs, init_state, set_up
 from apt_jax.train.steps import build_update, microbatches
 from apt_jax.train.watchdog import Watchdog
-from apt_jax.weights import record_directory
+from apt_jax.weights import CONFIG_FILE, record_directory
 
 # A save that had begun when a process of several failed may end in this time; it needs the others.
 LEAVE_SECONDS = 60.0
@@ -71,9 +72,12 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
       "workdir", "metrics" (the last logged)}.
 
     Raises:
-      UserError: a config, checkpoint, mesh or data set that does not fit; a non-finite loss.
+      UserError: a config, checkpoint, mesh or data set that does not fit; a finished run of another
+        config (`train/course.py`); a disk that does not take the run; a non-finite loss.
     """
     config = validate(config)
+    if not str(workdir):  # Path("") would be the current directory
+        raise UserError("--workdir is empty; name a run folder")
     hang = config.train.hang_seconds if jax.device_count() > 1 else 0.0
     # Around all of it: devices wait for each other in a step, and processes when they restore and
     # when they leave, too.
@@ -135,19 +139,25 @@ class _Run:
         """Releases all; what is being saved has so many seconds left (default: all it takes)."""
         if self.progress is not None:
             self.progress.close()
-        if self.log is not None:
-            self.log.close()
-        self.checkpoints.close(seconds)
+        try:
+            if self.log is not None:
+                with run_disk(self.workdir):
+                    self.log.close()
+        finally:
+            self.checkpoints.close(seconds)
 
     def train(self, dataset: Any) -> dict[str, Any]:
         config, total = self.config, self.config.train.steps
         restored = self.checkpoints.restore(self.setup.abstract)
         step = restored.step if restored else 0
         before = restored.seconds if restored else 0.0
-        if self.first:
-            write_run_files(self.workdir, config)
-            record_directory(self.workdir, config)
-        if step >= total:
+        finished = step >= total
+        # The files beside a finished run say what it was trained with; they stay.
+        if self.first and not (finished and (self.workdir / CONFIG_FILE).is_file()):
+            with run_disk(self.workdir, opening=True):
+                write_run_files(self.workdir, config)
+                record_directory(self.workdir, config)
+        if finished:
             self.tell(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)
         dataset = _open(config) if dataset is None else dataset
@@ -160,7 +170,8 @@ class _Run:
             self.tell(f"{config.name}: going on from step {step}")
         update = build_update(config, self.setup.nets, self.setup.optimizers, self.mesh,
                               self.setup.shardings)
-        self.log = MetricLog(self.workdir, step, writes=self.first)
+        with run_disk(self.workdir, opening=True):
+            self.log = MetricLog(self.workdir, step, writes=self.first)
         self.progress = Progress(total, step, config.name, shows=self.first and not self.quiet)
         self.checked = step
         previews = None
@@ -199,8 +210,9 @@ class _Run:
                         step % config.train.sample_every == 0 or step == total):
                     if previews is None:
                         previews = self._previews(dataset)
-                    previews.write(step, join(frozen.get(BASE.format("generator")),
-                                              state["generator_ema"]))
+                    params = join(frozen.get(BASE.format("generator")), state["generator_ema"])
+                    with run_disk(self.workdir):
+                        previews.write(step, params)
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if step < total and (name := stop.asked(step)):
@@ -235,7 +247,8 @@ class _Run:
                 self.watch.observe(s, row["discriminator/loss"])
         self.metrics = {name: float(np.mean([row[name] for _, row in rows]))
                         for name in rows[0][1] if not name.endswith("finite")}
-        self.log.write(step, {**self.metrics, "seconds": seconds})
+        with run_disk(self.workdir):
+            self.log.write(step, {**self.metrics, "seconds": seconds})
         shown = [name for name in self.metrics if name.split("/")[-1] == "loss"]
         return ", ".join(f"{name} {self.metrics[name]:.4g}" for name in sorted(shown))
 

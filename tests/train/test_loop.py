@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from tiny import emoji_config, random_weights
 
+from apt_jax.cli.main import main
 from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import make_mesh
 from apt_jax.train import loop
@@ -93,9 +95,32 @@ def test_a_resumed_run_equals_the_undisturbed_one(whole, tmp_path):
 
 
 def test_a_finished_run_returns_at_once(copy, whole, capsys):
-    summary = train(whole[1], copy)
+    before = (copy / "config.json").stat().st_mtime_ns
+    other = emoji_config(train__log_every=3, train__checkpoint_every=7)  # same course
+    summary = train(other, copy)
     assert (summary["status"], summary["step"]) == ("complete", 4)
     assert "already trained" in capsys.readouterr().err
+    assert (copy / "config.json").stat().st_mtime_ns == before
+    (copy / "config.json").unlink()
+    train(whole[1], copy)
+    assert json.loads((copy / "config.json").read_text())["train"]["steps"] == 4
+
+
+def test_a_finished_run_is_not_relabelled(copy, capsys):
+    """Another seed and rate trained nothing: the folder keeps what it says, and the status is 2."""
+    before = (copy / "config.json").read_bytes()
+    config = copy / "config.py"
+    config.write_text("""from apt_jax.config import load_json
+def get_config():
+    return load_json(__file__.replace('.py', '.json'))
+""")
+    assert main(["train", "--config", str(config), "--workdir", str(copy), "--config.seed=1",
+                 "--config.optimizer.learning_rate=0.5"]) == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    for part in ("trained to its end (step 4)", "seed = 0 there, 1 here",
+                 "learning_rate = 0.001 there, 0.5 here", "use another --workdir"):
+        assert part in said
+    assert (copy / "config.json").read_bytes() == before
 
 
 def test_a_signal_in_the_last_step_has_nothing_left_to_stop(copy, monkeypatch, capsys):
@@ -158,10 +183,39 @@ def test_a_checkpoint_of_another_config_is_refused_by_name(copy, overrides, says
     assert json.loads((copy / "config.json").read_text())["model"]["mlp_ratio"] == 2
 
 
-def test_another_batch_size_is_allowed_with_a_warning(copy, capsys):
-    config = emoji_config(train__batch_size=16, train__steps=4)
-    train(config, copy, quiet=True)
-    assert "train.batch_size = 8 there, 16 here" in capsys.readouterr().err
+def test_an_unfinished_run_goes_on_changed_with_a_warning(copy):
+    config = emoji_config(train__batch_size=16, train__steps=5, optimizer__learning_rate=2e-3)
+    said = []
+    checkpoints = Checkpoints(copy, config, said.append)
+    try:
+        restored = checkpoints.restore(set_up(config, make_mesh(config.mesh)).abstract)
+    finally:
+        checkpoints.close()
+    assert restored.step == 4
+    assert [line.split("with another ")[1] for line in said] == [
+        "optimizer.learning_rate = 0.001 there, 0.002 here", "train.batch_size = 8 there, 16 here"]
+
+
+def test_a_folder_that_cannot_be_one_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, says in (("file", "a file lies where a folder is needed"),
+                       ("file/run", "a file lies where a folder is needed"),
+                       ("x" * 300, "give a shorter path")):
+        with pytest.raises(UserError, match=says):
+            train(emoji_config(), tmp_path / name, quiet=True)
+    with pytest.raises(UserError, match="--workdir is empty"):
+        train(emoji_config(), "")
+
+
+@pytest.mark.parametrize(("size", "file"), [(1000, "/run"), (30_000, "/run/checkpoints")])
+def test_a_disk_that_does_not_take_the_run_is_one_too(copy, size, file):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(UserError, match=f"no space left while writing .*{file}; free some"):
+            train(emoji_config(train__log_every=1, train__steps=5), copy, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_non_finite_update_stops_and_is_not_saved(copy):
