@@ -72,11 +72,23 @@ def command(name: str, arguments: list[str], out: Path, cache: Path, device_less
             str(out / f"{name}_h100_compiled.json"), "--device-less", "--topology", "h100:1x1"]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """This process's, and jax's cache of every program that it compiles in `cache`."""
+def environment(cache: Path, flags: str = "") -> dict[str, str]:
+    """This process's, jax's cache of every program that it compiles in `cache`, and XLA's flags: those
+    of the environment stand behind, where XLA takes the last of two."""
+    xla = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     return {"JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **os.environ}
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **os.environ,
+            **({"XLA_FLAGS": xla} if xla else {})}
+
+
+def known_flags() -> str:
+    """The package's flags for GPUs, as it tells users to export them, that the installed XLA knows;
+    each row holds them."""
+    sys.path.insert(0, str(ROOT))
+    from apt_jax.parallel.flags.check import known_value
+
+    return known_value("gpu", 1, lambda line: print(f"flags: {line}", flush=True))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     end, status = time.monotonic() + 60 * args.minutes, 0
     out = args.out.resolve()
     cache = (args.cache or out / ".cache").resolve()
-    env = environment(cache / "programs")
+    env = environment(cache / "programs", "" if args.device_less else known_flags())
     for name, arguments in GROUPS[args.group]:
         arguments = command(name, arguments, out, cache, args.device_less)
         for _ in range(PROCESSES):

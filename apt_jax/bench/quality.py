@@ -237,8 +237,11 @@ def penalty_rows(checkpoint: str, results: Results, *, sigmas: Sequence[float] =
 def report(checkpoints: Mapping[str, str], results: Results, *, mode: str, count: int,
            kinds: Sequence[str] = tuple(KINDS), tell: Callable[[str], None] = print) -> bool:
     """Prints and keeps the verdicts: of each checkpoint, and of several as one training from
-    several seeds, from the rows of these weights (name -> `digest`). True where the gates hold: both of one checkpoint; of several each one's distance
-    and the FD's of them all."""
+    several seeds, from the rows of these weights (name -> `digest`).
+
+    True where the gates hold: both of one checkpoint; of several each one's distance and the FD's of
+    them all. A gate that nothing judges, since there are no two seeds of the noise, does not hold.
+    """
     good, runs, names = [], [], list(checkpoints)
     for checkpoint, config in checkpoints.items():
         rows = {name: row for name, row in results.rows.items() if row.get("config", "") == config
@@ -248,9 +251,11 @@ def report(checkpoints: Mapping[str, str], results: Results, *, mode: str, count
         runs.append([row for name, row in rows.items() if name.startswith("fd/")])
     groups = [[i] for i in range(len(runs))] + ([list(range(len(runs)))] if len(runs) > 1 else [])
     for group in groups:
-        if any(len(runs[i]) < 2 for i in group):
-            continue
         name = "verdict/" + " ".join(names[i] for i in group)
+        if any(len(runs[i]) < 2 for i in group):
+            tell(f"{name}: the FD is not judged: that takes two seeds of the noise")
+            good += [False] * (group is groups[-1])
+            continue
         found = {kind: fd_verdict([runs[i] for i in group], kind) for kind in kinds}
         results.add(name, found)
         for kind, verdict in found.items():

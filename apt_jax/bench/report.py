@@ -1,7 +1,7 @@
 """What every bench writes: a JSON of versions, device and rows, kept up to date row by row.
 
-A row belongs to the sources and to the config that made it: it holds the revision of the one and a
-digest of the other, and one of others is measured again. Its name says what, by which backend, with
+A row belongs to the sources, to the config and to the compilers' flags that made it: it holds the
+revision of the first, a digest of the second and the third, and one of others is measured again. Its name says what, by which backend, with
 which overrides; its command how it came about, since several commands fill one file.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -29,12 +30,52 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu",
             "torch", "diffusers")
 
 
+# What compilers read beside the program.
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions of what decides a speed, the device's and the processor's names."""
     return {"device": device, "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)), "load_before": round(os.getloadavg()[0], 2),
             "python": platform.python_version(), "versions": versions_of(PACKAGES),
-            "revision": revision()}
+            "nvidia": nvidia(), "flags": flags(), "revision": revision()}
+
+
+def flags() -> str:
+    """The flags of XLA and libtpu in force: "XLA_FLAGS=--a=1 --b=2", "" without any."""
+    return " ".join(f"{name}={' '.join(os.environ[name].split())}" for name in FLAGS
+                    if os.environ.get(name, "").split())
+
+
+def nvidia() -> dict[str, str]:
+    """{wheel: version} of NVIDIA's libraries (cuDNN, cuBLAS, the CUDA runtime), the driver's
+    version as "driver", and as "loaded" which cuDNN, cuBLAS and runtime jax itself found, which are
+    the machine's own where there are no wheels. {} of what is not there."""
+    names = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
+    found = versions_of(sorted(name for name in names if name.startswith("nvidia-")))
+    return found | _driver() | _loaded()
+
+
+def _driver() -> dict[str, str]:
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    lines = done.stdout.split() if done.returncode == 0 else []
+    return {"driver": lines[0]} if lines else {}
+
+
+def _loaded() -> dict[str, str]:
+    """What jax says of the libraries in its process; it does so where no public name is for it."""
+    try:
+        from jax._src.lib import cuda_versions as said
+
+        return {"loaded": ", ".join(f"{name} {getattr(said, f'{name}_get_version')()}" for name in
+                                    ("cudnn", "cublas", "cuda_runtime"))} if said else {}
+    except Exception:  # no GPU's libraries, or a jax that keeps this elsewhere
+        return {}
 
 
 def processor(table: Path = Path("/proc/cpuinfo")) -> str:
@@ -100,8 +141,8 @@ class Results:
     """Rows by name in a JSON file. A bench that was stopped goes on with the rows that are missing.
 
     `results.has(name, config)` where the row is there, without an error, of this revision of the
-    sources and of this config (`config_digest`; "" for what uses none); `name in results` without a
-    config.
+    sources, of these flags and of this config (`config_digest`; "" for what uses none); `name in
+    results` without a config. Files of before keep their rows, whose flags are not known.
     """
 
     def __init__(self, path: str | Path | None, device: str, command: Sequence[str] | None = None):
@@ -111,7 +152,8 @@ class Results:
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path and self.path.is_file():
             old = json.loads(self.path.read_text(encoding="utf-8"))
-            same = all(old.get(key) == self.head[key] for key in ("device", "versions"))
+            same = all(old.get(key, self.head[key]) == self.head[key]
+                       for key in ("device", "versions", "nvidia"))
             self.rows = old["rows"] if same else {}  # other hardware or versions: start again
 
     def has(self, name: str, config: str = "") -> bool:
@@ -123,7 +165,8 @@ class Results:
 
     def _current(self, name: str, config: str) -> bool:
         row = self.rows.get(name, {})
-        return row.get("revision") == self.head["revision"] and row.get("config", "") == config
+        return (row.get("revision"), row.get("flags", ""), row.get("config", "")) == (
+            self.head["revision"], self.head["flags"], config)
 
     def __contains__(self, name: str) -> bool:
         return self.has(name)
@@ -131,6 +174,7 @@ class Results:
     def add(self, name: str, row: dict[str, Any], config: str = "") -> None:
         """Keeps a row, and writes the file at once."""
         made = {"revision": self.head["revision"], "command": self.command}
+        made |= {"flags": self.head["flags"]} if self.head["flags"] else {}
         self.rows[name] = _finite({**row, **made, **({"config": config} if config else {})})
         if self.path is None:
             return

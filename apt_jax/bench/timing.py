@@ -25,14 +25,16 @@ class Timing:
 
 
 def measure(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[Any], Any], *,
-            seconds: float = 2.0, samples: int = 9, warmup: int = 2, apart: bool = False) -> Timing:
+            seconds: float = 2.0, samples: int = 9, least: int = 5, warmup: int = 2,
+            apart: bool = False) -> Timing:
     """Times call(*inputs[i]), going round the inputs.
 
     Args:
       call: starts the work; may return before it is done.
       wait: waits for a result. It is waited once per sample, after as many calls as take 50 ms, so
         that what the host does between two calls is hidden as it is in a real program.
-      seconds: what all samples together should take; at least three are taken.
+      seconds: what all samples together should take, and samples how many at most; `least` are taken
+        whatever they take, since quartiles of fewer say nothing.
       apart: wait after every call.
     """
     for i in range(warmup):
@@ -41,7 +43,7 @@ def measure(call: Callable[..., Any], inputs: Sequence[tuple], wait: Callable[[A
     wait(call(*inputs[0]))
     once = time.perf_counter() - start
     calls = 1 if apart else max(1, min(200, int(0.05 / max(once, 1e-6))))
-    count = max(3, min(samples, int(seconds / max(once * calls, 1e-6))))
+    count = max(least, min(samples, int(seconds / max(once * calls, 1e-6))))
     found = []
     for sample in range(count):
         start = time.perf_counter()
@@ -63,7 +65,7 @@ def interleaved(contenders: dict[str, tuple[Callable[..., Any], Sequence[tuple],
     for turn in range(rounds):
         for name, (call, inputs, wait) in contenders.items():
             found[name].append(measure(call, inputs, wait, seconds=seconds / rounds,
-                                       warmup=2 if turn == 0 else 0))
+                                       least=3, warmup=2 if turn == 0 else 0))
     return {name: Timing(statistics.median(t.median for t in each), min(t.low for t in each),
                          max(t.high for t in each), sum(t.samples for t in each))
             for name, each in found.items()}

@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line per row; status 1 where a device-less program or a gate does not pass."""
+    _check(args)
     if args.what == "cpu":
         return _cpu(args)
     if args.what == "fp8":
@@ -104,6 +105,25 @@ def run(args: argparse.Namespace) -> int:
     if args.device_less:
         return _device_less(args)
     return _attention(args) if args.what == "attention" else _timed(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for numbers and files that no bench can use."""
+    from apt_jax.errors import UserError
+
+    if args.seconds < 0:
+        raise UserError(f"--seconds {args.seconds:g} is no time; give how long to time each row")
+    if args.what == "fp8" and args.seeds < 2:
+        raise UserError(f"--seeds {args.seeds}: how far a seed moves the FD takes two; give 2 or more")
+    if args.json:
+        path = _path(args)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise PermissionError(0, "nothing can be written there")
+        except OSError as error:
+            raise UserError(f"--json {path}: {error.strerror}; name a file that can be written"
+                            ) from None
 
 
 def _config(args: argparse.Namespace, backend: str = ""):
@@ -124,6 +144,7 @@ def _plan(args: argparse.Namespace, devices, backends):
     from apt_jax.bench.programs import STEPS, check_overrides
     from apt_jax.bench.run import Plan
     from apt_jax.errors import UserError
+    from apt_jax.kernels.choice import BACKENDS
     from apt_jax.serve import WEIGHTS
 
     _config(args)  # complain of it before anything is compiled
@@ -131,6 +152,7 @@ def _plan(args: argparse.Namespace, devices, backends):
         check_overrides(args.overrides, args.as_trained)
     elif args.as_trained:
         raise UserError(f"--as-trained is for apt-jax bench train, not {args.what}")
+    _some(args.backends, BACKENDS, "--backends")
     for name in set(args.backends) & set(INFERENCE_ONLY):
         if args.what == "train":
             raise UserError(f"--backends {name!r} is for inference and has no gradient; leave it out")
@@ -223,11 +245,13 @@ def _timed(args: argparse.Namespace) -> int:
 
 
 def _fp8(args: argparse.Namespace) -> int:
+    import jax
+
     from apt_jax import api
     from apt_jax.bench import quality
     from apt_jax.bench.report import Results
 
-    results = Results(_path(args), "cpu")
+    results = Results(_path(args), jax.devices()[0].device_kind)  # "cpu" of a CPU
     weights = {checkpoint: quality.digest(api.load(checkpoint)) for checkpoint in args.checkpoint}
     kinds = _some(args.kinds, quality.KINDS, "--kinds")
     mode = args.mode or ("euler" if args.checkpoint == ["bundled:base"] else "one_step")
@@ -242,6 +266,9 @@ def _fp8(args: argparse.Namespace) -> int:
 
 
 def _cpu(args: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # whatever else the machine has
     from apt_jax.bench import cpu
     from apt_jax.bench.report import Results
 
@@ -250,7 +277,8 @@ def _cpu(args: argparse.Namespace) -> int:
               "each other by spinning and suffer most, so these ratios say little")
     models = _some(args.models, cpu.CASES, "--models")
     names = [n for n in cpu.CONTENDERS if n != "torch.compile" or not args.no_compile]
-    cpu.run(models, names, Results(_path(args), "cpu"), seconds=args.seconds or 20.0)
+    results = Results(_path(args), jax.devices()[0].device_kind)
+    cpu.run(models, names, results, seconds=args.seconds or 20.0)
     return 0
 
 

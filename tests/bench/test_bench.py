@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apt_jax.bench import attention, cpu, programs
+from apt_jax.bench import attention, cpu, programs, report
 from apt_jax.bench.cases import CASES, MARKERS, AttentionCase
 from apt_jax.bench.device_less import Compiled, complaint, count_kernels, table
 from apt_jax.bench.report import Results
-from apt_jax.bench.timing import interleaved, measure
+from apt_jax.bench.timing import Timing, interleaved, measure
 from apt_jax.cli import main as cli
 from apt_jax.config import load_config
 from apt_jax.kernels.choice import BACKENDS
@@ -123,6 +125,14 @@ def test_timing_finds_the_median_of_waited_calls():
     assert 0.06 <= slow.median < 0.12 and 0 <= slow.spread < 1
 
 
+def test_slow_calls_are_sampled_often_enough_for_quartiles():
+    calls = []
+    assert measure(lambda: calls.append(1), [()], lambda _: None, seconds=0.0).samples == 5
+    calls.clear()
+    assert measure(lambda: calls.append(1), [()], lambda _: time.sleep(0.06), seconds=0.01,
+                   warmup=0).samples == 5 and len(calls) == 6
+
+
 def test_contenders_take_turns():
     order = []
     found = interleaved({name: ((lambda n=name: (order.append(n), time.sleep(0.06))), [()],
@@ -140,6 +150,41 @@ def test_results_go_on_where_they_stopped_but_not_on_other_hardware(tmp_path):
     assert written["device"] == "H100" and written["versions"]["jax"] == jax.__version__
     assert "a/forward" in Results(path, "H100") and "b" not in Results(path, "H100")
     assert "a/forward" not in Results(path, "H200")
+
+
+def test_a_row_of_other_flags_is_measured_again(tmp_path, monkeypatch):
+    """The same command under other XLA_FLAGS; libraries of another version are other hardware."""
+    path = tmp_path / "rows.json"
+    monkeypatch.setenv("XLA_FLAGS", " --a=1   --b=2 ")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.setattr(report, "nvidia", lambda: {"driver": "570"})
+    Results(path, "H100").add("a", {"median": 1.0})
+    written = json.loads(path.read_text())
+    assert written["flags"] == written["rows"]["a"]["flags"] == "XLA_FLAGS=--a=1 --b=2"
+    assert written["nvidia"] == {"driver": "570"} and "a" in Results(path, "H100")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--c")
+    assert report.flags() == "XLA_FLAGS=--a=1 --b=2 LIBTPU_INIT_ARGS=--c"
+    other = Results(path, "H100")
+    assert "a" not in other and "a" in other.rows
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    assert "a" not in Results(path, "H100") and report.flags() == ""
+    monkeypatch.setattr(report, "nvidia", lambda: {"driver": "580"})
+    assert Results(path, "H100").rows == {}
+
+
+def test_the_driver_and_the_libraries_are_asked_for(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 570.86.10; echo 570.86.10\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert report.nvidia()["driver"] == "570.86.10"
+    tool.write_text("#!/bin/sh\necho no device; exit 9\n")
+    assert "driver" not in report.nvidia()
+    monkeypatch.setattr(report.importlib.metadata, "distributions", lambda: [
+        SimpleNamespace(metadata={"Name": name}) for name in ("nvidia-cudnn-cu12", "jax", None)])
+    monkeypatch.setattr(report, "versions_of", lambda names: dict.fromkeys(names, "9.8"))
+    assert report.nvidia()["nvidia-cudnn-cu12"] == "9.8" and "jax" not in report.nvidia()
 
 
 def test_attention_is_timed_and_refusals_are_kept(tmp_path):
@@ -188,6 +233,39 @@ def test_a_twin_that_differs_is_an_error(monkeypatch):
         cpu.contenders(case, "forward", ["apt_jax", "torch eager"])
 
 
+def test_a_row_that_lacks_a_contender_is_run_again_with_all(monkeypatch):
+    """--no-compile first, then the whole command: torch.compile is not left out for ever."""
+    pytest.importorskip("torch")
+    raced = []
+    monkeypatch.setattr(cpu, "contenders", lambda case, part, names: names)
+    monkeypatch.setattr(cpu, "interleaved", lambda names, seconds: raced.append(list(names)) or {
+        name: Timing(1.0 + i, 1.0, 1.0, 9) for i, name in enumerate(names)})
+    results = Results(None, "cpu")
+    for names in (cpu.CONTENDERS[:2], cpu.CONTENDERS, cpu.CONTENDERS[:2], cpu.CONTENDERS[::2]):
+        cpu.run(["demo"], names, results, tell=lambda _: None)
+    assert raced == [list(cpu.CONTENDERS[:2])] * 2 + [list(cpu.CONTENDERS)] * 2
+    assert results.rows["demo/train"]["ratio_to_apt_jax"] == {
+        "apt_jax": 1.0, "torch eager": 2.0, "torch.compile": 3.0}
+
+
+def test_the_devices_of_quality_and_of_the_cpu_bench_are_named(monkeypatch):
+    """fp8 may run on a GPU; cpu must not."""
+    from apt_jax.bench import quality
+
+    made = []
+    monkeypatch.setattr(report, "Results", lambda path, device: made.append(device))
+    monkeypatch.setattr(quality, "report", lambda *a, **k: True)
+    for name in ("distance_rows", "penalty_rows", "fd_rows"):
+        monkeypatch.setattr(quality, name, lambda *a, **k: None)
+    monkeypatch.setattr(cpu, "run", lambda *a, **k: None)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100")])
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *a: asked.append(a))
+    assert cli.main(["bench", "fp8"]) == 0 and asked == []
+    assert cli.main(["bench", "cpu"]) == 0
+    assert made == ["NVIDIA H100"] * 2 and asked == [("jax_platforms", "cpu")]
+
+
 def test_the_large_network_has_100m_parameters():
     from apt_jax.models.mmdit import MMDiT
     from apt_jax.nn.functional import Network
@@ -219,6 +297,12 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["train", "--config", "configs/demo_image.py", "--steps", "G"], "did you mean 'G step'"),
     (["train", "--config", "configs/demo_image.py", "--backends", "cudnn_fp8"], "has no gradient"),
     (["fp8", "--kinds", "product"], "did you mean 'products'"),
+    (["fp8", "--seeds", "1"], "--seeds 1: how far a seed moves the FD takes two"),
+    (["forward", "--config", "configs/demo_image.py", "--backends", "pallsa"],
+     "'pallsa' is unknown, did you mean 'pallas'"),
+    (["attention", "--seconds", "-1"], "--seconds -1 is no time"),
+    (["attention", "--json", "/proc/x/rows.json"], "--json /proc/x/rows.json: "),
+    (["attention", "--json", "tests"], "--json tests: nothing can be written there"),
     (["vae", "--config", "configs/demo_image.py", "--decoders", "tile"], "did you mean 'tiles'"),
 ])
 def test_wrong_requests_are_one_line(capsys, arguments, words):

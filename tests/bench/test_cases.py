@@ -114,12 +114,17 @@ def test_one_step_of_two_can_be_asked_for_and_none_without_a_gradient(monkeypatc
                                              "--config.discriminator.matmul=dtype"))
 
 
-def test_the_pipeline_goes_from_ids_to_frames():
+def test_the_pipeline_goes_from_ids_to_frames(monkeypatch):
     umt5 = UMT5Config(vocabulary=20, width=16, depth=1, heads=2, head_dim=8, mlp_width=24)
     vae = VAEConfig(base=4, multipliers=(1, 1), blocks=1, temporal=(True,))
     cases = pipeline.stages(latents(), jax.devices()[0], "bfloat16", "chunk 1", umt5, vae)
     assert cases["draw"].args[3].shape == (1, 4, 16)  # the encoder's width, not the config's
+    asked = []
+    measure = pipeline.measure
+    monkeypatch.setattr(pipeline, "measure", lambda *a, **k: (asked.append(k["apart"]),
+                                                              measure(*a, **k))[1])
     row = pipeline.time_pipeline(cases, seconds=0.01)
+    assert asked[0] and not any(asked[1:])  # a latency is that of a call alone
     assert row["median"] > 0 and row["per_second"] > 0
     assert set(row["stages"]) == {"encode", "draw", "decode"} and min(row["stages"].values()) > 0
     frames = jax.eval_shape(cases["decode"].function, *cases["decode"].args)
@@ -259,6 +264,12 @@ def test_the_gates_of_several_checkpoints(capsys):
     assert not quality.report({"a/1": "a/1"}, results, **ask)  # 3 is more than the noise's 1.41
     assert not quality.report({"a": "a"}, results, **ask)
     assert not quality.report({"other": "a"}, results, **ask)
+    # One seed of the noise judges nothing: the FD's gate does not hold.
+    results.add("distance/b/4 layers", {"times": {"attention": 1.0}}, "b")
+    results.add("fd/b/one_step/9/seed 0", {"dtype": 9.0, "attention": 9.0}, "b")
+    capsys.readouterr()
+    assert not quality.report({"b": "b"}, results, **ask)
+    assert "verdict/b: the FD is not judged" in capsys.readouterr().out
 
 
 def test_an_fd_row_is_filled_up_with_the_kinds_it_lacks(monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from apt_jax.bench.report import row_name
 from apt_jax.cli import bench
 from apt_jax.cli.main import parse_command
 from apt_jax.config import load_config, validate
+from apt_jax.parallel.flags import check
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("bench_h100", ROOT / "launch" / "bench_h100.py")
@@ -67,7 +69,13 @@ def test_no_two_commands_of_a_file_are_the_same_rows(monkeypatch):
         assert len(set(seen)) == len(seen)
 
 
-def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch):
+@pytest.fixture
+def flags(monkeypatch):
+    """What XLA would answer; asking it takes a process."""
+    monkeypatch.setattr(check, "known_value", lambda platform, hosts, say: f"--xla_{platform}={hosts}")
+
+
+def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch, flags):
     ran, lines = [], []
 
     def run(line, cwd, env, timeout):
@@ -86,12 +94,16 @@ def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch):
     assert Path(line[line.index("--json") + 1]) == Path("elsewhere/train_wan_h100.json").resolve()
     assert env["JAX_COMPILATION_CACHE_DIR"] == str(Path("elsewhere/.cache/programs").resolve())
     assert env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0" and "PATH" in env
+    # What README tells users to export, in front of what they did.
+    assert env["XLA_FLAGS"] == f"--xla_gpu=1 {os.environ['XLA_FLAGS']}"
+    assert bench_h100.main(["training", "--device-less"]) == 0
+    assert lines[-1][1]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     monkeypatch.setattr(subprocess, "run",
                         lambda line, **_: subprocess.CompletedProcess(line, 1))
     assert bench_h100.main(["training"]) == 1
 
 
-def test_a_row_that_breaks_its_process_holds_up_no_other(monkeypatch):
+def test_a_row_that_breaks_its_process_holds_up_no_other(monkeypatch, flags):
     """The command goes on in another process; four of them at most."""
     codes = iter([75, -6, 0, 1, *[75] * 4, 0])
     ran = []
