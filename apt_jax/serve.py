@@ -187,8 +187,12 @@ class Server:
     def draw(self, text: Any, mask: Any, *, seed: int = 0, first: int = 0) -> jax.Array:
         """Text states float [B, L <= tokens, D] and their mask bool [B, L] -> float32 [B, *shape] on
         the device. Returns before the work is done. Sample i is `Generator.sample`'s of index
-        first + i. UserError for another batch, width or longer text, or a seed beyond int32."""
+        first + i. UserError for another batch, width, dtype or longer text, or a seed or an index
+        beyond int32."""
         check_sampling({"seed": seed})
+        if not 0 <= first < 2**31 - self.batch:
+            raise UserError(f"first = {first} does not fit; give an index from 0 to "
+                            f"{2**31 - 1 - self.batch}")
         return self._draw(self.params, np.int32(seed), np.int32(first), *self._filled(text, mask))
 
     def decode(self, latents: jax.Array) -> jax.Array:
@@ -218,9 +222,6 @@ class Server:
             x = x if _dtype(x) == dtype else here.asarray(x, dtype)
             filled.append(here.pad(x, pad) if rest else x)
         return tuple(filled)
-
-
-_INT32 = np.iinfo(np.int32)
 
 
 def _dtype(x: Any) -> Any:

@@ -25,11 +25,10 @@ def text(generator):
     return generator.encode(PROMPTS)
 
 
-def test_a_server_gives_what_sampling_gives_and_waits_for_nothing(generator, text):
+def test_a_server_gives_what_sampling_gives(generator, text):
     server = generator.server(batch=2, weights="")
-    with jax.transfer_guard_device_to_host("disallow"):
-        latents = server.draw(*map(jax.numpy.asarray, text), seed=3)
-        frames = server.decode(latents)
+    latents = server.draw(*map(jax.numpy.asarray, text), seed=3)
+    frames = server.decode(latents)
     found = generator.sample(PROMPTS, seed=3, frames=latents.shape[1], latents=True)
     np.testing.assert_allclose(latents, found.latents, atol=2e-6)
     assert np.abs(np.asarray(frames, int) - found.frames).max() <= 1
@@ -42,6 +41,54 @@ def test_a_server_gives_what_sampling_gives_and_waits_for_nothing(generator, tex
 @pytest.fixture(scope="module")
 def eight(generator):
     return generator.server(frames=1, batch=2, weights="fp8")
+
+
+def gone(*like):
+    """An array of the device whose numbers are not there: whoever wants them on the host fails."""
+    made = jax.numpy.zeros(*like)
+    made.delete()
+    return made
+
+
+@pytest.mark.parametrize("stage", [None, "draw", "decode"])
+@pytest.mark.parametrize("peek", [jax.device_get, jax.block_until_ready, np.asarray])
+def test_nothing_goes_to_the_host_or_is_waited_for(eight, text, monkeypatch, stage, peek):
+    """Neither the text, nor the latents between the programs, nor the frames. A look that is planted
+    in a stage is found: on a CPU jax's own guard of transfers finds none."""
+    handed = []
+
+    def program(result, name):
+        def call(*args):
+            if stage == name:
+                peek(args[-1])
+            handed.append(args[-2 if name == "draw" else -1])
+            return result
+        return call
+
+    latents, frames = gone((2, 1, 16, 16, 3)), gone((2, 1, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(eight, "_draw", program(latents, "draw"))
+    monkeypatch.setattr(eight, "_decode", program(frames, "decode"))
+    states, mask = gone(text[0].shape), gone(text[1].shape, bool)
+
+    def serve():
+        return eight.decode(eight.draw(states, mask, seed=3))
+
+    if stage is None:
+        assert serve() is frames and handed[0] is states and handed[1] is latents
+    else:
+        with pytest.raises((RuntimeError, ValueError), match="deleted"):
+            serve()
+
+
+def test_states_on_the_device_are_filled_up_there(eight, text):
+    short = [jax.numpy.asarray(x[:, :3]) for x in text]
+    filled = eight._filled(short[0].astype(jax.numpy.bfloat16), short[1])
+    assert all(isinstance(x, jax.Array) for x in filled)
+    assert [(x.shape[1], x.dtype) for x in filled] == [(eight.tokens, np.float32),
+                                                       (eight.tokens, bool)]
+    there = eight._filled(text[0][:, :3], text[1][:, :3])
+    np.testing.assert_array_equal(filled[1], there[1])
+    np.testing.assert_allclose(filled[0], there[0], rtol=1e-2)
 
 
 def test_weights_in_eight_bits_take_a_quarter_and_give_nearly_the_same(generator, eight, text):
@@ -99,8 +146,26 @@ def test_other_sizes_are_refused_in_a_line(generator, text):
         generator.server(weights="int4")
     with pytest.raises(UserError, match="batch = 0"):
         generator.server(batch=0)
+    with pytest.raises(UserError, match="tokens = 0"):
+        generator.server(tokens=0)
+    for weights in ("bfloat16", ""):
+        with pytest.raises(UserError, match="kept = 99 is for weights = 'fp8'"):
+            generator.server(weights=weights, kept=99)
     server = generator.server(frames=1, batch=2, tokens=4, weights="")
     with pytest.raises(UserError, match="up to 4 tokens"):
         server.draw(*text)
     with pytest.raises(UserError, match="a batch of 2"):
         server.draw(text[0][:1, :4], text[1][:1, :4])
+    states, mask = text[0][:, :4], text[1][:, :4]
+    for wrong, words in (((states[0], mask), r"text states are \(4, "),
+                         ((states, mask[:, :3]), r"the mask is bool \(2, 3\)"),
+                         ((states, mask.astype(int)), "the mask is int64"),
+                         ((states.astype(int), mask), "text states are int64; give floats")):
+        with pytest.raises(UserError, match=words) as error:
+            server.draw(*wrong)
+        assert "\n" not in str(error.value)
+    for where in ({"seed": 2**31}, {"seed": -2**31 - 1}, {"first": -1}, {"first": 2**31 - 1}):
+        with pytest.raises(UserError, match="does not fit; give"):
+            server.draw(states, mask, **where)
+    wide = server.draw(states.astype(np.float64), mask, seed=-2)  # any float, any 32 bits
+    np.testing.assert_array_equal(wide, server.draw(states, mask, seed=-2))

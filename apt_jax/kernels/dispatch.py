@@ -27,7 +27,7 @@ from apt_jax.kernels.oracle import oracle
 log = logging.getLogger("apt_jax")
 
 # With fewer queries there is no tile to fill, and scores are few: always plain JAX, so also for the
-# discriminator's one query, which cuDNN refuses.
+# discriminator's one query, which cuDNN refuses. So where there is no key at all.
 FEW_QUERIES = 16
 # "auto" leaves attention this small to XLA, which fuses it.
 SMALL_SCORES = 256 * 256
@@ -140,7 +140,7 @@ def select(backend: str, r: Request) -> str:
         if reason:
             raise UserError(f"model.attention = {backend!r} cannot serve this: {reason}; 'auto' "
                             "takes what can")
-        return "oracle" if r.queries < FEW_QUERIES else backend
+        return "oracle" if r.queries < FEW_QUERIES or not r.keys else backend
     found = _automatic(r)
     if r.hardware.platform != "cpu":  # there is nothing to choose on a CPU
         _note(found, r.hardware.name, str(r.dtype), r.head_dim)
@@ -182,9 +182,23 @@ def _record(backend: str, r: Request) -> None:
         seen.add(backend)
 
 
+def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> None:
+    """UserError where the arrays of an attention do not belong together: plain JAX would broadcast
+    them, and a kernel read beyond their end."""
+    if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise UserError(f"queries {q.shape} and keys {k.shape} do not fit: attention wants [batch, "
+                        "tokens, heads, channels] that differ in tokens only")
+    if v.shape != k.shape:
+        raise UserError(f"values {v.shape} and keys {k.shape} do not fit: attention wants one shape")
+    if key_mask is not None and (key_mask.shape, key_mask.dtype) != (k.shape[:2], jnp.bool_):
+        raise UserError(f"the mask {key_mask.dtype} {key_mask.shape} does not fit: attention wants "
+                        f"bool {k.shape[:2]}, one of each key")
+
+
 @jax.named_scope("attention")  # plan/flops.py tells its products from the others by this name
 def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
     """Attention on one device by the kernel in force; see `kernels.attention.attention`."""
+    check_shapes(q, k, v, key_mask)
     r = Request.of(q, k, v)
     backend = select(choice.current().backend, r)
     _record(backend, r)

@@ -101,6 +101,40 @@ def test_a_named_kernel_leaves_few_queries_to_the_plain_path(tokamax):
         assert select(backend, request(queries=1)) == "oracle"
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"k": (2, 30, 2, 16), "v": (2, 30, 2, 16)}, "queries .2, 20, 4, 16. and keys .2, 30, 2, 16."),
+    ({"k": (1, 30, 4, 16), "v": (1, 30, 4, 16)}, "differ in tokens only"),
+    ({"k": (2, 30, 4, 8), "v": (2, 30, 4, 8)}, "differ in tokens only"),
+    ({"q": (2, 20, 64)}, "differ in tokens only"),
+    ({"v": (2, 30, 4, 8)}, "values .2, 30, 4, 8. and keys .2, 30, 4, 16."),
+    ({"v": (2, 29, 4, 16)}, "attention wants one shape"),
+    ({"mask": (2, 29)}, "mask bool .2, 29. does not fit: .* bool .2, 30."),
+    ({"mask": (30,)}, "does not fit"),
+])
+def test_arrays_that_do_not_belong_together_are_refused(change, words):
+    """By every kernel: ours read what lay behind a short mask, plain JAX broadcast a batch of one."""
+    shapes = {"q": (2, 20, 4, 16), "k": (2, 30, 4, 16), "v": (2, 30, 4, 16), "mask": (2, 30)} | change
+    args = [jax.ShapeDtypeStruct(s, bool if n == "mask" else F32) for n, s in shapes.items()]
+    for backend in ("oracle", "pallas"):
+        with choosing(backend=backend), pytest.raises(UserError, match=words) as error:
+            jax.eval_shape(dispatch.run, *args)
+        assert "\n" not in str(error.value)
+
+
+def test_a_mask_of_numbers_is_refused():
+    x = jax.ShapeDtypeStruct((2, 30, 4, 16), F32)
+    with pytest.raises(UserError, match="the mask float32 .2, 30. does not fit"):
+        jax.eval_shape(dispatch.run, x, x, x, jax.ShapeDtypeStruct((2, 30), F32))
+
+
+@pytest.mark.parametrize("backend", ["auto", "pallas", "splash", "cudnn_fp8"])
+def test_without_any_key_there_are_zeros(backend):
+    q, k = jnp.ones((1, 20, 1, 64)), jnp.ones((1, 0, 1, 64))
+    with choosing(backend=backend):
+        for mask in ([], [jnp.ones((1, 0), bool)]):
+            np.testing.assert_array_equal(attention(q, k, k, *mask), jnp.zeros_like(q))
+
+
 def test_eight_bit_attention_is_only_taken_by_name():
     for here in (CPU, H100, A100, V5P):
         assert select("auto", request(here)) != "cudnn_fp8"

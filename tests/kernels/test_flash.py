@@ -66,9 +66,12 @@ def test_forward_and_gradients_equal_float64(name):
         np.testing.assert_allclose(g, w, atol=5e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("d, n, m", [(64, 131, 67), (128, 129, 130)])
-def test_bfloat16(d, n, m):
-    q, k, v, dout, _ = draw((1, n, 1, d), m, jnp.bfloat16)
+# Half a unit of the last place is 2e-3 in bfloat16 and 2.4e-4 in float16.
+@pytest.mark.parametrize("dtype, d, n, m, most", [
+    (jnp.bfloat16, 64, 131, 67, 6e-3), (jnp.bfloat16, 128, 129, 130, 6e-3),
+    (jnp.float16, 64, 131, 67, 8e-4)])
+def test_half_precision(dtype, d, n, m, most):
+    q, k, v, dout, _ = draw((1, n, 1, d), m, dtype)
     mask = text_front(1, m)
 
     def run(q, k, v):
@@ -78,9 +81,9 @@ def test_bfloat16(d, n, m):
     grads = pull(dout)
     want_out, _, want = attention64(q, k, v, mask, dout)
     for x, w in zip((out, *grads), (want_out, *want)):
-        assert x.dtype == jnp.bfloat16
+        assert x.dtype == dtype
         error = np.linalg.norm(np.asarray(x, np.float64) - w) / np.linalg.norm(w)
-        assert error < 6e-3  # half a unit of bfloat16's last place is 2e-3
+        assert error < most
 
 
 def test_bfloat16_accumulates_in_float32():
