@@ -102,7 +102,7 @@ def measure(frames: np.ndarray, reference: Reference, extract=None, label: str =
     """Distance and sharpness of samples uint8 [N, F, H, W, 3].
 
     Returns {"fd", "sharpness", "sharpness_ratio" (to the data's), "n", "frames", "dim",
-    "reference" (its hash)} and, where F > 1, "fd_motion". `features` [N, F, 1280] may be given where
+    "reference" (hash)} and, where F > 1, "fd_motion". `features` [N, F, 1280] may be given where
     they are known. Raises UserError where the size differs from the reference's or n is too small.
     """
     frames = np.asarray(frames)

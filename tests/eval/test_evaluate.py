@@ -111,10 +111,10 @@ def test_a_folder_that_cannot_be_is_named_before_the_work(tmp_path, capsys, monk
 
 def test_seeds_and_guidance_are_checked_before_the_reference(generator, real, monkeypatch):
     monkeypatch.setattr(Reference, "build", lambda *a, **k: pytest.fail("the reference was built"))
-    for wrong, says in (({"seed": 2**31}, "seed"), ({"batch": 0}, "batch"), ({"count": -1}, "count"),
-                        ({"guidance": (1.0, float("nan"))}, "guidance = nan")):
-        with pytest.raises(UserError, match=says):
-            evaluate_generator(generator, real, None, mode="euler", **wrong)
+    wrong = {"seed": 2**31, "batch": 0, "count": -1, "guidance": (1.0, float("nan"))}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"{name} = "):
+            evaluate_generator(generator, real, None, mode="euler", **{name: value})
 
 
 def test_too_few_samples_end_in_one_line(tmp_path, capsys):
