@@ -1,5 +1,10 @@
 """All stages on the Fluent emoji at 64 px, images and clips of 8 frames, sized for one H100.
 
+    python launch/demo.py --family emoji_64                # all stages, the table, the report
+    python launch/demo.py --family emoji_64 --limit 8      # the same in pieces of 8 minutes
+
+or one stage after the other:
+
     for stage in pretrain consistency image video; do
       apt-jax train --config configs/emoji_64.py:$stage --workdir runs/emoji_64/$stage
     done

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo import ROOT  # noqa: E402
+from demo import ROOT, check_runs  # noqa: E402
 
 # name -> (what it is called, overrides, what the paper saw)
 VARIANTS = {
@@ -36,20 +36,30 @@ CURVES = (("discriminator/d_gan", "D's loss without penalty"), ("generator/g_los
           ("logit gap", "D(real) - D(generated)"))
 
 
-def train_variant(name: str, args) -> dict:
+def variant_config(name: str, args):
+    """The config of one variant: it starts where the base's image stage did."""
+    from apt_jax.config import load_config, load_json, validate
+    from apt_jax.weights import init_path
+
+    config = load_config(ROOT / "configs" / "demo_image.py", VARIANTS[name][1])
+    config.name, config.seed, config.train.steps = f"ablation_{name}", args.seed, args.steps
+    image = args.base / "image"
+    # A base that pre-trained its own model starts D from that one.
+    config.init.diffusion = init_path(image, load_json(image / "config.json").init.diffusion)
+    config.init.generator = str(args.base / "consistency")
+    return validate(config)
+
+
+def train_variant(name: str, config, args) -> dict:
     """Train one variant (or find it trained) and measure its one-step samples."""
     from apt_jax import api
-    from apt_jax.config import load_config, validate
     from apt_jax.eval import evaluate
     from apt_jax.eval.measure import Reference, measure
     from apt_jax.eval.samples import save_samples
     from apt_jax.train.loop import train
 
-    config = load_config(ROOT / "configs" / "demo_image.py", VARIANTS[name][1])
-    config.name, config.seed, config.train.steps = f"ablation_{name}", args.seed, args.steps
-    config.init.generator = str(args.base / "consistency")
     run = args.workdir / name
-    if train(validate(config), run)["status"] != "complete":
+    if train(config, run)["status"] != "complete":
         raise SystemExit(1)
     data = config.data
     split = evaluate.load_split(data.path, "train", 1, data.height, data.width,
@@ -124,7 +134,9 @@ def main(argv=None) -> int:
     from apt_jax.errors import UserError
 
     try:
-        results = {name: train_variant(name, args) for name in VARIANTS}
+        configs = {name: variant_config(name, args) for name in VARIANTS}
+        check_runs(configs, args.workdir)
+        results = {name: train_variant(name, config, args) for name, config in configs.items()}
     except UserError as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2

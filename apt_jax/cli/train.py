@@ -1,7 +1,8 @@
 """Trains one stage in a run folder; the same command continues a run that was stopped.
 
 Ctrl-C or SIGTERM, on any of several processes, finishes the step, saves and leaves. A finished run
-returns at once.
+returns at once, or is refused where its settings were others; an unfinished one goes on with other
+settings and a warning of each.
 """
 
 from __future__ import annotations

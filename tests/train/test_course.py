@@ -68,7 +68,8 @@ def test_what_does_not_is_free(tmp_path, stage, overrides):
 
 def test_every_field_of_the_lists_exists():
     """A field that is renamed must not become free, or count, by mistake."""
-    keys = [*course.IDENTITY, *course.FREE, *course.PLACES, *sum(course.OTHER_OPTIMIZER.values(), ()),
+    keys = [*course.IDENTITY, *course.FREE, *course.PLACES,
+            *sum(course.OTHER_OPTIMIZER.values(), ()),
             *(f"model.{key}" for key in course.COMPUTE_ONLY)]
     assert [key for key in keys if key not in BY_KEY] == []
 

@@ -23,7 +23,9 @@ from apt_jax.weights import export_run, load_generator
 
 
 def final_state(workdir, config):
-    """The newest checkpoint's state as numpy."""
+    """The newest checkpoint's state as numpy, however far the run got."""
+    config = config.copy_and_resolve_references()
+    config.train.steps = 10**6
     checkpoints = Checkpoints(workdir, config)
     try:
         restored = checkpoints.restore(set_up(config, make_mesh(config.mesh)).abstract)
