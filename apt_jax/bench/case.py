@@ -172,8 +172,10 @@ def line(name: str, row: Mapping[str, Any]) -> str:
         return f"{name:<52} FAILED: {row['error']}"
     rate = f"  {row['tflops']:8.2f} TFLOP/s" if row.get("tflops") else ""
     share = f" {row['share_of_peak']:.0%} of peak" if row.get("share_of_peak") else ""
+    # of a peer, whose network may be larger than ours
+    size = f"  {row['parameters'] / 1e9:.3g}B parameters" if row.get("parameters") else ""
     return (f"{name:<52}{1e3 * row['median']:>10.2f} ms{rate}{share}"
-            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})" + by(row))
+            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})" + by(row) + size)
 
 
 def by(row: Mapping[str, Any]) -> str:

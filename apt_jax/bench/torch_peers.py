@@ -11,10 +11,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from apt_jax.bench.case import rates
+from apt_jax.bench.case import SETS, rates
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.plan.programs import sample_shape, text_length
@@ -23,10 +23,10 @@ RATE, DECAY, EPS, R1_WEIGHT = 3e-6, 0.9, 1e-8, 100.0
 
 
 class Peer(NamedTuple):
-    """call(*args) does the work; wait ends when it is done; parameters: of one network."""
+    """call(*sets[i]) does the work on one of SETS inputs; parameters: of one network."""
 
     call: Callable[..., Any]
-    args: tuple
+    sets: Sequence[tuple]
     parameters: int
 
 
@@ -119,13 +119,13 @@ def forward(config: Any, place: Place) -> Peer:
 
     with place.making():
         model = transformer(config).eval().requires_grad_(False)
-    run, kwargs = place.run(model), inputs(config, place)
+    run = place.run(model)
 
     @torch.inference_mode()
-    def call():
+    def call(kwargs):
         return run(**kwargs, return_dict=False)[0]
 
-    return Peer(call, (), _count(model))
+    return Peer(call, [(inputs(config, place),) for _ in range(SETS)], _count(model))
 
 
 def block(config: Any, part: str, place: Place) -> Peer:
@@ -142,17 +142,18 @@ def block(config: Any, part: str, place: Place) -> Peer:
         hook = module.register_forward_pre_hook(
             lambda _, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
         hooks.callback(hook.remove)
-        model(**inputs(one, place), return_dict=False)
-    (args, kwargs), run = caught[0], place.run(module)
+        for _ in range(SETS):
+            model(**inputs(one, place), return_dict=False)
+    run = place.run(module)
 
     def gradient(x: Any) -> Any:
         return x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
 
     if part == "gradient":
-        args = tuple(map(gradient, args))
-        kwargs = {name: gradient(value) for name, value in kwargs.items()}
+        caught = [(tuple(map(gradient, args)), {name: gradient(x) for name, x in kwargs.items()})
+                  for args, kwargs in caught]
 
-    def call():
+    def call(args, kwargs):
         if part == "forward":
             with torch.inference_mode():
                 return run(*args, **kwargs)
@@ -161,7 +162,7 @@ def block(config: Any, part: str, place: Place) -> Peer:
         sum(x.sum() for x in (out if isinstance(out, tuple) else (out,))).backward()
         return None
 
-    return Peer(call, (), _count(module))
+    return Peer(call, caught, _count(module))
 
 
 def training(config: Any, place: Place) -> dict[str, Peer]:
@@ -175,7 +176,7 @@ def training(config: Any, place: Place) -> dict[str, Peer]:
 
     with place.making(torch.float32):
         nets = {name: transformer(config) for name in ("generator", "discriminator", "average")}
-        noise = inputs(config, place)
+        sets = [(inputs(config, place),) for _ in range(SETS)]
     nets["average"].requires_grad_(False)
     for name in ("generator", "discriminator"):
         if config.model.remat != "none":
@@ -194,7 +195,7 @@ def training(config: Any, place: Place) -> dict[str, Peer]:
     def logits(kwargs, x):
         return apply("discriminator", kwargs, x).flatten(1).mean(1)
 
-    def draw():
+    def draw(noise):
         z = torch.randn_like(noise["hidden_states"], dtype=torch.float32)
         return z - apply("generator", noise, z)
 
@@ -203,10 +204,10 @@ def training(config: Any, place: Place) -> dict[str, Peer]:
         loss.backward()
         optimizers[name].step()
 
-    def d_step():
+    def d_step(noise):
         nets["discriminator"].requires_grad_(True)
         with torch.no_grad():
-            fake = draw()
+            fake = draw(noise)
         real = torch.randn_like(fake)
         real_logit, near, fake_logit = logits(
             noise, torch.cat([real, real + 0.1 * torch.randn_like(real), fake])).unbind()
@@ -214,9 +215,9 @@ def training(config: Any, place: Place) -> dict[str, Peer]:
         update("discriminator", loss)
         return loss.detach()
 
-    def g_step():
+    def g_step(noise):
         nets["discriminator"].requires_grad_(False)
-        loss = softplus(-logits(noise, draw())).mean()
+        loss = softplus(-logits(noise, draw(noise))).mean()
         update("generator", loss)
         with torch.no_grad():
             torch._foreach_lerp_(list(nets["average"].parameters()),
@@ -224,7 +225,7 @@ def training(config: Any, place: Place) -> dict[str, Peer]:
         return loss.detach()
 
     size = _count(nets["generator"])
-    return {"D step": Peer(d_step, (), size), "G step": Peer(g_step, (), size)}
+    return {"D step": Peer(d_step, sets, size), "G step": Peer(g_step, sets, size)}
 
 
 def decode(config: Any, place: Place, **fields: Any) -> Peer:
@@ -235,13 +236,13 @@ def decode(config: Any, place: Place, **fields: Any) -> Peer:
     frames, height, width, channels = sample_shape(config)
     with place.making():
         vae = AutoencoderKLWan(**fields).eval().requires_grad_(False)
-        z = torch.randn(1, channels, frames, height, width)
+        sets = [(torch.randn(1, channels, frames, height, width),) for _ in range(SETS)]
 
     @torch.inference_mode()
-    def call():
+    def call(z):
         return vae.decode(z, return_dict=False)[0]
 
-    return Peer(call, (), sum(p.numel() for p in vae.decoder.parameters()))
+    return Peer(call, sets, sum(p.numel() for p in vae.decoder.parameters()))
 
 
 def time_peer(make: Callable[[], Peer], place: Place, seconds: float, flops: float | None,
@@ -254,7 +255,7 @@ def time_peer(make: Callable[[], Peer], place: Place, seconds: float, flops: flo
     try:
         peer = make()
         parameters = peer.parameters
-        timing = measure(peer.call, [peer.args], place.wait, seconds=seconds)
+        timing = measure(peer.call, peer.sets, place.wait, seconds=seconds)
     finally:
         peer = None  # nothing of it may be held when its memory is given back
         free(place)

@@ -189,19 +189,31 @@ def test_the_peers_do_the_same_work(make):
 
     place, config = torch_peers.Place("cpu", compiled=False), make()
     peer = torch_peers.forward(config, place)
-    assert peer.parameters > 0 and torch.isfinite(peer.call()).all()
+    assert peer.parameters > 0 and torch.isfinite(peer.call(*peer.sets[0])).all()
+    first, second, third = (kwargs["hidden_states"] for (kwargs,) in peer.sets)
+    assert (first != second).any() and (second != third).any()
     for part in ("forward", "gradient"):
         one = torch_peers.block(config, part, place)
         assert 0 < one.parameters < peer.parameters
-        one.call()
-    row = torch_peers.time_peer(lambda: peer, place, 0.01, 1e9, "cpu")
+        first, second, third = (next(filter(torch.is_tensor, jax.tree.leaves(each)))
+                                for each in one.sets)
+        assert (first != second).any() and (second != third).any()
+        for inputs in one.sets:
+            one.call(*inputs)
+    calls = []
+    watched = peer._replace(call=lambda kwargs: (calls.append(id(kwargs)), peer.call(kwargs))[1])
+    row = torch_peers.time_peer(lambda: watched, place, 0.01, 1e9, "cpu")
+    assert set(calls) == {id(kwargs) for (kwargs,) in peer.sets}
+    said = case.line("qwen", {**row, "parameters": 12_180_000_000})
+    assert said.endswith("12.2B parameters")
     assert row["median"] > 0 and row["tflops"] > 0 and row["parameters"] == peer.parameters
     if make is wan:
         return
     steps = torch_peers.training(config, place)
-    assert float(steps["D step"].call()) > 0
-    before = float(steps["G step"].call())
-    assert np.isfinite(before) and float(steps["G step"].call()) != before  # it moves
+    noise = steps["G step"].sets[0]
+    assert float(steps["D step"].call(*noise)) > 0
+    before = float(steps["G step"].call(*noise))
+    assert np.isfinite(before) and float(steps["G step"].call(*noise)) != before  # it moves
 
 
 def test_without_a_gpu_a_peer_says_why():
