@@ -42,8 +42,16 @@ def demo(monkeypatch):
     return module
 
 
+def measured(demo, folder):
+    """The image entries; nothing was measured before and there is time."""
+    entries, _ = demo.measure_kind(
+        "image", base_config(), folder, "base", 0, batch=32,
+        measured=demo.Measured(folder, {}), limit=demo.Limit(0))
+    return entries
+
+
 def test_the_baseline_is_the_better_of_raw_and_averaged_weights(demo, tmp_path):
-    entries, _ = demo.measure_kind("image", base_config(), tmp_path, "base", 0)
+    entries = measured(demo, tmp_path)
     found = entries["consistency_1"]
     assert (found["fd"], found["weights"], found["other_fd"]) == (180, "raw", 200)
     assert load_samples(tmp_path / "samples/image/consistency_1.npz").frames.max() == 180
@@ -52,7 +60,7 @@ def test_the_baseline_is_the_better_of_raw_and_averaged_weights(demo, tmp_path):
 
 
 def test_two_steps_are_tried_close_to_one(demo, tmp_path):
-    entries, _ = demo.measure_kind("image", base_config(), tmp_path, "base", 0)
+    entries = measured(demo, tmp_path)
     found = entries["apt_2"]
     times = [trial["time"] for trial in found["sweep"]]
     assert {0.5, 0.75, 0.9, 0.95} <= set(times) and found["time"] == max(times)
