@@ -1,8 +1,9 @@
 """What every bench writes: a JSON of versions, device and rows, kept up to date row by row.
 
-A row belongs to the sources, to the config and to the compilers' flags that made it: it holds the
-revision of the first, a digest of the second and the third, and one of others is measured again. Its name says what, by which backend, with
-which overrides; its command how it came about, since several commands fill one file.
+A row belongs to the sources, the config and the compilers' flags that made it: it holds the revision
+of the first, a digest of the second and the third as they are, and one of others is measured again.
+Its name says what, by which backend, with which overrides; its command how it came about, since
+several commands fill one file.
 """
 
 from __future__ import annotations
