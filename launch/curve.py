@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from tqdm import trange
 
     from apt_jax import api
-    from apt_jax.config import load_config, validate
+    from apt_jax.config import load_config, load_json, validate
     from apt_jax.data.pipeline import batches, open_dataset
     from apt_jax.eval import evaluate
     from apt_jax.eval.measure import Reference, measure
@@ -58,9 +58,15 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from apt_jax.train.loop import put_batch
     from apt_jax.train.state import init_state, set_up
     from apt_jax.train.steps import build_update
+    from apt_jax.weights import init_path
 
     config = load_config(args.config, overrides)
     config.init.generator = args.start
+    started = Path(args.start)
+    if (started / "config.json").is_file() and not any("init.diffusion" in o for o in overrides):
+        # D starts from the diffusion weights that the run came from, its own or the shipped ones.
+        came_from = load_json(started / "config.json").init.diffusion
+        config.init.diffusion = init_path(started, came_from) or config.init.diffusion
     config.train.steps = args.updates
     config = validate(config)
     data, frames = config.data, max(config.data.frames)
