@@ -79,6 +79,8 @@ def test_ctrl_c_on_one_of_several_processes_is_the_sigterm_that_jax_hears(monkey
     came = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     before = signal.signal(signal.SIGTERM, lambda *_: came.append("SIGTERM"))
+    # A shell's background jobs are born ignoring SIGINT, and pytest with them.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Preemption():
             os.kill(os.getpid(), signal.SIGINT)
@@ -89,6 +91,7 @@ def test_ctrl_c_on_one_of_several_processes_is_the_sigterm_that_jax_hears(monkey
                 time.sleep(10)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ours)
     assert came == ["SIGTERM"]
 
 
