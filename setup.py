@@ -55,7 +55,8 @@ EXTRAS = {
     "plan": ["libtpu", "jax[cuda12]>=0.10.2"],
     # a faster attention kernel for Hopper GPUs (model.attention)
     "tokamax": ["tokamax>=0.0.12"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77", "wheel>=0.43", "pyarrow>=15",
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=77",
+             "wheel>=0.43", "pyarrow>=15",
              "scikit-video==1.1.11",
              "ray>=2.40; python_version < '3.14'",
              "kubeflow-trainer-api>=2.3", "kubernetes-validate>=1.31"],  # launch/jobset_*.yaml

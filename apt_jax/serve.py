@@ -209,7 +209,7 @@ class Server:
             raise UserError(f"text states are {np.shape(text)}, this server takes a batch of "
                             f"{self.batch}, up to {self.tokens} tokens, width {self.width}; make "
                             "one for the size you need")
-        if np.shape(mask) != (b, length) or _dtype(mask) != bool:
+        if np.shape(mask) != (b, length) or _dtype(mask) != np.dtype(bool):
             raise UserError(f"the mask is {_dtype(mask)} {np.shape(mask)}, and these text states need "
                             f"bool {(b, length)}")
         if not jnp.issubdtype(_dtype(text), jnp.floating):

@@ -52,7 +52,8 @@ def cases() -> dict[str, tuple[str, str, list[str]]]:
              ("video_context_8", "h100:8x8"), ("wan_14b", "h100:8x8"), ("video", "v5p:4x4x4"),
              ("video_context_8", "h100:1x8"), ("image", "h100:1x8"), ("video", "v6e:16x16"),
              ("video", "h100:16x8"), ("image", "h100:128x8"), ("image", "h100:8x8"),
-             ("image", "h100:16x8"), ("consistency", "h100:8x8"), ("image", "v5p:4x4x4"), ("image", "v6e:16x16")]
+             ("image", "h100:16x8"), ("consistency", "h100:8x8"), ("image", "v5p:4x4x4"),
+             ("image", "v6e:16x16")]
     slices = ("v5p:4x4x8", "v5p:4x8x8", "v6e:8x8", "v6e:8x16")
     order += [(stage, topology) for topology in slices for stage in ("video", "image")]
     for stage, topology in order:

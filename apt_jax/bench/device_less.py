@@ -201,5 +201,6 @@ def table(rows: Sequence[Compiled]) -> str:
         found = (", ".join(f"{n} x {name.strip(chr(34))}" for name, n in r.kernels.items() if n)
                  or "none (plain JAX)")
         lines.append(f"{r.case:<20}{r.backend:<10}{r.part:<10}{r.temporary_bytes / 2**20:>9.1f}"
-                     f"{r.written_bytes / 2**20:>9.1f}{r.seconds:>6.1f}  {'FAILS: ' + r.error if r.error else found}")
+                     f"{r.written_bytes / 2**20:>9.1f}{r.seconds:>6.1f}  "
+                     f"{'FAILS: ' + r.error if r.error else found}")
     return "\n".join(lines)

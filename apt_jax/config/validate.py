@@ -226,5 +226,6 @@ def _mesh(c: ml_collections.ConfigDict) -> None:
     for key in (*axes, "ulysses"):
         _require(c.mesh[key] != 0, f"mesh.{key} = 0; use a count of devices, or -1 for the rest")
     free = [key for key in axes if c.mesh[key] == -1]
-    _require(len(free) <= 1 or free == ["replica", "fsdp"], f"{' and '.join(f'mesh.{key}' for key in free)} are "
+    _require(len(free) <= 1 or free == ["replica", "fsdp"],
+             f"{' and '.join(f'mesh.{key}' for key in free)} are "
                              f"{'both' if len(free) == 2 else 'all'} -1; only one can be the rest")

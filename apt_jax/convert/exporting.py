@@ -23,9 +23,8 @@ from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, check_weights, files_of
 from apt_jax.errors import UserError, disk_errors
-from apt_jax.tensor_files import SHARD_BYTES, read_table, write_files
-from apt_jax.tensor_files import write_json
-from apt_jax.weights import CHECKPOINTS, TRANSFORMER, open_generator
+from apt_jax.tensor_files import SHARD_BYTES, read_table, write_files, write_json
+from apt_jax.weights import TRANSFORMER, open_generator
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TORCH_MODULE = "mmdit_shared.py"

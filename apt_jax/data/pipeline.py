@@ -317,7 +317,8 @@ def batches(
     [B, F, H, W, C] as the VAE's encoder normalises them), "text" float32
     [B, L, D], "text_mask" bool [B, L], "loss_mask" float32 [B] (0: padding), "index" int32 [B]
     (-1: padding), with B = batch_size / process_count; multiple fills every batch up with padding
-    to a size that it divides, so that any number of devices can share it. F, H, W change from bucket to bucket.
+    to a size that it divides, so that any number of devices can share it. F, H, W change from bucket to
+    bucket.
     clip_batch_size replaces batch_size for clips (frames > 1) where it is not 0: clips have more
     tokens, and a smaller batch of them keeps the steps alike in cost.
     batch_size, seed and step decide the global batch alone; threads and prefetch only the speed.

@@ -9,7 +9,6 @@ latents, without one WebP pixels.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import json

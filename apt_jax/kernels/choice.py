@@ -57,7 +57,7 @@ class Choice:
     hardware: Hardware | None = None
 
 
-_CURRENT: contextvars.ContextVar[Choice] = contextvars.ContextVar("choice", default=Choice())
+_CURRENT: contextvars.ContextVar[Choice] = contextvars.ContextVar("choice", default=Choice())  # noqa: B039 - frozen
 
 
 def current() -> Choice:

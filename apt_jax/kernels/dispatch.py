@@ -157,7 +157,7 @@ def _automatic(r: Request) -> str:
     return next((name for name in order if refusal(name, r) is None), "oracle")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _note(backend: str, hardware: str, dtype: str, head_dim: int) -> None:
     log.info("attention on %s: %s (%s, heads of %d)", hardware, backend, dtype, head_dim)
 
@@ -242,7 +242,7 @@ def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> Blocks | None:
     return _blocks(r.hardware.platform == "cpu")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _blocks(interpret: bool) -> Blocks:
     def forward(q, k, v, key_mask):
         return flash_attention(q, k, v, key_mask, interpret=interpret)

@@ -33,8 +33,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from apt_jax.kernels import dispatch
 from apt_jax.kernels.attention import local_attention
 from apt_jax.parallel.mesh import BATCH_AXES, ulysses_size
-from apt_jax.parallel.sharding import layer_spec, path_string
 from apt_jax.parallel.ring import PLAIN, Block, ring_attention
+from apt_jax.parallel.sharding import layer_spec, path_string
 
 RING, ULYSSES = "ring", "ulysses"  # the two parts of the context axis where it has both
 

@@ -9,8 +9,17 @@ from typing import Any
 
 from apt_jax.plan.programs import INFERENCE
 from apt_jax.plan.targets import (
-    CONTEXT_TARGET, OTHERS, PEAKS, REASONS, missed, over_fsdp, parameter_gathers, reason, sums,
-    tokens_ratio, training_steps,
+    CONTEXT_TARGET,
+    OTHERS,
+    PEAKS,
+    REASONS,
+    missed,
+    over_fsdp,
+    parameter_gathers,
+    reason,
+    sums,
+    tokens_ratio,
+    training_steps,
 )
 
 HEAD = """\

@@ -22,7 +22,12 @@ from apt_jax.eval.generate import Generation
 from apt_jax.models.presets import discriminator_taps, make_generator
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import (
-    batch_ways, check_batch, make_mesh, replicated, ulysses_size, update_sharding,
+    batch_ways,
+    check_batch,
+    make_mesh,
+    replicated,
+    ulysses_size,
+    update_sharding,
 )
 from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up

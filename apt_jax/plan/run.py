@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from apt_jax.errors import UserError
 from apt_jax.kernels.choice import Hardware, choosing
-from apt_jax.kernels.dispatch import Request, refusal as cannot_serve
+from apt_jax.kernels.dispatch import Request
+from apt_jax.kernels.dispatch import refusal as cannot_serve
 from apt_jax.parallel.mesh import make_mesh
 from apt_jax.plan.advice import launch_notes
 from apt_jax.plan.chips import GIB, Topology
@@ -21,7 +22,13 @@ from apt_jax.plan.devices import describe
 from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Measurement, compile_program, measure, work
 from apt_jax.plan.programs import (
-    INFERENCE, Program, asked_batch, batch_of, inference_program, sample_shape, training_programs,
+    INFERENCE,
+    Program,
+    asked_batch,
+    batch_of,
+    inference_program,
+    sample_shape,
+    training_programs,
 )
 
 log = logging.getLogger("apt_jax")

@@ -16,7 +16,11 @@ from apt_jax.config import config_to_json, validate
 from apt_jax.errors import UserError
 from apt_jax.nn.lora import join
 from apt_jax.parallel.mesh import (
-    batch_ways, check_batch, make_mesh, replicated, update_sharding,
+    batch_ways,
+    check_batch,
+    make_mesh,
+    replicated,
+    update_sharding,
 )
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files

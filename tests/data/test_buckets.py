@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_jax.data.buckets import (
-    choose_frames, choose_size, choose_split, crop_box, even_frames, parse_size,
+    choose_frames,
+    choose_size,
+    choose_split,
+    crop_box,
+    even_frames,
+    parse_size,
 )
 from apt_jax.errors import UserError
 

@@ -206,7 +206,7 @@ def test_films_in_archives_give_the_latents_of_the_files(prepared, tmp_path):
     import io
     import tarfile
 
-    import pyarrow.parquet
+    import pyarrow.parquet  # noqa: F401 - makes pa.parquet
 
     names = ["film2.mp4", "slow.webm", "still0.png"]
     data = [(prepared / "in" / name).read_bytes() for name in names]

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from apt_jax.data.plan import PADDING, Plan, dropped_captions, shuffle
 
 
-
 @st.composite
 def any_plan(draw):
     """One to four buckets, some empty; one batch size for all or one for each."""

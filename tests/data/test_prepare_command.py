@@ -9,6 +9,7 @@ import time
 
 import pytest
 import tiny_media as tiny
+
 from apt_jax.data import manifest
 from apt_jax.data.captions import TextEncoder
 from apt_jax.data.pipeline import open_dataset

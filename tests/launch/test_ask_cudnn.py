@@ -50,7 +50,8 @@ def test_a_refusal_for_another_reason_is_no_control(monkeypatch):
             rows[name] = row
 
     monkeypatch.setattr(ask_cudnn, "Graphs", Answers)
-    for reason, good in (("hidden_dim should be smaller", True), ("undefined symbol", False)):
+    for reason, good in (("hidden_dim should be smaller", True),  # noqa: B007 - Answers reads it
+                         ("undefined symbol", False)):
         asked, rows = [], {}
         assert ask_cudnn.ask(Rows()) == good
         assert len(rows) == 3 * len(ask_cudnn.CASES) + 2 and set(ask_cudnn.CASES) <= set(CASES)

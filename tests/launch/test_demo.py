@@ -117,6 +117,7 @@ def test_what_was_measured_is_kept_for_the_same_recipe_only(demo, tmp_path):
 
 def test_ablations_start_d_where_the_base_did(demo, tmp_path, monkeypatch, capsys):
     import ablations
+
     from apt_jax.config import save_json
 
     file = demo.stages(False, True)["image"]

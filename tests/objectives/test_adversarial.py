@@ -9,8 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import (
-    ADVERSARIAL, NETS, SHAPE, Recorder, check_gradient, discriminate, make_batch, make_keys,
-    parameters, part_of, softplus, sum_of, velocity,
+    ADVERSARIAL,
+    NETS,
+    SHAPE,
+    Recorder,
+    check_gradient,
+    discriminate,
+    make_batch,
+    make_keys,
+    parameters,
+    part_of,
+    softplus,
+    sum_of,
+    velocity,
 )
 
 from apt_jax.objectives import Nets, adversarial

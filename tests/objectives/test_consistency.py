@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import (
-    CONSISTENCY, NETS, NULL_MASK, NULL_TEXT, Recorder, check_gradient, make_batch, make_keys,
-    parameters, part_of, sum_of, velocity,
+    CONSISTENCY,
+    NETS,
+    NULL_MASK,
+    NULL_TEXT,
+    Recorder,
+    check_gradient,
+    make_batch,
+    make_keys,
+    parameters,
+    part_of,
+    sum_of,
+    velocity,
 )
 
 from apt_jax.diffusion.time_shift import time_grid

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from toys import (
-    FLOW, NETS, Recorder, check_gradient, make_batch, make_keys, parameters, part_of, sum_of,
+    FLOW,
+    NETS,
+    Recorder,
+    check_gradient,
+    make_batch,
+    make_keys,
+    parameters,
+    part_of,
+    sum_of,
     velocity,
 )
 

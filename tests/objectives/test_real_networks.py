@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from networks import discriminator, mmdit, random_params, relative_error  # noqa: E402
 from networks import TINY as SIZES  # noqa: E402
+from networks import discriminator, mmdit, random_params, relative_error  # noqa: E402
 from toys import ADVERSARIAL, make_keys  # noqa: E402
 
 from apt_jax.diffusion.interpolation import noise_like  # noqa: E402

@@ -11,9 +11,9 @@ import pytest
 from apt_jax.kernels.attention import attention, joint_attention, local_attention
 from apt_jax.kernels.choice import choosing
 from apt_jax.kernels.scope import entered
+from apt_jax.nn.stack import REMAT_POLICIES
 from apt_jax.parallel import ring
 from apt_jax.parallel.context import ContextParallel
-from apt_jax.nn.stack import REMAT_POLICIES
 from apt_jax.parallel.mesh import make_mesh
 
 BATCH, HEADS, DIM = 2, 4, 8
@@ -203,11 +203,12 @@ def test_what_was_exchanged_need_not_travel_again(policy, exchanges):
 
 def test_a_sharded_layer_is_gathered_whole_and_its_gradient_scattered():
     """Weights move, activations do not: no all-to-all, however small the batch is."""
-    from apt_jax.nn.stack import run_stack, stack
+    from flax import nnx
+
     from apt_jax.kernels.scope import entered
+    from apt_jax.nn.stack import run_stack, stack
     from apt_jax.parallel.context import on_mesh
     from apt_jax.parallel.sharding import infer_shardings
-    from flax import nnx
 
     mesh = make_mesh({"fsdp": 8, "replica": 1})
     graph, state = nnx.split(stack(

@@ -6,8 +6,8 @@ import pytest
 
 from apt_jax.errors import UserError
 from apt_jax.parallel import flags
-from apt_jax.parallel.flags import check
 from apt_jax.parallel.flags import __main__ as main_module
+from apt_jax.parallel.flags import check
 from apt_jax.parallel.flags.__main__ import main
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

@@ -96,8 +96,8 @@ def _hosts(hosts, each, platform="gpu"):
 def test_gpu_hosts_are_laid_out_with_the_busy_axes_inside_a_host():
     devices = _hosts(4, 8)
     shuffled = [devices[i] for i in np.random.default_rng(0).permutation(32)]
-    for given in (devices, shuffled):
-        mesh = make_mesh({"replica": 2, "fsdp": -1, "context": 4}, given)
+    for order in (devices, shuffled):
+        mesh = make_mesh({"replica": 2, "fsdp": -1, "context": 4}, order)
         hosts = np.vectorize(lambda d: d.slice_index)(mesh.devices)
         assert mesh.devices.shape == (2, 4, 4, 1)
         assert (hosts == hosts[:, :, :1]).all()  # a clip stays on one host

@@ -23,7 +23,8 @@ def program(compute, exposed, once, microbatches, peak=60.0, hidden=0.5, notes=(
     total = {"kind": "all-reduce", "axes": "fsdp+context", "seconds": 0.81, "overlapped": 1.0}
     return {"refused": "", "peak_gib": peak, "flops_forward_tflop": 1363.0, "floor_seconds": 0.5,
             "compute_seconds": compute, "exposed_seconds": exposed,
-            "step_seconds": compute + exposed, "exposed_once_seconds": once, "microbatches": microbatches, "parts_gib": {"EMA": 3.8},
+            "step_seconds": compute + exposed, "exposed_once_seconds": once, "microbatches": microbatches,
+            "parts_gib": {"EMA": 3.8},
             "context_gib": 6.0, "context_minimum_gib": 4.0, "steady_collectives": [gather],
             "collectives": [gather, total], "notes": list(notes)}
 

@@ -14,7 +14,8 @@ def test_d_trains_in_eight_bits():
     """D moves as a whole, masters stay float32, and it learns to tell a fixed batch."""
     config = tiny_config("adversarial", init__generator="", init__diffusion="", model__depth=1,
                          discriminator__taps=(1,), model__matmul="fp8",
-                         discriminator__matmul="fp8", model__dtype="bfloat16", model__remat="full", optimizer__learning_rate=3e-3)
+                         discriminator__matmul="fp8", model__dtype="bfloat16", model__remat="full",
+                         optimizer__learning_rate=3e-3)
     mesh = make_mesh({"replica": 1, "fsdp": 1}, jax.devices()[:1])
     setup = set_up(config, mesh)
     state, rng = init_state(config, setup), np.random.default_rng(0)
