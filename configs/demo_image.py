@@ -29,6 +29,4 @@ def get_config(length="short"):
     config.train.steps = 640 if length == "short" else 5000
     if length == "long":
         at_length(config)
-        # At 1.5e-4 D won for good after 3,030 of 6,000 updates (docs/tuning.md).
-        config.optimizer.learning_rate = 1.2e-4
     return config
