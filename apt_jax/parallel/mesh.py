@@ -51,8 +51,7 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
         # rows and the gathers longer than what they save.
         room = int(sizes["copy"] if "copy" in sizes else COPY) // (given["context"] * given["tensor"])
         rest = device_count // (given["context"] * given["tensor"])
-        given["fsdp"] = max((d for d in range(1, max(1, room) + 1) if rest and rest % d == 0),
-                            default=1)
+        given["fsdp"] = max(divisors(rest, room), default=1)
         free = ["replica"]
     if len(free) > 1:
         raise UserError(
@@ -72,7 +71,7 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
             f"{_describe(_nearest_mesh(given, device_count))}")
     axis = max(mendable, key=lambda a: given[a])
     room = device_count // (fixed // given[axis])
-    fits = [d for d in range(1, room + 1) if room % d == 0] if free else [room]
+    fits = divisors(room) if free else [room]
     nearest = min(fits, key=lambda d: (abs(d - given[axis]), d))
     raise UserError(
         f"the mesh {asked} does not fit {device_count} devices; "
@@ -81,8 +80,7 @@ def resolve_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]
 
 def _nearest_mesh(given: Mapping[str, int], device_count: int) -> dict[str, int]:
     """The mesh of all devices whose given sizes change by the smallest factors, -1 by any."""
-    divisors = [d for d in range(1, device_count + 1) if device_count % d == 0]
-    meshes = (sizes for sizes in itertools.product(divisors, repeat=len(AXES))
+    meshes = (sizes for sizes in itertools.product(divisors(device_count), repeat=len(AXES))
               if math.prod(sizes) == device_count)
     return dict(zip(AXES, min(meshes, key=lambda sizes: sum(
         abs(math.log(size / asked))
@@ -125,7 +123,7 @@ def _placed(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarr
     inner = [size // outer[axis] for axis, size in shape.items()]
 
     def lay(split: bool) -> np.ndarray:
-        if len(slices) == 1:
+        if len(slices) == 1:  # whose devices need not say which one
             return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=split)
         return mesh_utils.create_hybrid_device_mesh(inner, tuple(outer.values()), devices,
                                                     allow_split_physical_axes=split)
@@ -142,9 +140,15 @@ def _slice(device: jax.Device) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """The divisors of a number, ascending, up to `most`; none of 0."""
+    return [d for d in range(1, min(number, number if most is None else most) + 1)
+            if number % d == 0]
+
+
 def _nearest_divisor(wanted: int, of: int) -> int:
     """The divisor of `of` nearest to `wanted`, the smaller of two."""
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - wanted), d))
+    return min(divisors(of), key=lambda d: (abs(d - wanted), d))
 
 
 def ulysses_size(context: int, heads: int, wanted: int = -1) -> int:

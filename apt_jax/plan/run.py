@@ -15,7 +15,7 @@ from apt_jax.errors import UserError
 from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.kernels.dispatch import Request
 from apt_jax.kernels.dispatch import refusal as cannot_serve
-from apt_jax.parallel.mesh import make_mesh
+from apt_jax.parallel.mesh import divisors, make_mesh
 from apt_jax.plan.advice import launch_notes
 from apt_jax.plan.chips import GIB, Topology
 from apt_jax.plan.devices import describe
@@ -209,7 +209,7 @@ def remedies(config: Any, found: Plan) -> list[dict[str, Any]]:
     if found.mesh.get("replica", 1) > 1:  # one copy of the parameters over all devices
         wanted.append({"mesh.replica": 1, "mesh.fsdp": -1})
     wanted.append({"model.remat": "full"})
-    wider = [size for size in _divisors(found.topology.devices, WIDEST_CONTEXT)
+    wider = [size for size in divisors(found.topology.devices, WIDEST_CONTEXT)
              if size > found.mesh.get("context", 1)]
     # The wider axis needs devices that a fixed size would keep.
     wanted += [{"mesh.context": size, "mesh.fsdp": -1} for size in wider[:3]]
@@ -253,24 +253,20 @@ def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -
     return ""
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
-
-
 def mesh_shapes(config: Any, devices: int) -> Iterator[dict[str, int]]:
     """Every mesh of all the devices that the batch, and for tensor the heads, allow: tensor up to
     WIDEST_TENSOR, context up to WIDEST_CONTEXT, copies of at most LARGEST_COPY devices.
 
     The model may still refuse one for its widths or heads.
     """
-    for tensor in _divisors(devices, WIDEST_TENSOR):
+    for tensor in divisors(devices, WIDEST_TENSOR):
         if config.model.heads % tensor:
             continue
-        for context in _divisors(devices // tensor, WIDEST_CONTEXT):
+        for context in divisors(devices // tensor, WIDEST_CONTEXT):
             rest = devices // (tensor * context)
             if rest * (config.train.accumulate or 1) > asked_batch(config):
                 continue  # more ways than samples
-            for fsdp in _divisors(rest, LARGEST_COPY // (context * tensor)):
+            for fsdp in divisors(rest, LARGEST_COPY // (context * tensor)):
                 yield {"replica": rest // fsdp, "fsdp": fsdp, "context": context,
                        "tensor": tensor}
 
