@@ -64,6 +64,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
     devices = int(np.prod(list(mesh_shape.values())))
     found: dict[tuple[str, str], Collective] = {}
     starts: dict[tuple[str, str], str] = {}
+    sends: dict[tuple[str, str], tuple[str, str]] = {}  # where what travels is handed over
     for computation, times in program.walk():
         instructions = program.computations[computation]
         shapes = {i.name: i.result for i in instructions}
@@ -81,7 +82,8 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
             begun = instruction.opcode.endswith("-start")
             done = _done(instructions, position) if begun else None
             if done is not None:
-                starts[computation, instructions[done].name] = instruction.name
+                sends[key] = computation, _sent(instructions[position:done])
+                starts[computation, instructions[done].name] = sends[key][1]
                 arrays = instructions[done].result
             elif inner is not instruction or not begun:
                 arrays = inner.result
@@ -107,9 +109,10 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
     if chip is None:
         return list(found.values())
     played = Timeline(program, chip,
-                      {key: (c.axes, c.seconds) for key, c in found.items()}, starts)
-    return [dataclasses.replace(c, hidden=_share(c.seconds, played.exposed.get(key, c.seconds)))
-            for key, c in found.items()]
+                      {sends.get(key, key): (c.axes, c.seconds) for key, c in found.items()},
+                      starts)
+    return [dataclasses.replace(c, hidden=_share(
+        c.seconds, played.exposed.get(sends.get(key, key), c.seconds))) for key, c in found.items()]
 
 
 def _share(seconds: float, exposed: float) -> float:
@@ -148,6 +151,18 @@ def _done(instructions: Sequence[Instruction], start: int) -> int | None:
         if instructions[i].opcode == "async-update":
             names.add(instructions[i].name)
     return None
+
+
+def _sent(instructions: Sequence[Instruction]) -> str:
+    """The name of the instruction from which a transfer that begins with the first of these runs:
+    itself, or, where it was given nothing to send (a TPU's sparse cores are called first), the
+    update that hands it over."""
+    start = instructions[0]
+    if start.operand_names:
+        return start.name
+    return next((i.name for i in instructions[1:]
+                 if i.opcode == "async-update" and start.name in i.operand_names
+                 and len(i.operand_names) > 1), start.name)
 
 
 # -- which devices talk to each other

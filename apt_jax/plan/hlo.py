@@ -1,6 +1,6 @@
 """The compiled program as text: computations, instructions, trip counts of loops.
 
-Only what planning needs is read. The text is XLA's own dump (`compiled.as_text()`), scheduled, so
+Only what planning needs is read. The text is XLA's own (compiler.py), scheduled, so
 the order of lines in a computation is the order in which a device starts them.
 """
 
@@ -22,6 +22,7 @@ _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)="
                      r"%?([\w.\-]+)")
+_INNER = re.compile(r"\bcalled_computations=\{%?([\w.\-]+)\}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"\}')
 _INDEX = re.compile(r"\bindex=(\d+)")
@@ -75,10 +76,19 @@ class Program:
     entry: str
 
     def wrapped(self, instruction: Instruction) -> Instruction | None:
-        """The one instruction that an async-start runs; None for others and for a longer body."""
-        if instruction.opcode != "async-start" or "calls" not in instruction.called:
+        """The one instruction that an async-start runs; None for others and for a longer body.
+
+        What a TPU gives to its sparse cores is wrapped once more, in a custom call.
+        """
+        if instruction.opcode != "async-start":
             return None
-        body = [i for i in self.computations.get(instruction.called["calls"], ())
+        inner = self._only(instruction.called.get("calls", ""))
+        while inner is not None and (called := _INNER.search(inner.rest)):
+            inner = self._only(called.group(1))
+        return inner
+
+    def _only(self, computation: str) -> Instruction | None:
+        body = [i for i in self.computations.get(computation, ())
                 if i.opcode not in ("parameter", "tuple", "get-tuple-element", "bitcast")]
         return body[0] if len(body) == 1 else None
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from apt_jax.plan.chips import Topology
 from apt_jax.plan.collectives import Collective, collectives
+from apt_jax.plan.compiler import compile_text
 from apt_jax.plan.flops import Flops, UncountedError, count_flops
 from apt_jax.plan.hlo import parse_hlo
 from apt_jax.plan.programs import Program
@@ -153,9 +154,10 @@ class Compiled:
 
 def compile_program(program: Program, options: dict[str, Any] | None = None) -> Compiled:
     """Compiles it; options: XLA compiler options of this program."""
+    platform = next((device.platform for leaf in jax.tree.leaves(program.args) if leaf.sharding
+                     for device in leaf.sharding.device_set), "")
     try:
-        compiled = program.function.lower(*program.args).compile(
-            compiler_options=options or None)
+        compiled, text = compile_text(program.function.lower(*program.args), options, platform)
     except jax.errors.JaxRuntimeError as error:
         room = refusal(str(error))
         if room is None:
@@ -163,7 +165,7 @@ def compile_program(program: Program, options: dict[str, Any] | None = None) -> 
         arguments = shard_bytes(program.args)
         return Compiled("", arguments, 0, 0, max(0, room[1] - arguments), 0, room[0])
     said = compiled.memory_analysis()
-    return Compiled(compiled.as_text(), said.argument_size_in_bytes, said.output_size_in_bytes,
+    return Compiled(text, said.argument_size_in_bytes, said.output_size_in_bytes,
                     said.alias_size_in_bytes, said.temp_size_in_bytes,
                     said.generated_code_size_in_bytes)
 

@@ -207,3 +207,42 @@ def test_joined_arrays_have_the_type_of_most_bytes():
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         parse_hlo("not a module")
+
+
+SPARSE = """HloModule m, is_scheduled=true
+
+%called (p.2: bf16[512,4096]) -> bf16[4096,4096] {
+  %p.2 = bf16[512,4096]{1,0} parameter(0)
+  %t = (bf16[512,4096]{1,0}) tuple(%p.2)
+  %g = bf16[512,4096]{1,0} get-tuple-element(%t), index=0
+  ROOT %ag = bf16[4096,4096]{1,0} all-gather(%g), replica_groups=mesh['a'=8] {'a'}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%wrapped (p.1: bf16[512,4096]) -> bf16[4096,4096] {
+  %p.1 = bf16[512,4096]{1,0} parameter(0)
+  ROOT %c = bf16[4096,4096]{1,0} custom-call(%p.1), custom_call_target="x", called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[512,4096], q: bf16[4096,4096]) -> bf16[4096,4096] {
+  %p = bf16[512,4096]{1,0} parameter(0)
+  %q = bf16[4096,4096]{1,0} parameter(1)
+  %start = ((), (), (s32[8192]{0})) async-start(), calls=%wrapped
+  EARLY
+  %update = ((bf16[512,4096]{1,0}), bf16[4096,4096]{1,0}, (s32[8192]{0})) async-update(%start, %p)
+  LATE
+  ROOT %end = bf16[4096,4096]{1,0} async-done(%update)
+}
+"""
+
+
+@pytest.mark.parametrize("place", ["EARLY", "LATE"])
+def test_a_gather_on_sparse_cores_runs_from_where_it_is_given_its_operand(place):
+    """Its start has no operand: only work after the update that hands it over hides anything."""
+    product = ('%d = bf16[4096,4096]{1,0} dot(%q, %q), lhs_contracting_dims={1}, '
+               "rhs_contracting_dims={0}")
+    program = parse_hlo(SPARSE.replace(place, product).replace(
+        "LATE" if place == "EARLY" else "EARLY", ""))
+    (found,) = collectives(program, {"fsdp": 8}, CHIPS["v5p"])
+    assert (found.name, found.kind, found.axes, found.times) == ("start", "all-gather", "fsdp", 1)
+    assert found.bytes == 2**25
+    assert found.hidden == pytest.approx(1.0 if place == "LATE" else 0.0)
