@@ -10,7 +10,9 @@ or one stage after the other:
     done
 
 Meant to cost about 20 minutes on one H100; on two CPU cores it is only good for a look. A stage
-that is stopped is continued by the same command. Gives: the paper's comparison (diffusion with 25
+that is stopped is continued by the same command. What a piece needs of the one before are the
+stages' folders, no file of which has more than 16 MB; samples/ and cache/ are made again (the clips'
+reference is 25 MB) and can stay behind. Gives: the paper's comparison (diffusion with 25
 steps, consistency with one, APT with one and two) at a size where the pictures can be looked at.
 """
 
