@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.errors import UserError
-from apt_jax.kernels import choice, cudnn_fp8, peers
+from apt_jax.kernels import choice, cudnn_fp8, peers, scope
 from apt_jax.kernels.choice import BACKENDS, Hardware
 from apt_jax.kernels.flash.attention import flash_attention, flash_gradients, rowsum
 from apt_jax.kernels.oracle import oracle
@@ -195,8 +195,45 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array |
                         f"bool {k.shape[:2]}, one of each key")
 
 
+class Whole(NamedTuple):
+    """The tokens that a kernel computes with.
+
+    queries, keys: their counts, in whole tiles, no less than asked for.
+    lengths: it is told the number of visible keys, which come first; False: a mask, in any order.
+    """
+
+    queries: int
+    keys: int
+    lengths: bool
+
+
+# How many queries or keys a kernel computes with. Ours and plain JAX take any number; eight-bit
+# attention writes its padding with the rounding, in one pass.
+_TILES: dict[str, Callable[[int], int]] = {
+    "tokamax": lambda count: peers.TOKAMAX_TILE, "cudnn": lambda count: peers.CUDNN_TILE,
+    "splash": peers.splash_tile}
+
+
+def whole(batch: int, queries: int, keys: int, heads: int, head_dim: int, dtype: jnp.dtype) -> Whole:
+    """What the kernel in force makes of an attention of these sizes, asked before the layers.
+
+    A network that pads its streams to it and, for `lengths`, keeps hidden keys last and says so
+    (`hidden_last`), spares every layer doing so. Nothing is asked of it where tokens are cut over
+    devices: their pieces are joined device by device, and what is last there is not last here.
+    """
+    mesh = scope.current()
+    if mesh is not None and not mesh.whole:
+        return Whole(queries, keys, False)
+    backend = select(choice.current().backend, Request(
+        batch, queries, keys, heads, head_dim, jnp.dtype(dtype), True, choice.current().derivatives,
+        choice.hardware()))
+    tile = _TILES.get(backend, lambda count: 1)
+    return Whole(*(n + -n % tile(n) for n in (queries, keys)), backend in ("tokamax", "cudnn"))
+
+
 @jax.named_scope("attention")  # plan/flops.py tells its products from the others by this name
-def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
+def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None, *,
+        hidden_last: bool = False) -> jax.Array:
     """Attention on one device by the kernel in force; see `kernels.attention.attention`."""
     check_shapes(q, k, v, key_mask)
     r = Request.of(q, k, v)
@@ -210,7 +247,7 @@ def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = N
     if backend == "cudnn_fp8":
         return cudnn_fp8.cudnn_fp8(q, k, v, key_mask, emulate=interpret)
     if backend in ("tokamax", "cudnn"):
-        return getattr(peers, backend)(q, k, v, key_mask)
+        return getattr(peers, backend)(q, k, v, key_mask, hidden_last=hidden_last)
     return oracle(q, k, v, key_mask)
 
 

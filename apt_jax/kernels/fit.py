@@ -1,23 +1,44 @@
-"""Making a request fit a kernel that takes whole tiles and lengths, not masks."""
+"""Making a request fit a kernel that takes whole tiles and lengths, not masks.
+
+A network that asks `dispatch.whole` does it once, outside its layers; for all others `peers` does it
+inside, with every attention.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+class Order(NamedTuple):
+    """Tokens with the visible ones in front, both kinds as they followed one another.
+
+    order, back: int32 [B, N], the token of each place and the place of each token. count: int32
+    [B], how many are visible.
+    """
+
+    order: jax.Array
+    back: jax.Array
+    count: jax.Array
+
+
 def pad_tokens(x: jax.Array, multiple: int) -> jax.Array:
     """x [B, N, ...] with zeros up to the next multiple of tokens."""
-    count = -x.shape[1] % multiple
+    return add_tokens(x, -x.shape[1] % multiple)
+
+
+def add_tokens(x: jax.Array, count: int) -> jax.Array:
+    """x [B, N, ...] with `count` tokens of zeros (False) behind it."""
     return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2)) if count else x
 
 
-def visible_first(k: jax.Array, v: jax.Array, key_mask: jax.Array
-                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys and values with the visible ones in front, and their number, int32 [B].
+def visible_first(key_mask: jax.Array) -> Order:
+    """The order for a mask, bool [B, N].
 
     No softmax notices the order of its keys, and a length is all that the kernels take (as a mask,
-    cuDNN and tokamax would want the whole [Nq, Nk]). k, v: [B, Nk, heads, head_dim].
+    cuDNN and tokamax would want the whole [Nq, Nk]).
     """
     count = key_mask.sum(axis=1, dtype=jnp.int32)
     seen, unseen = (jnp.cumsum(m, axis=1, dtype=jnp.int32) - 1 for m in (key_mask, ~key_mask))
@@ -25,13 +46,18 @@ def visible_first(k: jax.Array, v: jax.Array, key_mask: jax.Array
     here = jnp.broadcast_to(jnp.arange(back.shape[1], dtype=jnp.int32), back.shape)
     order = jax.vmap(lambda at, key: jnp.zeros_like(at).at[at].set(key, unique_indices=True))(
         back, here)  # the key of each place
-    return _reorder(k, order, back), _reorder(v, order, back), count
+    return Order(order, back, count)
+
+
+def reorder(x: jax.Array, order: Order) -> jax.Array:
+    """x [B, N, ...] in that order."""
+    return _reorder(x, order.order, order.back)
 
 
 @jax.custom_vjp
 def _reorder(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
     """x[b, order[b]]; its gradient reads too, in the opposite order, where a scatter would write."""
-    return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+    return _taken(x, order)
 
 
 def _reorder_forward(x, order, back):
@@ -39,10 +65,14 @@ def _reorder_forward(x, order, back):
 
 
 def _reorder_backward(back, gradient):
-    return jnp.take_along_axis(gradient, back[:, :, None, None], axis=1), None, None
+    return _taken(gradient, back), None, None
 
 
 _reorder.defvjp(_reorder_forward, _reorder_backward)
+
+
+def _taken(x, index):
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def lengths(batch: int, count: int, like: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Attention kernels of others, wrapped so that any request fits: cuDNN, tokamax's, TPU splash.
 
-Each takes and returns what `kernels.attention.attention` does, and can be differentiated once.
+Each takes and returns what `kernels.attention.attention` does, and can be differentiated once. What
+was not padded and ordered outside the layers (`dispatch.whole`) is so here, in every layer.
 Imported by name only where asked for: tokamax is optional.
 """
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from apt_jax.kernels.fit import batched_with, lengths, pad_tokens, visible_first
+from apt_jax.kernels.fit import batched_with, lengths, pad_tokens, reorder, visible_first
 from apt_jax.kernels.oracle import zero_without_keys
 
 TOKAMAX_TILE = 128  # its gradients want multiples of 8 keys; whole tiles spare masking inside
@@ -21,14 +22,16 @@ CUDNN_TILE = 2  # its gradients refuse odd lengths
 SPLASH_TILES = (512, 128)  # tokens of a block: the first that the sequence fills
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+def splash_tile(count: int) -> int:
+    """Tokens of splash attention's blocks for so many queries or keys."""
+    return next((tile for tile in SPLASH_TILES if count >= tile), SPLASH_TILES[-1])
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, *,
+          hidden_last: bool = False) -> jax.Array:
     """cuDNN's fused attention, through jax.nn."""
-    b, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    visible = None
-    if key_mask is not None:
-        k, v, visible = visible_first(k, v, key_mask)
-    elif keys % CUDNN_TILE:
-        visible = lengths(b, keys, q)
+    b, queries = q.shape[:2]
+    k, v, visible = _in_front(q, k, v, key_mask, CUDNN_TILE, hidden_last)
     # D's samples share one text, from which Wan's second k and v come.
     k, v = batched_with(k, q), batched_with(v, q)
     if visible is not None:  # a length of zero is no softmax; the row is zeroed below
@@ -65,17 +68,25 @@ def _cudnn_forward(q, k, v, visible):
 _cudnn.defvjp(_cudnn_forward, lambda pull, gradient: (*pull(gradient), None))
 
 
-def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+def _in_front(q, k, v, key_mask, tile, hidden_last):
+    """k and v with the visible keys in front, and their number, None where all of whole tiles are."""
+    if key_mask is None:
+        count = k.shape[1]
+        return k, v, lengths(k.shape[0], count, q) if count % tile else None
+    if hidden_last:
+        return k, v, key_mask.sum(axis=1, dtype=jnp.int32)
+    order = visible_first(key_mask)
+    return reorder(k, order), reorder(v, order), order.count
+
+
+def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, *,
+            hidden_last: bool = False) -> jax.Array:
     """tokamax's Pallas kernel for Hopper (Mosaic GPU)."""
     from tokamax import dot_product_attention
 
     prepare_tokamax()
-    b, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    visible = None
-    if key_mask is not None:
-        k, v, visible = visible_first(k, v, key_mask)
-    elif keys % TOKAMAX_TILE:
-        visible = lengths(b, keys, q)
+    queries = q.shape[1]
+    k, v, visible = _in_front(q, k, v, key_mask, TOKAMAX_TILE, hidden_last)
     out = dot_product_attention(
         *(pad_tokens(x, TOKAMAX_TILE) for x in (q, k, v)),
         key_value_seq_lengths=None if visible is None else jnp.maximum(visible, 1),
@@ -107,8 +118,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None,
 
     b, queries, heads, dim = q.shape
     keys = k.shape[1]
-    tile_q, tile_k = (next((t for t in SPLASH_TILES if n >= t), SPLASH_TILES[-1])
-                      for n in (queries, keys))
+    tile_q, tile_k = splash_tile(queries), splash_tile(keys)
     segments = None
     if key_mask is not None or queries % tile_q or keys % tile_k:
         seen = jnp.ones((b, keys), bool) if key_mask is None else key_mask

@@ -19,8 +19,12 @@ import jax
 class Scope(Protocol):
     """What `parallel/context.py` implements."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether attention meets all tokens of a sample at once, in the order of the streams."""
+
     def attention(self, q: Sequence[jax.Array], k: Sequence[jax.Array], v: Sequence[jax.Array],
-                  key_mask: jax.Array | None) -> list[jax.Array]:
+                  key_mask: jax.Array | None, *, hidden_last: bool = False) -> list[jax.Array]:
         """Attention over the tokens of all parts together; see `kernels.attention`."""
 
     def tokens(self, carry: Any) -> Any:

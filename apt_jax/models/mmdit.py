@@ -8,12 +8,14 @@ stream, which is how the 8B preset gets its parameter count.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from apt_jax.kernels import dispatch, fit
 from apt_jax.kernels.attention import joint_attention
 from apt_jax.kernels.scope import per_sample
 from apt_jax.models.inputs import check_inputs
@@ -21,7 +23,7 @@ from apt_jax.nn.embeddings import TimeEmbedding, patchify, token_grid, unpatchif
 from apt_jax.nn.linear import MLP, linear
 from apt_jax.nn.modulation import add_gated, modulate, split_modulation
 from apt_jax.nn.norm import RMSNorm, layer_norm
-from apt_jax.nn.rope import Rotation, rotate, text_rotation, video_rotation
+from apt_jax.nn.rope import Rotation, longer, rotate, text_rotation, video_rotation
 from apt_jax.nn.stack import run_stack, stack
 
 
@@ -83,19 +85,27 @@ class Stream(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Joint attention over [text, video] tokens, then each stream's own MLP."""
+    """Joint attention over all text and video tokens, then each stream's own MLP."""
 
     def __init__(self, c: MMDiTConfig, *, rngs: nnx.Rngs):
         self.video = Stream(c, rngs=rngs)
         self.text = Stream(c, rngs=rngs)
 
-    def __call__(self, video, text, condition, rotations, key_mask):
+    def __call__(self, video, text, condition, rotations, key_mask, hidden_last=False):
+        """key_mask: bool [B, L + N] of the text's and then the video's tokens; with hidden_last (see
+
+        `kernels.attention`) of the video's first, so that hidden text is behind all else.
+        """
         video_attn, video_mlp = self.video.modulations(condition)
         text_attn, text_mlp = self.text.modulations(condition)
 
         qv, kv, vv = self.video.project(modulate(video, video_attn), rotations[0])
         qt, kt, vt = self.text.project(modulate(text, text_attn), rotations[1])
-        to_text, to_video = joint_attention((qt, qv), (kt, kv), (vt, vv), key_mask)
+        if hidden_last:
+            to_video, to_text = joint_attention((qv, qt), (kv, kt), (vv, vt), key_mask,
+                                                hidden_last=True)
+        else:
+            to_text, to_video = joint_attention((qt, qv), (kt, kv), (vt, vv), key_mask)
         text = add_gated(text, text_attn, self.text.out(to_text.reshape(text.shape)))
         video = add_gated(video, video_attn, self.video.out(to_video.reshape(video.shape)))
 
@@ -127,32 +137,45 @@ class Backbone(nnx.Module):
         c = self.config
         check_inputs(c, x, t, text, text_mask)
         grid = c.grid(x.shape)
-        length = text.shape[1]
-
         video = self.video_in(patchify(x, c.patch))  # [B, N, D]
+        text, text_mask, turns, hidden_last = self._arranged(text, text_mask, grid)
         words = self.text_in(self.text_norm(text))  # [B, L, D]
         time = self.time(t)  # [B, D]
         condition = jax.nn.silu(time)
         if c.modulation == "shared":
             condition = self.modulation(condition)  # [B, 6 D]
         condition = per_sample(condition)
-        rotations = (
-            video_rotation(grid, c.rope_axes, c.rope_theta),
-            text_rotation(length, grid, c.rope_axes, c.rope_theta),
-        )
-        key_mask = jnp.concatenate(
-            [text_mask, jnp.ones((x.shape[0], video.shape[1]), bool)], axis=1
-        )  # [B, L + N]
+        rotations = (video_rotation(grid, c.rope_axes, c.rope_theta), turns)
+        masks = [text_mask, jnp.ones((x.shape[0], video.shape[1]), bool)]
+        key_mask = jnp.concatenate(masks[::-1] if hidden_last else masks, axis=1)  # [B, L + N]
 
         (video, _), tapped = run_stack(
             self.blocks,
-            lambda block, carry: block(*carry, condition, rotations, key_mask),
+            lambda block, carry: block(*carry, condition, rotations, key_mask, hidden_last),
             (video, words),
             depth=c.depth,
             taps=taps,
             remat=c.remat,
         )
         return video, [v for v, _ in tapped], time
+
+    def _arranged(self, text, text_mask, grid):
+        """The text [B, L, text_width] as the attention kernel wants its keys, once for all layers;
+
+        its mask, its rotation, and whether hidden keys come last. Nobody sees hidden tokens and what
+        becomes of the text is not returned, so that neither order nor hidden tokens behind it show.
+        """
+        c, (batch, length) = self.config, text.shape[:2]
+        turns = text_rotation(length, grid, c.rope_axes, c.rope_theta)
+        count = length + math.prod(grid)
+        whole = dispatch.whole(batch, count, count, c.heads, c.head_dim, c.compute_dtype)
+        if whole.lengths:
+            order = fit.visible_first(text_mask)
+            text, text_mask = fit.reorder(text, order), fit.reorder(text_mask, order)
+            turns = per_sample(Rotation(*(x[order.order] for x in turns)))  # [B, L, head_dim / 2]
+        more = whole.keys - count
+        return (fit.add_tokens(text, more), fit.add_tokens(text_mask, more), longer(turns, more),
+                whole.lengths)
 
 
 class MMDiT(nnx.Module):

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 
 
 class Rotation(NamedTuple):
-    """cos and sin, float32 [N, head_dim / 2]: one angle for each pair of channels of each token."""
+    """cos and sin, float32 [N, head_dim / 2]: one angle for each pair of channels of each token;
+
+    [B, N, head_dim / 2] where samples have their tokens in different orders.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -56,10 +59,16 @@ def text_rotation(
     return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 
+def longer(rotation: Rotation, count: int) -> Rotation:
+    """With `count` tokens behind it that are padding: what they turn becomes zero."""
+    pads = ((0, 0),) * (rotation.cos.ndim - 2) + ((0, count), (0, 0))
+    return Rotation(*(jnp.pad(x, pads) for x in rotation)) if count else rotation
+
+
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Turn each neighbouring pair of channels of x [B, N, heads, head_dim] by its token's angle."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]  # [B, N, heads, head_dim / 2]
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # [N, 1, head_dim / 2]
+    cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]  # [..., N, 1, head_dim / 2]
     turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -46,7 +46,8 @@ class ContextParallel:
     Attributes:
       mesh: the run's mesh (`parallel.mesh`).
       ulysses: config.mesh.ulysses.
-      kernel: attention on one device, (q, k, v, key_mask) -> [B, N, h, d].
+      kernel: attention on one device, (q, k, v, key_mask) -> [B, N, h, d]; where `hidden_last` is
+        said and holds on the device it gets that too, by name.
       block: one turn of the ring; None takes what `kernels.dispatch` has for the arrays.
       multiple: the kernel wants token counts that this divides.
     """
@@ -61,6 +62,11 @@ class ContextParallel:
     def ways(self) -> int:
         """Over how many devices the tokens of one sample are cut."""
         return self.mesh.shape["context"]
+
+    @property
+    def whole(self) -> bool:
+        """See `kernels.scope.Scope.whole`."""
+        return self.ways == 1
 
     # -- streams ---------------------------------------------------------------------------------
 
@@ -104,17 +110,20 @@ class ContextParallel:
     # -- attention -------------------------------------------------------------------------------
 
     def attention(self, q: Sequence[jax.Array], k: Sequence[jax.Array], v: Sequence[jax.Array],
-                  key_mask: jax.Array | None) -> list[jax.Array]:
+                  key_mask: jax.Array | None, *, hidden_last: bool = False) -> list[jax.Array]:
         """See `kernels.scope.Scope.attention`; the same numbers as `local_attention`."""
         queries, keys = _lengths(q), _lengths(k)
         if queries == keys:
-            return self._self_attention(q, k, v, key_mask)
+            return self._self_attention(q, k, v, key_mask, hidden_last)
         assert len(q) == len(k) == 1, "streams are joined in self-attention only"
         if queries[0] < max(2, self.ways):
-            return [local_attention(q[0], k[0], v[0], key_mask)]
-        return [self._cross_attention(q[0], k[0], v[0], key_mask)]
+            return [local_attention(q[0], k[0], v[0], key_mask, hidden_last=hidden_last)]
+        return [self._cross_attention(q[0], k[0], v[0], key_mask, hidden_last)]
 
-    def _cross_attention(self, q, k, v, key_mask):
+    def _kernel(self, hidden_last: bool) -> Callable[..., jax.Array]:
+        return functools.partial(self.kernel, hidden_last=True) if hidden_last else self.kernel
+
+    def _cross_attention(self, q, k, v, key_mask, hidden_last):
         """Queries over context, keys everywhere."""
         split, length = self._split_mesh(q), q.shape[1]
         q = _pad_tokens(q, -length % self.ways)
@@ -124,14 +133,16 @@ class ContextParallel:
         if key_mask is not None:
             operands.append(key_mask)
             specs.append(PartitionSpec(batch))
-        out = jax.shard_map(self.kernel, mesh=split.mesh, in_specs=tuple(specs),
+        out = jax.shard_map(self._kernel(hidden_last), mesh=split.mesh, in_specs=tuple(specs),
                             out_specs=specs[0], check_vma=False)(*operands)
         return out[:, :length]
 
-    def _self_attention(self, q, k, v, key_mask):
+    def _self_attention(self, q, k, v, key_mask, hidden_last):
         """All streams together, every token over context."""
         split, lengths = self._split_mesh(q[0]), _lengths(q)
         padded = _padded(lengths, self.ways, self.multiple * split.ring)
+        # The order is the streams' only where each lies whole, and nothing comes between them.
+        kernel = self._kernel(hidden_last and self.whole and padded == lengths)
         if padded != lengths or key_mask is not None:
             key_mask = self._mask(key_mask, lengths, padded, q[0].shape[0])
             key_mask = key_mask.reshape(key_mask.shape[0], split.ring, -1)  # [B, R, tokens]
@@ -143,7 +154,7 @@ class ContextParallel:
             count = len(parts) // 3
             local = [x.shape[1] for x in parts[:count]]
             join = lambda i: jnp.concatenate(parts[i * count:(i + 1) * count], axis=1)  # noqa: E731
-            out = self._attend(join(0), join(1), join(2), mask, split)
+            out = self._attend(join(0), join(1), join(2), mask, split, kernel)
             return tuple(jnp.split(out, np.cumsum(local)[:-1], axis=1))
 
         spec = PartitionSpec(split.batch, split.tokens, split.heads)
@@ -154,7 +165,7 @@ class ContextParallel:
                             out_specs=(spec,) * len(lengths), check_vma=False)(*parts)
         return [x[:, :n] for x, n in zip(out, lengths, strict=True)]
 
-    def _attend(self, q, k, v, mask, split):
+    def _attend(self, q, k, v, mask, split, kernel):
         """One device: q, k, v [b, n, h, d] of its tokens; mask [b, ring, tokens of a ring place]."""
         if split.ulysses > 1:
             # Named, so that a rematerialisation policy can keep them (nn/stack.py).
@@ -165,7 +176,7 @@ class ContextParallel:
             block = self.block or dispatch.blocks(q, k, v) or PLAIN
             out = ring_attention(q, k, v, mask, axis=split.tokens[0], size=split.ring, block=block)
         else:
-            out = self.kernel(q, k, v, None if mask is None else mask[:, 0])
+            out = kernel(q, k, v, None if mask is None else mask[:, 0])
         if split.ulysses > 1:
             out = checkpoint_name(
                 jax.lax.all_to_all(out, split.tokens[-1], 1, 2, tiled=True), "exchanged")

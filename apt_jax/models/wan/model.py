@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from apt_jax.kernels import dispatch, fit
 from apt_jax.kernels.attention import attention
 from apt_jax.kernels.scope import per_sample
 from apt_jax.models.inputs import check_inputs
@@ -20,7 +21,7 @@ from apt_jax.nn.embeddings import TimeEmbedding, patchify, unpatchify
 from apt_jax.nn.linear import MLP, linear
 from apt_jax.nn.modulation import add_gated, modulate, split_modulation
 from apt_jax.nn.norm import LayerNorm, RMSNorm, layer_norm
-from apt_jax.nn.rope import Rotation, rotate, video_rotation
+from apt_jax.nn.rope import Rotation, longer, rotate, video_rotation
 from apt_jax.nn.stack import run_stack, stack
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -46,14 +47,19 @@ class Attention(nnx.Module):
             linear(c.width, c.width, dtype=c.compute_dtype, rngs=rngs) for _ in range(4))
         self.q_norm, self.k_norm = RMSNorm(c.width), RMSNorm(c.width)
 
-    def __call__(self, x: jax.Array, context: jax.Array, rotation: Rotation | None = None):
+    def __call__(self, x: jax.Array, context: jax.Array, rotation: Rotation | None = None,
+                 real: int | None = None):
+        """real: how many of the context's tokens there are, with padding behind them; None: all."""
         def split(tokens):
             return tokens.reshape(*tokens.shape[:2], self.heads, -1)  # [B, N, heads, head_dim]
 
         q, k = split(self.q_norm(self.q(x))), split(self.k_norm(self.k(context)))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        mixed = attention(q, k, split(self.v(context)))
+        mask = None
+        if real is not None and real < context.shape[1]:
+            mask = jnp.broadcast_to(jnp.arange(context.shape[1]) < real, context.shape[:2])
+        mixed = attention(q, k, split(self.v(context)), mask, hidden_last=mask is not None)
         return self.out(mixed.reshape(x.shape))  # [B, N, D]
 
 
@@ -67,14 +73,17 @@ class Block(nnx.Module):
         self.cross = Attention(c, rngs=rngs)
         self.mlp = MLP(c.width, c.mlp_ratio, dtype=c.compute_dtype, rngs=rngs)
 
-    def __call__(self, x, text, condition, rotation):
-        """x [B, N, D], text [B, L, D], condition float32 [B, 6, D] -> [B, N, D] in x's dtype."""
+    def __call__(self, x, text, condition, rotation, real=(None, None)):
+        """x [B, N, D], text [B, L, D], condition float32 [B, 6, D] -> [B, N, D] in x's dtype.
+
+        real: how many tokens of x and of the text are no padding (`Attention`).
+        """
         offsets = (condition + self.modulation[...]).reshape(x.shape[0], -1)  # [B, 6 D]
         attn, mlp = split_modulation(offsets)
 
         h = modulate(x, attn)
-        x = add_gated(x, attn, self.attn(h, h, rotation))
-        x = x + self.cross(self.cross_norm(x), text)
+        x = add_gated(x, attn, self.attn(h, h, rotation, real[0]))
+        x = x + self.cross(self.cross_norm(x), text, real=real[1])
         return add_gated(x, mlp, self.mlp(modulate(x, mlp)))
 
 
@@ -99,17 +108,33 @@ class Backbone(nnx.Module):
         c = self.config
         check_inputs(c, x, t, text, text_mask)
         rotation = video_rotation(c.grid(x.shape), c.rope_axes, c.rope_theta, centred=False)
-        video = self.patch_in(patchify(x, c.patch))  # [B, N, D]
-        words = self.text_in(zero_padded(text, text_mask, c.text_tokens))  # [B, 512, D]
+        patches = patchify(x, c.patch)  # [B, N, C pt ph pw]
+        text = zero_padded(text, text_mask, c.text_tokens)  # [B, 512, text_width]
+        real, more = self._tokens(*patches.shape[:2], text.shape[1])
+        rotation = longer(rotation, more[0])
+        video = self.patch_in(fit.add_tokens(patches, more[0]))  # [B, N, D]
+        words = self.text_in(fit.add_tokens(text, more[1]))  # [B, 512, D]
         time = self.time(t)  # [B, D], float32
         condition = self.modulation(jax.nn.silu(time)).reshape(-1, 6, c.width)
         condition = per_sample(condition)
         video, tapped = run_stack(
             self.blocks,
-            lambda block, tokens: block(tokens, words, condition, rotation),
+            lambda block, tokens: block(tokens, words, condition, rotation, real),
             video, depth=c.depth, taps=taps, remat=c.remat,
         )
+        if more[0]:
+            video, *tapped = (tokens[:, :real[0]] for tokens in (video, *tapped))
         return video, tapped, time
+
+    def _tokens(self, batch: int, video: int, text: int):
+        """((video, text), how many tokens of padding each gets): once for all layers what the
+
+        attention kernels would add in each. As keys they are hidden, as queries cut off at the end.
+        """
+        sizes = self.config.heads, self.config.head_dim, self.config.compute_dtype
+        tokens = dispatch.whole(batch, video, video, *sizes).keys
+        words = dispatch.whole(batch, tokens, text, *sizes).keys
+        return (video, text), (tokens - video, words - text)
 
 
 class Wan(nnx.Module):
