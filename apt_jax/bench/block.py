@@ -20,10 +20,14 @@ from apt_jax.bench.attention import ours
 from apt_jax.bench.attention_peers import inputs_of
 from apt_jax.bench.case import SETS, Case, random_like
 from apt_jax.bench.cases import MARKERS, AttentionCase
+from apt_jax.bench.device_less import elsewhere
 from apt_jax.bench.programs import tokens
 from apt_jax.bench.report import row_name
 from apt_jax.bench.tables import pairs_of
 from apt_jax.bench.timing import measure
+from apt_jax.errors import UserError
+from apt_jax.kernels import dispatch
+from apt_jax.kernels.choice import choosing
 from apt_jax.models import mmdit
 from apt_jax.models.presets import model_config
 from apt_jax.models.wan import model as wan
@@ -44,43 +48,58 @@ class _Stack(nnx.Module):
         self.remat = c.remat
         self.blocks = stack(lambda r: block(c, rngs=r), 1, rngs)
 
-    def __call__(self, carry: Any, *rest: Any) -> Any:
+    def __call__(self, carry: Any, *rest: Any, **fixed: Any) -> Any:
         def step(block, carry):
-            return block(*carry, *rest) if isinstance(carry, tuple) else block(carry, *rest)
+            streams = carry if isinstance(carry, tuple) else (carry,)
+            return block(*streams, *rest, **fixed)
 
         return run_stack(self.blocks, step, carry, depth=1, remat=self.remat)[0]
 
 
-def _inputs(config: Any, array: Callable[..., Any]) -> tuple[Any, ...]:
-    """The carry and everything else that a block of config.model takes, abstract."""
+def _inputs(config: Any, device: Any, array: Callable[..., Any]
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The carry and everything else that a block of config.model takes, abstract, with the tokens
+    that the network makes for the device's kernel; and what is no array of it, by name."""
     c = model_config(config.model)
     dtype, width, length = c.compute_dtype, c.width, text_length(config)
     count = tokens(config) - length
     half = c.head_dim // 2
 
-    def rotation(n):
-        return Rotation(array((n, half), jnp.float32), array((n, half), jnp.float32))
+    def rotation(*tokens):
+        return Rotation(*[array((*tokens, half), jnp.float32)] * 2)
 
-    video = array((1, count, width), dtype)
+    def whole(queries, keys):
+        with elsewhere(device), choosing(backend=config.model.attention):
+            try:
+                return dispatch.whole(1, queries, keys, c.heads, c.head_dim, dtype)
+            except UserError:  # which the row will say when it is compiled
+                return dispatch.Whole(queries, keys, False)
+
     if config.model.family == "wan":
-        return (video, array((1, c.text_tokens or length, width), dtype),
-                array((1, 6, width), jnp.float32), rotation(count))
+        real = (count, c.text_tokens or length)
+        count = whole(count, count).keys
+        return (array((1, count, width), dtype), array((1, whole(count, real[1]).keys, width), dtype),
+                array((1, 6, width), jnp.float32), rotation(count)), {"real": real}
     condition = width * (6 if c.modulation == "shared" else 1)
-    return ((video, array((1, length, width), dtype)), array((1, condition), dtype),
-            (rotation(count), rotation(length)), array((1, length + count), jnp.bool_))
+    joined = whole(length + count, length + count)
+    length = joined.keys - count
+    turns = rotation(1, length) if joined.lengths else rotation(length)
+    return (((array((1, count, width), dtype), array((1, length, width), dtype)),
+             array((1, condition), dtype), (rotation(count), turns),
+             array((1, length + count), jnp.bool_)), {"hidden_last": joined.lengths})
 
 
-def _function(config: Any, part: str) -> tuple[Network, Callable[..., Any]]:
+def _function(config: Any, part: str, fixed: dict[str, Any]) -> tuple[Network, Callable[..., Any]]:
     c = model_config(config.model)
     block = {"mmdit": mmdit.Block, "wan": wan.Block}[config.model.family]
     make = with_fp8(_Stack) if config.model.matmul == "fp8" else _Stack
     net = Network.build(lambda rngs: make(c, block, rngs=rngs), attention=config.model.attention)
     if part == "forward":
-        return net, net
+        return net, lambda params, *inputs: net(params, *inputs, **fixed)
 
     def loss(params, carry, *rest):
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(
-            net(params, carry, *rest)))
+            net(params, carry, *rest, **fixed)))
 
     return net, jax.grad(loss, (0, 1))
 
@@ -95,8 +114,8 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    net, function = _function(config, part)
-    inputs = _inputs(config, array)
+    inputs, fixed = _inputs(config, device, array)
+    net, function = _function(config, part, fixed)
     params = jax.tree.map(lambda a: array(a.shape, a.dtype),
                           jax.eval_shape(net.compute_copy, net.abstract()))
     backend = config.model.attention
@@ -104,7 +123,8 @@ def block_case(config: Any, device: Any, part: str, overrides: Sequence[str] = (
     def flops() -> float:
         plain = config.copy_and_resolve_references()
         plain.model.attention, plain.model.matmul = "oracle", "dtype"
-        return count_flops(_function(plain, part)[1], params, *inputs).total
+        inputs, fixed = _inputs(plain, device, array)
+        return count_flops(_function(plain, part, fixed)[1], params, *inputs).total
 
     alone = config.copy_and_resolve_references()
     alone.mesh.context = 1  # a block is measured on one device, whatever the mesh
@@ -165,9 +185,9 @@ def parts_of(config: Any, device: Any, part: str, seconds: float) -> dict[str, f
     """Seconds of a block's matrix products, one after another, and of its attention alone."""
     plain = config.copy_and_resolve_references()
     plain.model.attention, plain.model.remat = "oracle", "none"
-    case = block_case(plain, device, part)
+    case = block_case(plain, device, part)  # plain JAX: no padding in it
     place, total = SingleDeviceSharding(device), 0.0
-    counted = products(jax.make_jaxpr(_function(plain, part)[1])(*case.args))
+    counted = products(jax.make_jaxpr(case.function)(*case.args))
     for product, count in counted.items():
         sets = [random_like(product.args(place), seed) for seed in range(SETS)]
         total += count * measure(product.function(), sets, jax.block_until_ready,

@@ -21,8 +21,9 @@ def attention(
       q: [B, Nq, heads, head_dim]; k, v: [B, Nk, heads, head_dim]; float32 or bfloat16.
       key_mask: bool [B, Nk], False for keys that nobody may look at; None for no padding. A row with
         no key left is zeros, without a gradient.
-      hidden_last: the caller's word that key_mask is True up to some key of each sample and False
-        behind it, which spares kernels that take lengths (`dispatch.whole`) moving the keys.
+      hidden_last: the caller's word that key_mask is True for each sample's first keys, one or more,
+        and False behind them, which spares kernels that take lengths (`dispatch.whole`) moving the
+        keys.
     Returns: [B, Nq, heads, head_dim] in q's dtype. Differentiable once; any number of times by the
       oracle, which `kernels.choice.choosing(derivatives=2)` asks for.
     """

@@ -243,7 +243,7 @@ def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = N
     if backend == "pallas":
         return flash_attention(q, k, v, key_mask, interpret=interpret)[0]
     if backend == "splash":
-        return peers.splash(q, k, v, key_mask, interpret=interpret)
+        return peers.splash(q, k, v, key_mask, hidden_last=hidden_last, interpret=interpret)
     if backend == "cudnn_fp8":
         return cudnn_fp8.cudnn_fp8(q, k, v, key_mask, emulate=interpret)
     if backend in ("tokamax", "cudnn"):

@@ -37,7 +37,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, 
     if visible is not None:  # a length of zero is no softmax; the row is zeroed below
         visible = (lengths(b, queries, q), batched_with(jnp.maximum(visible, 1), q))
     out = _cudnn(*(pad_tokens(x, CUDNN_TILE) for x in (q, k, v)), visible)
-    return _finish(out, queries, key_mask)
+    return _finish(out, queries, key_mask, hidden_last)
 
 
 def _cudnn_call(q, k, v, visible):
@@ -92,7 +92,7 @@ def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
         key_value_seq_lengths=None if visible is None else jnp.maximum(visible, 1),
         implementation="mosaic")
     # Its log-sum-exp has no name: what keeps attention's result does not spare its second run.
-    return _finish(checkpoint_name(out, "attention_out"), queries, key_mask)
+    return _finish(checkpoint_name(out, "attention_out"), queries, key_mask, hidden_last)
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def prepare_tokamax() -> None:
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, *,
-           interpret: bool = False) -> jax.Array:
+           hidden_last: bool = False, interpret: bool = False) -> jax.Array:
     """JAX's splash attention for TPUs; padding is a segment of its own."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -136,10 +136,10 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None,
         attend = kernel.make_splash_mha_single_device(
             full, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="attention_out")
     out = jax.vmap(attend)(q, k, v, segments)
-    return _finish(jnp.swapaxes(out, 1, 2), queries, key_mask)
+    return _finish(jnp.swapaxes(out, 1, 2), queries, key_mask, hidden_last)
 
 
-def _finish(out: jax.Array, queries: int, key_mask: jax.Array | None) -> jax.Array:
-    """out without padded queries, zeros where no key was visible."""
+def _finish(out: jax.Array, queries: int, key_mask: jax.Array | None, hidden_last: bool) -> jax.Array:
+    """out without padded queries, zeros where no key was visible; hidden_last: some key was."""
     out = out[:, :queries]
-    return out if key_mask is None else zero_without_keys(out, key_mask)
+    return out if key_mask is None or hidden_last else zero_without_keys(out, key_mask)

@@ -45,7 +45,7 @@ def test_a_blocks_products_are_all_found(part, times):
     """The demo's block: 4 video tokens and 4 words; qkv, out, up, down of both streams."""
     config = tiny("--config.model.remat=none")
     made = block.block_case(config, jax.devices()[0], part)
-    counted = block.products(jax.make_jaxpr(block._function(config, part)[1])(*made.args))
+    counted = block.products(jax.make_jaxpr(made.function)(*made.args))
     work = sum(2 * np.prod(p.left) * np.prod(p.right) / np.prod(
         [p.left[i] for i in p.dimensions[0][0]]) * n for p, n in counted.items())
     assert work == times * 2 * (4 + 4) * (32 * 96 + 32 * 32 + 2 * 32 * 128)

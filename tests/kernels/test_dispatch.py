@@ -19,6 +19,7 @@ from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import BACKENDS, Hardware, choosing, current, hardware
 from apt_jax.kernels.dispatch import Request, refusal, select
 from apt_jax.kernels.oracle import oracle
+from apt_jax.kernels.scope import entered
 from apt_jax.models.presets import make_discriminator, make_generator
 from apt_jax.objectives.adversarial import exact_r1
 
@@ -64,6 +65,35 @@ def tokamax(monkeypatch):
 def test_the_automatic_choice(tokamax, wanted, found, installed):
     tokamax(installed)
     assert select("auto", found) == wanted
+
+
+@pytest.mark.parametrize("backend, hardware, dtype, found", [
+    ("tokamax", H100, BF16, (4224, 4224, True)),
+    ("cudnn", H100, BF16, (4202, 4098, True)),
+    ("auto", H100, BF16, (4224, 4224, True)),
+    ("auto", H100, F32, (4201, 4097, False)),  # ours, which takes any number and masks
+    ("cudnn_fp8", H100, BF16, (4201, 4097, False)),
+    ("auto", V5P, BF16, (4608, 4608, False)),
+    ("auto", CPU, BF16, (4201, 4097, False)),
+])
+def test_the_tokens_that_a_kernel_makes_of_others(tokamax, backend, hardware, dtype, found):
+    tokamax(True)
+    with choosing(backend=backend, hardware=hardware):
+        assert dispatch.whole(1, 4201, 4097, 24, 128, dtype) == found
+        with entered(SimpleNamespace(whole=False)):  # tokens are cut over devices
+            assert dispatch.whole(1, 4201, 4097, 24, 128, dtype) == (4201, 4097, False)
+    if backend == "tokamax":
+        with choosing(backend=backend, hardware=hardware):
+            assert dispatch.whole(1, 8, 8, 24, 128, dtype) == (8, 8, False)  # plain JAX
+            with pytest.raises(UserError, match="no float32"):
+                dispatch.whole(1, 4201, 4097, 24, 128, F32)
+
+
+@pytest.mark.parametrize("count, padded", [(16, 128), (130, 256), (385, 512), (512, 512), (513, 1024)])
+def test_what_was_padded_for_splash_stays_as_it_is(count, padded):
+    with choosing(backend="splash", hardware=V5P):
+        for asked in (count, padded):
+            assert dispatch.whole(1, asked, asked, 2, 128, BF16).keys == padded
 
 
 @pytest.mark.parametrize("backend, asked, words", [

@@ -6,6 +6,7 @@ programs are compiled for H100 in tests/bench/. Splash attention runs in interpr
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -88,15 +89,33 @@ def test_every_operand_of_cudnn_is_batched_under_vmap(monkeypatch):
     seen.clear()
     jax.vmap(lambda q: peers.cudnn(q, x[0], x[1], None))(x)
     assert len(seen) == 3
+    seen.clear()
+    first = jnp.arange(6) < jnp.array([[2], [5]])
+    jax.vmap(lambda q, k, v: peers.cudnn(q, k, v, first, hidden_last=True))(x, x, x)
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("name", ["cudnn", "tokamax"])
+def test_keys_that_are_said_to_be_in_front_are_not_moved(stand_in, name):
+    run = functools.partial(getattr(peers, name), hidden_last=True)
+    mask = np.arange(128) < np.array([[1], [77], [128]])
+    check(run, (3, 128, 2, 16), 128, mask)
+    x = jnp.ones((3, 128, 2, 16))
+    program = str(jax.make_jaxpr(run)(x, x, x, jnp.asarray(mask)))
+    assert "gather" not in program and "pad" not in program and "scatter" not in program
+    plain = str(jax.make_jaxpr(getattr(peers, name))(x, x, x, jnp.asarray(mask)))
+    assert "gather" in plain  # which is how it would look
 
 
 def test_visible_keys_come_first_in_their_order():
     k = jnp.arange(5.0)[None, :, None, None]
     mask = jnp.array([[False, True, False, True, True]])
-    moved, _, count = fit.visible_first(k, k, mask)
-    assert moved[0, :, 0, 0].tolist() == [1, 3, 4, 0, 2] and count.tolist() == [3]
+    order = fit.visible_first(mask)
+    assert fit.reorder(k, order)[0, :, 0, 0].tolist() == [1, 3, 4, 0, 2]
+    assert order.count.tolist() == [3]
+    assert fit.reorder(mask, order).tolist() == [[True, True, True, False, False]]
     weight = jnp.arange(1.0, 6)[None, :, None, None]
-    g = jax.grad(lambda k: (weight * fit.visible_first(k, k, mask)[0]).sum())(k)
+    g = jax.grad(lambda k: (weight * fit.reorder(k, order)).sum())(k)
     assert g[0, :, 0, 0].tolist() == [4, 1, 5, 2, 3]  # each key's place
 
 

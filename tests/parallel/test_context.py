@@ -255,3 +255,25 @@ def test_activations_shrink_with_the_context():
     sizes = [p.memory_analysis().temp_size_in_bytes for p in (one, eight)]
     assert sizes[1] < sizes[0] / 6, sizes
     close(eight(x), one(x))
+
+
+@pytest.mark.parametrize(("sizes", "multiple", "said"), [
+    ({"fsdp": 2, "tensor": 2}, 1, True),
+    ({"fsdp": 2, "tensor": 2}, 10, False),  # the text, which is first, gets padding behind it
+    ({"context": 2}, 1, False),  # pieces of both streams, side by side
+])
+def test_hidden_last_is_said_only_where_it_holds_on_the_device(sizes, multiple, said):
+    seen = []
+
+    def kernel(q, k, v, key_mask, hidden_last=False):
+        seen.append(hidden_last)
+        if hidden_last:
+            assert key_mask.shape[1] == 16
+        return local_attention(q, k, v, key_mask)
+
+    q, k, v, _ = streams((4, 12))
+    mask = jnp.arange(16) < jnp.asarray([[5], [16]])
+    with entered(ContextParallel(mesh_of(**sizes), kernel=kernel, multiple=multiple)):
+        found = jax.jit(functools.partial(joint_attention, hidden_last=True))(q, k, v, mask)
+    close(found, joint_attention(q, k, v, mask))
+    assert seen == [said]
