@@ -101,6 +101,54 @@ def test_plain_attention_for_h100_leaves_a_table_of_scores(tmp_path):
     assert len(said) == 2, done.stdout + done.stderr[-2000:]
 
 
+# One line for each network: the instructions in the loop of its layers.
+IN_THE_LOOP = """
+from apt_jax.plan.devices import prepare_environment, describe; prepare_environment()
+import sys, jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from apt_jax.bench.device_less import elsewhere
+from apt_jax.models.presets import make_generator
+from apt_jax.plan.chips import parse_topology
+from apt_jax.plan.hlo import parse_hlo
+device = describe(parse_topology("h100:1x1"))[0]
+array = lambda shape, dtype: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=SingleDeviceSharding(device))
+sizes = dict(in_channels=16, out_channels=16, patch=(1, 2, 2), width=256, depth=3, heads=2,
+             head_dim=128, text_width=64, mlp_ratio=4.0, dtype="bfloat16", remat="none",
+             rope_theta=1e4)
+own = {"mmdit": dict(rope_axes=(16, 56, 56), modulation="shared"),
+       "wan": dict(text_tokens=0, frequency_width=64)}
+# Of eight samples: cuBLAS wants tokens in multiples of 8, and would have XLA pad for it.
+inputs = [array((8, 3, 50, 54, 16), jnp.float32), array((8,), jnp.float32),
+          array((8, 77, 64), jnp.float32), array((8, 77), jnp.bool_)]
+for family, fields in own.items():
+    for attention in sys.argv[1:]:
+        net = make_generator(sizes | fields | {"family": family, "attention": attention})
+        params = jax.tree.map(lambda a: array(a.shape, jnp.bfloat16), net.abstract())
+        with elsewhere(device):
+            program = parse_hlo(jax.jit(net).lower(params, *inputs).compile().as_text())
+        inside = [i for name, times in program.walk() if times == 3
+                  for i in program.computations[name]]
+        calls = [i.name + i.rest for i in inside if i.opcode.startswith("custom-call")]
+        print("FOUND", family, attention, *sorted({i.opcode for i in inside}), *(
+            name for name in ("mosaic_gpu", "__cudnn$fmhaSoftmax") if name in str(calls)))
+"""
+
+
+@needs_cuda
+def test_no_layer_pads_or_moves_tokens_for_its_kernel():
+    """2,025 video and 77 text tokens are whole tiles of neither tokamax nor (Wan's) cuDNN, and text
+    has a mask: the loop over layers has their kernels and neither a pad nor a gather."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", IN_THE_LOOP, *gpu_backends()[1:]], cwd=ROOT, env=env,
+                          capture_output=True, text=True)
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(found) == 2 * len(gpu_backends()[1:]), done.stdout + done.stderr[-2000:]
+    for family, attention, *inside in found:
+        assert {"cudnn": "__cudnn$fmhaSoftmax", "tokamax": "mosaic_gpu"}[attention] in inside
+        assert not {"pad", "gather", "scatter"} & set(inside), (family, attention)
+
+
 @needs_cuda
 def test_ulysses_in_a_ring_runs_our_kernel_in_every_turn(tmp_path):
     (row,) = bench(tmp_path, "forward", *VIDEO_8B, "--topology", "h100:1x8", *MESH,
