@@ -36,16 +36,16 @@ REASONS = (
            " 8B D step of four devices a clip, 54 in Wan 14B's of eight, neither of which an "
            "H100 has left. The 8B stage with eight devices a clip has it (`context_8`, which "
            "sends 1.00 of the least)."),
-    Reason("b", "gathers", r".*_v(5p|6e)_.*", r".*",
-           "TPUs: libtpu schedules every gather by itself, beside no work ([plan.md](../plan.md)"
-           " has what was tried)."),
-    Reason("c", "sums", r".*_v5p_4x4x4", r".*",
-           "64 v5p: gathers over all the devices are all-reduces of arrays that are zero but for"
-           " a device's own part, and reduce-scatters are all-reduces too: twice the bytes."),
+    Reason("b", "gathers", r".*_v5p_4x4x4", r".*",
+           "TPUs: gathers run on the sparse cores, beside the products, but the first of each layer "
+           "begins with its layer and has nothing to hide behind ([plan.md](../plan.md) has what "
+           "was tried)."),
+    Reason("c", "gathers", r".*_v(5p|6e)_.*", r".*",
+           "TPUs, compiled before the flags gave the gathers to the sparse cores: libtpu scheduled "
+           "every one by itself, beside no work. To be compiled again."),
     Reason("d", "sums", r".*_v6e_8x8", r".*",
-           "64 v6e: the gathers stay gathers, but each layer's gradients are summed whole, five "
-           "all-reduces of 72 to 108 MiB, of which a device keeps its 64th: twice the bytes of "
-           "the reduce-scatters that libtpu makes on 256."),
+           "64 v6e, compiled before the same flags: each layer's gradients are summed whole, five "
+           "all-reduces of 72 to 108 MiB, of which a device keeps its 64th."),
     Reason("e", "sums", r".*_image_(v5p_4x8x8|v6e_16x16)", r".*",
            "Images on 256 TPUs: what is summed once a microbatch, 5 to 41 MiB, are vectors: the "
            "conditioning of the microbatch's 256 samples, which libtpu collects by a sum of "
