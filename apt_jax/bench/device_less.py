@@ -194,13 +194,15 @@ def compile_all(cases: Sequence[AttentionCase], backends: Sequence[str], device:
 
 def table(rows: Sequence[Compiled]) -> str:
     """The rows as text."""
-    head = (f"{'case':<20}{'backend':<10}{'part':<10}{'temp MiB':>9}{'written':>9}{'sec':>6}  "
+    width = max([18, *(len(r.case) for r in rows)]) + 2
+    part = max([8, *(len(r.part) for r in rows)]) + 2
+    head = (f"{'case':<{width}}{'backend':<10}{'part':<{part}}{'temp MiB':>9}{'written':>9}{'sec':>6}  "
             "kernels")
-    lines = [head, "-" * 87]
+    lines = [head, "-" * len(head)]
     for r in rows:
         found = (", ".join(f"{n} x {name.strip(chr(34))}" for name, n in r.kernels.items() if n)
                  or "none (plain JAX)")
-        lines.append(f"{r.case:<20}{r.backend:<10}{r.part:<10}{r.temporary_bytes / 2**20:>9.1f}"
+        lines.append(f"{r.case:<{width}}{r.backend:<10}{r.part:<{part}}{r.temporary_bytes / 2**20:>9.1f}"
                      f"{r.written_bytes / 2**20:>9.1f}{r.seconds:>6.1f}  "
                      f"{'FAILS: ' + r.error if r.error else found}")
     return "\n".join(lines)
