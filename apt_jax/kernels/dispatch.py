@@ -34,6 +34,9 @@ SMALL_SCORES = 256 * 256
 # In float32 the GPU kernels multiply outside the tensor cores: "auto" takes them to save memory only.
 LARGE_SCORES = 2**28
 HALF = (jnp.bfloat16, jnp.float16)
+# So much of its own length a stream is padded by for a kernel's tiles: its padding goes through every
+# product of a layer, where what a kernel adds by itself goes through attention alone.
+PADDING = 1 / 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +134,11 @@ _REFUSALS: dict[str, Callable[[Request], str | None]] = {
     "cudnn_fp8": _cudnn_fp8, "splash": _splash}
 
 
-def select(backend: str, r: Request) -> str:
-    """The kernel that serves a request, never "auto". UserError where a named one cannot."""
+def select(backend: str, r: Request, *, tell: bool = True) -> str:
+    """The kernel that serves a request, never "auto". UserError where a named one cannot.
+
+    tell: log what "auto" took.
+    """
     if backend not in BACKENDS:
         raise UserError(f"model.attention = {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend != "auto":
@@ -142,7 +148,7 @@ def select(backend: str, r: Request) -> str:
                             "takes what can")
         return "oracle" if r.queries < FEW_QUERIES or not r.keys else backend
     found = _automatic(r)
-    if r.hardware.platform != "cpu":  # there is nothing to choose on a CPU
+    if tell and r.hardware.platform != "cpu":  # there is nothing to choose on a CPU
         _note(found, r.hardware.name, str(r.dtype), r.head_dim)
     return found
 
@@ -198,7 +204,7 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array |
 class Whole(NamedTuple):
     """The tokens that a kernel computes with.
 
-    queries, keys: their counts, in whole tiles, no less than asked for.
+    queries, keys: their counts in whole tiles, or as asked for where that is more than PADDING away.
     lengths: it is told the number of visible keys, which come first; False: a mask, in any order.
     """
 
@@ -226,9 +232,13 @@ def whole(batch: int, queries: int, keys: int, heads: int, head_dim: int, dtype:
         return Whole(queries, keys, False)
     backend = select(choice.current().backend, Request(
         batch, queries, keys, heads, head_dim, jnp.dtype(dtype), True, choice.current().derivatives,
-        choice.hardware()))
-    tile = _TILES.get(backend, lambda count: 1)
-    return Whole(*(n + -n % tile(n) for n in (queries, keys)), backend in ("tokamax", "cudnn"))
+        choice.hardware()), tell=False)  # on a mesh the layers ask for a device's part
+
+    def filled(count: int) -> int:
+        more = -count % _TILES[backend](count) if backend in _TILES else 0
+        return count + more if more <= PADDING * count else count
+
+    return Whole(filled(queries), filled(keys), backend in ("tokamax", "cudnn"))
 
 
 @jax.named_scope("attention")  # plan/flops.py tells its products from the others by this name

@@ -115,6 +115,17 @@ def collectives(program: Program, mesh_shape: Mapping[str, int], chip: Chip | No
         c.seconds, played.exposed.get(sends.get(key, key), c.seconds))) for key, c in found.items()]
 
 
+def unread(program: Program) -> list[str]:
+    """Names of the collectives that lie where `collectives` does not come: what XLA wraps in a way
+    that is not known here. Their bytes and time would be missing."""
+    met: set[str] = set()
+    for computation, _ in program.walk():
+        for instruction in program.computations[computation]:
+            met.add((program.wrapped(instruction) or instruction).name)
+    return sorted(i.name for body in program.computations.values() for i in body
+                  if i.opcode.removesuffix("-start") in KINDS and i.name not in met)
+
+
 def _share(seconds: float, exposed: float) -> float:
     return 1.0 - min(1.0, exposed / seconds) if seconds > 0 else 1.0
 

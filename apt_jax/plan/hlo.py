@@ -115,6 +115,7 @@ class Program:
             return [(called[key], trips) for key in ("body", "condition") if key in called]
         names = [called[key] for key in ("calls", "true_computation", "false_computation")
                  if key in called]
+        names += _INNER.findall(instruction.rest)
         if instruction.opcode == "call" and "to_apply" in called:
             names.append(called["to_apply"])
         if branches := _BRANCHES.search(instruction.rest):
@@ -176,6 +177,8 @@ def parse_hlo(text: str) -> Program:
             current.append(instruction)
     if not entry:
         raise ValueError("this text is no HLO module: it has no ENTRY computation")
+    if current is not None:
+        raise ValueError("this text is no whole HLO module: it ends inside a computation")
     return Program(computations, entry)
 
 

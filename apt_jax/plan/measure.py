@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from apt_jax.plan.chips import Topology
-from apt_jax.plan.collectives import Collective, collectives
+from apt_jax.plan.collectives import Collective, collectives, unread
 from apt_jax.plan.compiler import compile_text
 from apt_jax.plan.flops import Flops, UncountedError, count_flops
 from apt_jax.plan.hlo import parse_hlo
@@ -174,8 +174,13 @@ def measure(program: Program, topology: Topology, mesh: Mesh, compiled: Compiled
     """Reads memory, FLOPs, traffic and time off a program that was compiled for the topology."""
     shape = dict(mesh.shape)
     found: list[Collective] = []
+    notes: list[str] = []
     if compiled.text:
-        found = collectives(parse_hlo(compiled.text), shape, topology.chip, program.microbatches)
+        text = parse_hlo(compiled.text)
+        found = collectives(text, shape, topology.chip, program.microbatches)
+        if missed := unread(text):
+            notes.append(f"{len(missed)} collectives lie where the plan cannot follow ({missed[0]}): "
+                         "traffic and time are without them")
     flops, executed = work(program)
     chip, devices = topology.chip, topology.devices
     compute = (executed.matmul + executed.convolution) / (chip.flops * MATMUL_EFFICIENCY)
@@ -190,7 +195,7 @@ def measure(program: Program, topology: Topology, mesh: Mesh, compiled: Compiled
         floor=flops.total / (chip.flops * devices), compute=compute / devices,
         exposed=sum(c.seconds * (1 - c.hidden) * c.times for c in found),
         traffic=_traffic(found), collectives=tuple(found),
-        notes=tuple(_notes(program, found, shape)),
+        notes=(*notes, *_notes(program, found, shape)),
         refused=compiled.refused, context_minimum=program.context_minimum)
 
 

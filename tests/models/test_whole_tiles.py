@@ -67,6 +67,7 @@ def kernels(monkeypatch):
         ("tokamax", "cudnn"), lambda request: None))
     monkeypatch.setattr(peers, "visible_first", forbidden)
     monkeypatch.setattr(peers, "pad_tokens", unchanged)
+    monkeypatch.setattr(dispatch, "PADDING", float("inf"))  # these few tokens are far from a tile
     return calls
 
 
@@ -122,6 +123,15 @@ def test_any_text_mask_gives_the_numbers_of_plain_attention(kernels, attention, 
     assert {(q, k) for _, q, k in kernels} == {(queries, k) for k in keys}
 
 
+@pytest.mark.parametrize("name", ["mmdit", "wan"])
+def test_streams_far_from_a_tile_are_padded_inside(kernels, monkeypatch, name):
+    """But ordered outside all the same."""
+    monkeypatch.setattr(dispatch, "PADDING", 1 / 32)
+    monkeypatch.setattr(peers, "pad_tokens", fit.pad_tokens)
+    check(name, "tokamax", H100)
+    assert {q for _, q, _ in kernels} == {128}
+
+
 @pytest.mark.parametrize("name", ["mmdit", "wan D"])
 def test_so_it_is_where_samples_are_cut_over_devices(kernels, name):
     """And heads; tokens are not."""
@@ -155,6 +165,7 @@ def test_splash_attention_pads_once(monkeypatch, family):
         return pad(x, multiple)
 
     monkeypatch.setattr(peers, "pad_tokens", unchanged)
+    monkeypatch.setattr(dispatch, "PADDING", float("inf"))
     found, want = (jax.jit(net)(params, *batch) for net in nets)
     np.testing.assert_allclose(found, want, rtol=0, atol=4e-6 * float(np.abs(want).max()))
     assert set(seen) == {128}

@@ -3,7 +3,7 @@
 import pytest
 
 from apt_jax.plan.chips import CHIPS
-from apt_jax.plan.collectives import collectives
+from apt_jax.plan.collectives import collectives, unread
 from apt_jax.plan.hlo import parse_hlo
 
 GPU = '''HloModule jit_step, is_scheduled=true
@@ -246,3 +246,24 @@ def test_a_gather_on_sparse_cores_runs_from_where_it_is_given_its_operand(place)
     assert (found.name, found.kind, found.axes, found.times) == ("start", "all-gather", "fsdp", 1)
     assert found.bytes == 2**25
     assert found.hidden == pytest.approx(1.0 if place == "LATE" else 0.0)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("  %g = bf16", "  %k = bf16[512,4096]{1,0} copy(%p.2)\n  %g = bf16"),  # more than the gather is wrapped
+    ("((), (), (s32[8192]{0})) async-start(), calls=%wrapped",
+     'bf16[4096,4096]{1,0} custom-call(%p), custom_call_target="x", called_computations={%called}')])
+def test_what_is_wrapped_otherwise_counts_as_waiting(old, new):
+    text = SPARSE.replace("EARLY", "").replace("LATE", "").replace(old, new)
+    (found,) = collectives(parse_hlo(text), {"fsdp": 8}, CHIPS["v5p"])
+    assert (found.kind, found.bytes, found.hidden) == ("all-gather", 2**25, 0.0)
+
+
+def test_what_is_not_met_is_told():
+    text = SPARSE.replace("EARLY", "").replace("LATE", "")
+    assert unread(parse_hlo(text)) == []
+    assert unread(parse_hlo(text.replace("called_computations={%called}", "other={%called}"))) == ["ag"]
+
+
+def test_a_text_that_was_cut_off_is_refused():
+    with pytest.raises(ValueError, match="ends inside"):
+        parse_hlo(SPARSE[:SPARSE.index("  %update")])
