@@ -89,13 +89,13 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 4.6), constrained_layout=True)
     for axis, (key, title) in zip(axes, CURVES):
         for name, found in results.items():
             axis.plot(found["step"], found["curves"][key], label=VARIANTS[name][0], linewidth=1.4)
         axis.set(title=title, xlabel="update")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -144,6 +144,7 @@ def main(argv=None) -> int:
     text = page(results, args)
     print(text)
     if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
         plot(results, args.out / "ablations.png")
         # What follows the first heading "## " is written by hand and kept.
         target = args.out / "ablations.md"

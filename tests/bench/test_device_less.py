@@ -120,7 +120,7 @@ own = {"mmdit": dict(rope_axes=(16, 56, 56), modulation="shared"),
        "wan": dict(text_tokens=0, frequency_width=64)}
 # Of eight samples: cuBLAS wants tokens in multiples of 8, and would have XLA pad for it.
 inputs = [array((8, 3, 50, 54, 16), jnp.float32), array((8,), jnp.float32),
-          array((8, 77, 64), jnp.float32), array((8, 77), jnp.bool_)]
+          array((8, 125, 64), jnp.float32), array((8, 125), jnp.bool_)]
 for family, fields in own.items():
     for attention in sys.argv[1:]:
         net = make_generator(sizes | fields | {"family": family, "attention": attention})
@@ -137,7 +137,7 @@ for family, fields in own.items():
 
 @needs_cuda
 def test_no_layer_pads_or_moves_tokens_for_its_kernel():
-    """2,025 video and 77 text tokens are whole tiles of neither tokamax nor (Wan's) cuDNN, and text
+    """2,025 video and 125 text tokens are whole tiles of neither tokamax nor (Wan's) cuDNN, and text
     has a mask: the loop over layers has their kernels and neither a pad nor a gather."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run([sys.executable, "-c", IN_THE_LOOP, *gpu_backends()[1:]], cwd=ROOT, env=env,
