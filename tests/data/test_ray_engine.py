@@ -50,25 +50,26 @@ def calls(log):
     return [int(line.split()[0]) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def kill_one(log, killed, stop):
-    """Kills a worker once both have begun and one has finished something."""
+def kill_one(log, killed, stop, told):
+    """Kills a worker once both have begun and one has finished something; then writes `told`."""
     while not stop.is_set():
         begun = collections.Counter(calls(log))
         if len(begun) == 2 and sum(begun.values()) >= 4:
             killed.append(begun.most_common(1)[0][0])
             os.kill(killed[0], signal.SIGKILL)
+            told.write_text("")
             return
         time.sleep(0.01)
 
 
 def test_a_killed_worker_loses_and_doubles_nothing(cluster, local, tmp_path):
-    log, killed, stop = tmp_path / "log", [], threading.Event()
-    killer = threading.Thread(target=kill_one, args=(log, killed, stop), daemon=True)
+    log, told, killed, stop = tmp_path / "log", tmp_path / "told", [], threading.Event()
+    killer = threading.Thread(target=kill_one, args=(log, killed, stop, told), daemon=True)
     killer.start()
     try:
         prepare.prepare(local / "in", tmp_path / "out", SMALL, encoder=tiny.HashEncoder(),
-                        codec=tiny.PoolCodec(log=str(log), seconds=0.15), progress=False,
-                        engine="ray", workers=2, threads=1)
+                        codec=tiny.PoolCodec(log=str(log), seconds=0.15, wait=str(told)),
+                        progress=False, engine="ray", workers=2, threads=1)
     finally:
         stop.set()
         killer.join()

@@ -98,13 +98,15 @@ def image_folder(folder, count, size=24):
 class PoolCodec:
     """A stand-in VAE: 8x8 means of every fourth frame, 16 channels; quick and without weights.
 
-    log: a file that gets a line a call, also from other processes; seconds: sleep in each call.
+    log: a file that gets a line a call, also from other processes; seconds: sleep in each call;
+    wait: as soon as this file is there, a call waits (a minute at most) until three processes called,
+    so that none finishes the work before another has begun.
     """
 
     name, channels = "pool", 16
 
-    def __init__(self, batch=3, log=None, seconds=0.0):
-        self.batch, self.log, self.seconds = batch, log, seconds
+    def __init__(self, batch=3, log=None, seconds=0.0, wait=None):
+        self.batch, self.log, self.seconds, self.wait = batch, log, seconds, wait
 
     def latent_shape(self, frames, height, width):
         assert frames % 4 == 1 and height % 8 == width % 8 == 0
@@ -119,6 +121,12 @@ class PoolCodec:
             with open(self.log, "a") as file:
                 file.write(f"{os.getpid()} {len(frames)}\n")
         time.sleep(self.seconds)
+        end = time.time() + 60
+        while self.wait and os.path.exists(self.wait) and time.time() < end:
+            with open(self.log) as file:
+                if len({line.split()[0] for line in file}) >= 3:
+                    break
+            time.sleep(0.05)
         x = frames[:, ::4].astype(np.float32) / 127.5 - 1  # [B, F', H, W, 3]
         b, f, h, w, _ = x.shape
         x = x.reshape(b, f, h // 8, 8, w // 8, 8, 3).mean((3, 5))  # [B, F', H', W', 3]
