@@ -25,7 +25,10 @@ class Kept:
         if not (self.reuse and text.is_file() and memory.is_file()):
             return None
         try:
-            return Compiled(text.read_text(), **json.loads(memory.read_text()))
+            found = Compiled(text.read_text(), **json.loads(memory.read_text()))
+            if found.text and not found.text.rstrip().endswith("}"):
+                raise ValueError(f"{text.name} beside it is cut off")
+            return found
         except (ValueError, TypeError) as error:
             raise UserError(f"{memory} is damaged ({error}); delete it") from None
 

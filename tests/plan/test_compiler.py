@@ -7,6 +7,8 @@ import pytest
 
 from apt_jax.errors import UserError
 from apt_jax.plan.compiler import compile_text
+from apt_jax.plan.kept import Kept
+from apt_jax.plan.measure import Compiled
 
 TEXT = "HloModule m\n\nENTRY %main () -> s32[] {\n  ROOT %c = s32[] constant(0)\n}\n"
 
@@ -42,3 +44,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match="Not a directory; make room"):
         compile_text(Lowered([TEXT]), None, "tpu")
+
+
+def test_a_kept_text_that_is_cut_off_is_one_line(tmp_path):
+    kept = Kept(tmp_path, reuse=True)
+    kept.write("D step", Compiled(TEXT, 1, 2, 3, 4, 5))
+    assert kept.read("D step").text == TEXT
+    (tmp_path / "D_step.txt").write_text(TEXT[:-4])
+    with pytest.raises(UserError, match="D_step.txt beside it is cut off.*delete it"):
+        kept.read("D step")
