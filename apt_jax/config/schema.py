@@ -150,7 +150,8 @@ FIELDS: tuple[Field, ...] = (
     _f("train.clip_batch_size", 0, "the same for clips (more than one frame); 0 takes batch_size",
        low=0),
     _f("train.accumulate", 1, "micro-batches of one update; 0: one sample at a time for each group "
-       "of devices that shares one", low=0),
+       "of devices that shares one. What does not divide is filled up with samples that do not "
+       "count", low=0),
     _f("train.ema_decay", 0.995, "decay of the averaged generator", low=0, high=1),
     _f("train.ema_from_step", 0, "the average follows the weights exactly up to this step", low=0),
     _f("train.log_every", 10, "steps between log lines", low=1),

@@ -205,13 +205,6 @@ def _objective(c: ml_collections.ConfigDict) -> None:
 
 
 def _train(c: ml_collections.ConfigDict) -> None:
-    parts = c.train.accumulate or 1
-    _require(c.train.batch_size % parts == 0,
-             f"train.batch_size = {c.train.batch_size} is not a multiple of train.accumulate = "
-             f"{c.train.accumulate}")
-    _require(c.train.clip_batch_size % parts == 0,
-             f"train.clip_batch_size = {c.train.clip_batch_size} is not a multiple of "
-             f"train.accumulate = {c.train.accumulate}")
     _require(c.train.ema_decay < 1, "train.ema_decay = 1 would never leave the first weights; use "
                                     "less than 1")
     _require(c.train.sample_every == 0 or len(c.train.sample_prompts) > 0,

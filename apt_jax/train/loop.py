@@ -25,7 +25,8 @@ from apt_jax.parallel.mesh import (
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.disk import run_disk
-from apt_jax.train.distributed import agree, batch_part, describe
+from apt_jax.train.distributed import agree, describe
+from apt_jax.train.feeding import put_batch, rows_of
 from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
@@ -36,28 +37,6 @@ from apt_jax.weights import CONFIG_FILE, record_directory
 
 # A save that had begun when a process of several failed may end in this time; it needs the others.
 LEAVE_SECONDS = 60.0
-BATCH_KEYS = ("x", "text", "text_mask", "loss_mask")
-
-
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, accumulate: int = 1
-              ) -> dict[str, jax.Array]:
-    """This process's part of a batch (`batch_part`) to the devices: arrays [B, ...] of it all.
-
-    accumulate: train.accumulate of the step that takes it; decides where samples wait.
-    """
-    part, parts = batch_part(mesh)
-
-    def put(mine):
-        shape = (len(mine) * parts, *mine.shape[1:])
-        sharding = update_sharding(mesh, microbatches(accumulate, shape[0], mesh))
-        pieces = []
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            start, stop, _ = index[0].indices(shape[0])
-            rows = mine[start - part * len(mine): stop - part * len(mine)]
-            pieces.append(jax.device_put(rows, device))
-        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-
-    return {name: put(np.asarray(batch[name])) for name in BATCH_KEYS}
 
 
 def train(config: Any, workdir: str | Path, *, quiet: bool = False,
@@ -108,13 +87,14 @@ class _Run:
         self.progress: Progress | None = None
         self.log: MetricLog | None = None
         self.mesh = make_mesh(config.mesh)
-        for name in ("batch_size", "clip_batch_size"):
+        clips = config.train.clip_batch_size > 0
+        for name in sorted({"clip_batch_size" if clips and frames > 1 else "batch_size"
+                            for frames in config.data.frames}):
             size = config.train[name]
-            filled = check_batch(self.mesh, size, config.train.accumulate,
-                                 f"train.{name}") if size else 0
+            filled = check_batch(self.mesh, size, config.train.accumulate, f"train.{name}")
             if filled > size:
-                self.say(f"{config.name}: train.{name} = {size} is filled up with "
-                         f"{filled - size} empty samples to split over the devices")
+                self.say(f"{config.name}: train.{name} = {size} is filled up with empty samples, "
+                         f"{filled - size} of them, to split over devices and microbatches")
         self.setup = set_up(config, self.mesh)
         if jax.process_count() > 1:
             agree(config_to_json(config))
@@ -306,10 +286,10 @@ def _open(config: Any) -> Any:
 def _stream(config: Any, dataset: Any, start_step: int, mesh: Mesh) -> Any:
     from apt_jax.data.pipeline import batches
 
-    part, parts = batch_part(mesh)
+    accumulate = config.train.accumulate
     return iter(batches(dataset, batch_size=config.train.batch_size,
                         clip_batch_size=config.train.clip_batch_size, seed=config.seed,
-                        start_step=start_step, process_index=part, process_count=parts,
-                        multiple=batch_ways(mesh) * (config.train.accumulate or 1),
+                        start_step=start_step, rows=lambda size: rows_of(mesh, size, accumulate),
+                        multiple=batch_ways(mesh) * (accumulate or 1),
                         threads=config.data.threads,
                         prefetch=config.data.prefetch))

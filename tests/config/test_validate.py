@@ -45,7 +45,6 @@ def test_defaults_pass_for_every_stage():
     (["data.path=bundled:emojis"], ["did you mean 'bundled:emoji'"]),
     (["init.generator=bundled:bas"], ["did you mean 'bundled:base'"]),
     (["data.caption_dropout=1.5"], ["data.caption_dropout", "<= 1"]),
-    (["train.accumulate=7"], ["train.batch_size = 64", "train.accumulate = 7"]),
     (["train.batch_size=0"], ["train.batch_size", ">= 1"]),
     (["train.ema_decay=1"], ["train.ema_decay"]),
     (["train.sample_every=5", "train.sample_prompts="], ["sample_prompts is empty"]),

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apt_jax.config import load_config, validate
 from apt_jax.data.pipeline import batches, plan_of
 from apt_jax.data.plan import PADDING
 from apt_jax.parallel.mesh import batch_ways, check_batch, make_mesh, replicated
-from apt_jax.train.loop import put_batch
+from apt_jax.train.feeding import put_batch
 from apt_jax.train.steps import gradient, microbatches, sample_keys
 
 IMAGES, CLIPS = 9062, 2048
 RECORDS = (2 * IMAGES + 5, CLIPS + 7)  # of images and of clips; the last batches are short
 SEED = 3
+CONFIGS = ("configs/seaweed_8b_image.py", "configs/seaweed_8b_video.py")
 
 
 class Records:
@@ -80,6 +82,8 @@ def test_every_sample_of_an_update_counts_once_with_its_own_draw(mesh, frames, a
     """The gradient of mean(u_i * w[record i]) by w is u_i / B at the records of the batch."""
     plan = plan_of(Records(), IMAGES, SEED, CLIPS)
     size = (IMAGES, CLIPS)[frames - 1]
+    config = validate(load_config(CONFIGS[frames - 1], [f"--config.train.accumulate={accumulate}"]))
+    assert config.train.batch_size == size and not config.train.clip_batch_size
     step = next(s for s in range(5) if plan.batch(s).bucket == frames - 1
                 and (plan.batch(s).records != PADDING).all())
     batch = next(stream(mesh, accumulate, start_step=step))

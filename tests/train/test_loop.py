@@ -258,8 +258,12 @@ def test_the_stages_follow_each_other(whole, tmp_path, capsys, monkeypatch):
 
     clips = emoji_config("adversarial", train__steps=2, init__diffusion=base,
                          init__generator=str(consistency), data__frames=(2,),
-                         train__sample_every=2, train__log_every=2)
+                         train__sample_every=2, train__log_every=2,
+                         train__clip_batch_size=15, train__accumulate=2)
+    capsys.readouterr()
     summary = train(clips, tmp_path / "clips", quiet=True)
+    # Of batch_size = 8, which 2 microbatches on 8 devices do not divide, there is none.
+    assert "clip_batch_size = 15 is filled up with empty samples, 1 of" in capsys.readouterr().err
     assert {"discriminator/loss", "generator/loss", "discriminator/r1"} <= set(summary["metrics"])
     with Image.open(tmp_path / "clips" / "samples" / "step_000002.webp") as picture:
         assert picture.n_frames == 2

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny import tiny_batch, tiny_config
 
-from apt_jax.parallel.mesh import make_mesh
-from apt_jax.train.loop import put_batch
+from apt_jax.config import validate
+from apt_jax.parallel.mesh import check_batch, make_mesh
+from apt_jax.train.feeding import put_batch
 from apt_jax.train.state import init_state, set_up
 from apt_jax.train.steps import build_update, gradient, sample_keys
 
@@ -52,19 +53,23 @@ def linear_loss(params, batch, keys):
     return value, {"value": value, "noise": noise[:, 0]}
 
 
-def test_a_filled_up_batch_of_one_sample_at_a_time_is_the_same_update():
-    """12 samples on one device, and 12 with 4 empty ones on 8 devices, one at a time for each."""
-    config = tiny_config(batch_size=12, optimizer__learning_rate=1e-5)
+@pytest.mark.parametrize(("devices", "accumulate"), [(8, 0), (1, 4)])
+def test_a_filled_up_batch_is_the_same_update(devices, accumulate):
+    """15 samples on one device, and 15 with an empty one, one at a time for each of 8 devices or in
+    four microbatches on one."""
+    config = tiny_config(batch_size=15, optimizer__learning_rate=1e-5)
     config.mesh.fsdp = 1
     state, update, mesh = start(config, jax.devices()[:1])
-    batch = tiny_batch(12)
+    batch = tiny_batch(15)
     want, metrics = update(state, {}, put_batch(batch, mesh))
-    config.mesh.fsdp, config.train.accumulate = 8, 0
-    state, update, mesh = start(config)
-    filled = {name: np.concatenate([value, np.zeros_like(value[:4])])
+    config.mesh.fsdp, config.train.accumulate = devices, accumulate
+    state, update, mesh = start(validate(config), jax.devices()[:devices])
+    empty = check_batch(mesh, 15, accumulate) - 15
+    assert empty == 1
+    filled = {name: np.concatenate([value, np.zeros_like(value[:empty])])
               for name, value in batch.items()}
-    filled["text_mask"][12:, 0] = True
-    got, found = update(state, {}, put_batch(filled, mesh))
+    filled["text_mask"][15:, 0] = True
+    got, found = update(state, {}, put_batch(filled, mesh, accumulate))
     assert relative_difference(host(got["generator"]), host(want["generator"])) < 1e-6
     for name in ("loss", "gradient_norm"):
         assert float(found[name]) == pytest.approx(float(metrics[name]), rel=1e-5)
