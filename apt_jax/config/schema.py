@@ -161,7 +161,7 @@ FIELDS: tuple[Field, ...] = (
        "this and twice the slowest step so far prints its stacks and exits, to be restarted; 0 never",
        low=0),
     _f("train.first_step_seconds", 3600.0, "the same for the first step of a batch's shape, compiled "
-       "meanwhile, and for reading or writing a checkpoint", low=0),
+       "meanwhile, and for reading or writing a checkpoint or pictures", low=0),
     _f("train.sample_every", 0, "steps between sample pictures; 0 draws none", low=0),
     _f("train.sample_prompts", ("red heart", "grinning face", "cat face", "red apple"),
        "captions of the sample pictures"),

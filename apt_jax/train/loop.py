@@ -166,8 +166,13 @@ class _Run:
         def seconds():
             return before + time.monotonic() - begun
 
+        def pause():
+            """Waits for the step; what comes next is none, and may take longer than one."""
+            self._check(step)
+            self.dog.slowly()
+
         def save():
-            self._check(step)  # waits for the step: what is written is known to be sound
+            pause()  # and what is written is known to be sound
             self.checkpoints.save(step, state, {"seed": config.seed, "next_batch": step},
                                   seconds())
 
@@ -192,6 +197,7 @@ class _Run:
                 self.progress.update(step, note)
                 if config.train.sample_every and (
                         step % config.train.sample_every == 0 or step == total):
+                    pause()
                     if previews is None:
                         previews = self._previews(dataset)
                     params = join(frozen.get(BASE.format("generator")), state["generator_ema"])
@@ -200,7 +206,6 @@ class _Run:
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if step < total and (name := stop.asked(step)):
-                    self.dog.slowly()
                     save()
                     self.checkpoints.wait()
                     self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "

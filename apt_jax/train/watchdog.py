@@ -22,7 +22,7 @@ class Watchdog:
     Args:
       seconds: what a step may take beyond twice the slowest one seen; 0 watches nothing.
       slow: seconds for what is not like the steps before: the first step of a batch's shape, which
-        compiles and waits for everyone to come up, and reading or writing a whole state.
+        compiles and waits for everyone to come up, reading or writing a whole state, and pictures.
     """
 
     def __init__(self, seconds: float, slow: float):
@@ -43,18 +43,21 @@ class Watchdog:
     def step(self, new: bool = False) -> None:
         """A step begins; `new`: the first of its shape. The loop waits for a step while the next
         one is under way, so a new one has the time of two."""
-        now = time.monotonic()
-        if self._begun is not None:
-            self._slowest = max(self._slowest, now - self._begun)
-        self._begun = now
+        self._ended()
+        self._begun = time.monotonic()
         self._new = 2 if new else max(0, self._new - 1)
         limit = self._seconds + 2 * self._slowest
         self._wait(max(self._slow, limit) if self._new else limit)
 
     def slowly(self) -> None:
-        """What comes next is no step."""
-        self._begun = None
+        """What comes next is no step; one that was under way has ended."""
+        self._ended()
         self._wait(max(self._slow, self._seconds + 2 * self._slowest))
+
+    def _ended(self) -> None:
+        if self._begun is not None:
+            self._slowest = max(self._slowest, time.monotonic() - self._begun)
+        self._begun = None
 
     def _wait(self, limit: float) -> None:
         if self._seconds:

@@ -156,7 +156,11 @@ def test_how_long_a_step_may_take_follows_from_those_before(monkeypatch):
         dog.slowly()
         now[0] = 17960  # written
         dog.step()
-    assert limits == [3600, 3600, 3600, 1800 + 7000, 8800, 8800, 8800]
+        now[0] = 21960  # waited for, because a checkpoint is due after every step
+        dog.slowly()
+        now[0] = 31960
+        dog.step()
+    assert limits == [3600, 3600, 3600, 1800 + 7000, 8800, 8800, 8800, 9800, 9800]
     limits.clear()
     with watchdog.Watchdog(0, 3600) as dog:
         dog.step()

@@ -240,8 +240,28 @@ class NoEncoder:
         raise UserError("no text encoder here")
 
 
-def test_the_stages_follow_each_other(whole, tmp_path, capsys, monkeypatch):
-    """Consistency from the pre-training run, then APT from both, with pictures of clips."""
+@pytest.fixture
+def patience(monkeypatch):
+    """What a run did, in order: "step" and "slowly", as its watchdog was told, "pictures" and
+    "checkpoint"."""
+    from apt_jax.train.previews import Previews
+
+    done = []
+
+    def told(owner, name, as_name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (done.append(as_name), real(*a, **k))[1])
+
+    told(Watchdog, "step", "step")
+    told(Watchdog, "slowly", "slowly")
+    told(Previews, "write", "pictures")
+    told(Checkpoints, "save", "checkpoint")
+    return done
+
+
+def test_the_stages_follow_each_other(whole, tmp_path, capsys, monkeypatch, patience):
+    """Consistency from the pre-training run, then APT from both, with pictures of clips; pictures
+    and checkpoints have a first step's time."""
     monkeypatch.setattr("apt_jax.data.captions.TextEncoder", NoEncoder)
     base, consistency = str(whole[0]), tmp_path / "consistency"
     train(emoji_config("consistency", train__steps=2, init__diffusion=base,
@@ -249,6 +269,7 @@ def test_the_stages_follow_each_other(whole, tmp_path, capsys, monkeypatch):
           consistency, quiet=True)
     said = capsys.readouterr().err
     assert "no such caption" in said and "no text encoder here" in said
+    assert patience[:7] == ["slowly", "step", "step", "slowly", "pictures", "slowly", "checkpoint"]
     with Image.open(consistency / "samples" / "step_000002.png") as picture:
         assert min(picture.size) >= 90
     _, teacher = load_generator(base, "ema")
