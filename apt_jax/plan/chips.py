@@ -90,21 +90,19 @@ def parse_topology(text: str) -> Topology:
         raise UserError(f"unknown chip {name!r} in topology {text!r}{nearest(name, CHIPS)}; known: "
                         f"{', '.join(CHIPS)}")
     chip = CHIPS[name]
+    axes = 3 if name in ("v4", "v5p") else 2
+    example = f"{name}:{'1x8' if chip.kind == 'cuda' else 'x'.join(['4'] * axes)}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(f"topology {text!r} needs sizes after the colon, such as "
-                        f"{name}:{'1x8' if chip.kind == 'cuda' else '4x4'}")
+        raise UserError(f"topology {text!r} needs sizes after the colon, such as {example}")
     found = tuple(map(int, sizes.split("x")))
     if chip.kind == "cuda":
         if len(found) != 2:
-            raise UserError(f"topology {text!r} must be {name}:HOSTSxGPUS, such as {name}:1x8")
+            raise UserError(f"topology {text!r} must be {name}:HOSTSxGPUS, such as {example}")
         if found[1] > chip.host_devices:
             raise UserError(f"topology {text!r} has {found[1]} GPUs a host; the fast network joins "
                             f"{chip.host_devices}: write {name}:"
                             f"{math.ceil(math.prod(found) / chip.host_devices)}x{chip.host_devices}")
         chip = dataclasses.replace(chip, host_devices=found[1])  # the rest is behind the ports
-    else:
-        axes = 3 if name in ("v4", "v5p") else 2
-        if len(found) != axes:
-            raise UserError(f"topology {text!r}: a {name} slice has {axes} axes, such as "
-                            f"{name}:{'x'.join(['4'] * axes)}")
+    elif len(found) != axes:
+        raise UserError(f"topology {text!r}: a {name} slice has {axes} axes, such as {example}")
     return Topology(chip, found)

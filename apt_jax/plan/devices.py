@@ -31,6 +31,8 @@ runtime_version {{ major: 12 minor: 8 }}
 device_description_str: "{name}"
 """
 _NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+# By default libtpu describes every core of a v4 as a device; jax runs the two of a chip as one.
+_ONE_DEVICE_A_CHIP = {"v4": {"chip_config_name": "megacore"}}
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 # Autotuning needs the GPU itself; without it Triton matrix products would be chosen blindly.
 CUDA_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
@@ -73,7 +75,8 @@ def describe(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPUs needs libtpu; run: pip install 'apt_jax[plan]'")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.text, **_ONE_DEVICE_A_CHIP.get(topology.chip.name, {}))
     except Exception as error:  # whatever libtpu says of a slice that does not exist
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"libtpu knows no slice {topology.text} ({reason})") from None

@@ -246,8 +246,8 @@ def find_remedy(config: Any, topology: Topology, found: Plan, **settings: Any) -
                 changed[group][field] = value
             try:
                 fitting = plan(changed, topology, inference=inference, first=worst, **settings)
-            except (UserError, jax.errors.JaxRuntimeError):
-                continue  # a mesh that does not fit the devices or the heads, or the compiler
+            except (UserError, ValueError, jax.errors.JaxRuntimeError):
+                continue  # a mesh that the devices, the heads, jax or the compiler refuse
             if fitting.fits:
                 return " ".join(f"--config.{key}={value}" for key, value in changes.items())
     return ""

@@ -1,7 +1,7 @@
 import pytest
 
 from apt_jax.errors import UserError
-from apt_jax.plan.chips import GIB, parse_topology
+from apt_jax.plan.chips import CHIPS, GIB, parse_topology
 from apt_jax.plan.timeline import link_rate
 
 
@@ -11,6 +11,15 @@ def test_sizes_multiply_to_devices():
     assert parse_topology("V5P:4x4x8").devices == 128
     assert parse_topology("v6e:16x16").text == "v6e:16x16"
     assert 79 < parse_topology("h100:1x1").chip.memory / GIB < 79.2
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_the_topology_that_an_error_proposes_is_one(name):
+    for wrong in (name, f"{name}:8", f"{name}:2x2x2x2"):
+        with pytest.raises(UserError) as error:
+            parse_topology(wrong)
+        proposed = str(error.value).rpartition("such as ")[2]
+        assert parse_topology(proposed).chip.name == name
 
 
 @pytest.mark.parametrize(("text", "says"), [

@@ -24,12 +24,15 @@ def has(name):
     return importlib.util.find_spec(name) is not None
 
 
+def python(*arguments):
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+
+
 def plan(tmp_path, topology, *arguments):
     out = tmp_path / "plan.json"
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run(
-        [sys.executable, "-m", "apt_jax", "plan", "--topology", topology, "--json", str(out),
-         *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = python("-m", "apt_jax", "plan", "--topology", topology, "--json", str(out), *arguments)
     return done, json.loads(out.read_text()) if out.is_file() else None
 
 
@@ -120,6 +123,39 @@ def test_a_mesh_may_cut_the_sides_of_a_slice():
     """2 x 32 x 4 of 16 x 16, which jax.make_mesh refuses; the clip's four devices stay neighbours."""
     done = subprocess.run([sys.executable, "-c", SPLIT], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["2", "32", "4", "1", "256", "1"], done.stderr[-2000:]
+
+
+V4 = """
+from apt_jax.plan.devices import describe, prepare_environment
+prepare_environment()
+import re, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from apt_jax.parallel.flags import compiler_options
+from apt_jax.parallel.mesh import make_mesh
+from apt_jax.plan.chips import GIB, parse_topology
+from apt_jax.plan.compiler import compile_text
+topology = parse_topology("v4:2x2x1")
+devices, options = describe(topology), compiler_options("auto", "tpu")
+mesh = make_mesh({"fsdp": 4, "replica": 1}, devices)
+print(len(devices), len({tuple(d.coords) for d in devices}), mesh.shape["fsdp"])
+cut = NamedSharding(mesh, PartitionSpec("fsdp"))
+x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=cut)
+compiled, text = compile_text(jax.jit(lambda w, x: x @ w).lower(x, x), options, "tpu")
+print(compiled.memory_analysis().argument_size_in_bytes // 2**20, "all-gather" in text)
+x = jax.ShapeDtypeStruct((2**17, 2**17), jnp.bfloat16, sharding=SingleDeviceSharding(devices[0]))
+try:
+    compile_text(jax.jit(lambda x: (x @ x) @ (x.T @ x)).lower(x), options, "tpu")
+except jax.errors.JaxRuntimeError as error:
+    room = float(re.search(r"available HBM \\(([\\d.]+)G", str(error)).group(1)) * GIB
+    print(0.94 * topology.chip.memory <= room <= topology.chip.memory)
+"""
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
+def test_a_device_of_a_v4_is_a_chip():
+    """Its two cores and all of its memory; the flags for TPUs are taken."""
+    done = python("-c", V4)
+    assert done.stdout.split() == ["4", "4", "4", "16", "True", "True"], done.stderr[-2000:]
 
 
 SLICES = """

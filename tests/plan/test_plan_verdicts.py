@@ -137,7 +137,7 @@ def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
     assert "changes" not in format_plan(large)  # nobody looked for one
 
 
-def test_a_remedy_for_inference_is_tried_on_inference_and_may_end_in_the_compiler(monkeypatch):
+def test_a_remedy_for_inference_is_tried_on_inference_and_may_end_in_an_error(monkeypatch):
     import jax
 
     config = load_config("configs/demo_image.py", [])
@@ -149,11 +149,13 @@ def test_a_remedy_for_inference_is_tried_on_inference_and_may_end_in_the_compile
         tried.append(config.mesh.context)
         if config.mesh.context == 2:
             raise jax.errors.JaxRuntimeError("INTERNAL: no")
+        if config.mesh.context == 4:
+            raise ValueError("a mesh that jax refuses")
         return made(peak=10 * GIB, name=run.INFERENCE)
 
     monkeypatch.setattr(run, "plan", plan)
-    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == "--config.mesh.context=4"
-    assert tried == [2, 4]  # microbatches and remat do nothing for it
+    assert run.find_remedy(config, parse_topology("h100:1x8"), large) == "--config.mesh.context=8"
+    assert tried == [2, 4, 8]  # microbatches and remat do nothing for it
 
 
 @pytest.mark.parametrize(("topology", "head_dim", "kernel"), [
