@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -237,11 +237,10 @@ def _frames_of(bucket: manifests.Bucket, frames: Sequence[int], stride: int) -> 
 class _Steps:
     """grain source: item number `step` is this process's part of that step's batch."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, process_index: int, process_count: int,
+    def __init__(self, dataset: Dataset, plan: Plan, rows: Callable[[int], np.ndarray] | None,
                  multiple: int = 1):
-        self._multiple = multiple
+        self._multiple, self._rows = multiple, rows
         self._dataset, self._plan = dataset, plan
-        self._process_index, self._process_count = process_index, process_count
         self._dropped = functools.lru_cache(maxsize=4)(
             lambda epoch: dropped_captions(
                 dataset.records, dataset.caption_dropout, plan.seed, epoch
@@ -256,9 +255,9 @@ class _Steps:
         planned = self._plan.batch(step)
         empty = np.full(-len(planned.records) % self._multiple, PADDING, np.int64)
         records = np.concatenate([planned.records, empty])
-        local = len(records) // self._process_count
-        part = records[self._process_index * local : (self._process_index + 1) * local]
-        return self.assemble(planned.bucket, part, self._dropped(epoch))
+        part = records if self._rows is None else records[self._rows(len(records))]
+        return {**self.assemble(planned.bucket, part, self._dropped(epoch)),
+                "size": np.int32(len(records))}
 
     def assemble(self, bucket: int, numbers: np.ndarray, dropped: np.ndarray) -> dict:
         data, shape = self._dataset, self._dataset.shapes[bucket]
@@ -305,8 +304,7 @@ def batches(
     clip_batch_size: int = 0,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Callable[[int], np.ndarray] | None = None,
     multiple: int = 1,
     threads: int = 2,
     prefetch: int = 2,
@@ -316,23 +314,19 @@ def batches(
     Each item is a dict of numpy arrays: "x" float32 [B, F, H, W, 3] in [-1, 1] (of latents:
     [B, F, H, W, C] as the VAE's encoder normalises them), "text" float32
     [B, L, D], "text_mask" bool [B, L], "loss_mask" float32 [B] (0: padding), "index" int32 [B]
-    (-1: padding), with B = batch_size / process_count; multiple fills every batch up with padding
-    to a size that it divides, so that any number of devices can share it. F, H, W change from bucket to
-    bucket.
+    (-1: padding), and "size" int32 [], how many samples the global batch has. multiple fills every
+    batch up with padding to a size that it divides, so that any number of devices can share it. F, H,
+    W change from bucket to bucket.
+    rows: size of a global batch -> int [B], which of its rows this process reads; None reads all,
+    B = size.
     clip_batch_size replaces batch_size for clips (frames > 1) where it is not 0: clips have more
     tokens, and a smaller batch of them keeps the steps alike in cost.
     batch_size, seed and step decide the global batch alone; threads and prefetch only the speed.
     """
     import grain
 
-    if any(-(-size // multiple) * multiple % process_count
-           for size in (batch_size, clip_batch_size)):
-        raise UserError(
-            f"train.batch_size {batch_size} (clips: {clip_batch_size or batch_size}) cannot be "
-            f"shared by {process_count} processes; make it a multiple"
-        )
     plan = plan_of(dataset, batch_size, seed, clip_batch_size)
-    source = _Steps(dataset, plan, process_index, process_count, multiple)
+    source = _Steps(dataset, plan, rows, multiple)
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0
     )

@@ -1,4 +1,4 @@
-"""Several processes as one run: who the others are, which data are ours, who we are.
+"""Several processes as one run: who the others are, who we are, what all agree on.
 
 `start()` sets up `jax.distributed` when it is asked to or finds itself in a job of several
 processes, and does nothing otherwise. It looks, in this order, at
@@ -14,7 +14,6 @@ processes, and does nothing otherwise. It looks, in this order, at
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 import socket
@@ -28,7 +27,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.mesh import BATCH_AXES
 
 JOBSET_PORT = 8476
 SLURM_NO_STEP = 0xFFFFFFF0  # from here on steps are batch scripts, interactive shells and the like
@@ -163,28 +161,6 @@ def start(job: Job | None) -> None:
                 "--coordinator HOST:PORT --processes N --process I") from None
         raise UserError(f"process {job.process} of {job.processes} cannot join the job at "
                         f"{job.coordinator} ({job.source}): {reason}") from None
-
-
-@functools.lru_cache(maxsize=16)
-def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """(index, count): this process reads part `index` of `count` equal parts of a global batch.
-
-    Processes whose devices share samples (through context or tensor) read the same part. Where the
-    devices of the processes do not cut the batch into equal, contiguous parts, everyone reads all
-    of it: (0, 1).
-    """
-    process = jax.process_index() if process is None else process
-    axes = [list(mesh.shape).index(axis) for axis in BATCH_AXES]
-    owners = np.vectorize(lambda d: d.process_index, otypes=[int])(mesh.devices)
-    owners = np.moveaxis(owners, axes, range(len(axes)))
-    owners = owners.reshape(np.prod(owners.shape[:len(axes)], dtype=int), -1)  # [batch ways, rest]
-    rows = {p: tuple(np.flatnonzero((owners == p).any(axis=1))) for p in np.unique(owners)}
-    parts = sorted(set(rows.values()))
-    length = len(parts[0])
-    if [row for part in parts for row in part] != list(range(len(owners))) or any(
-            len(part) != length for part in parts):
-        return 0, 1
-    return parts.index(rows[process]), len(parts)
 
 
 def describe(mesh: Mesh) -> str:

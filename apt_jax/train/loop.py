@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,7 @@ from jax.sharding import Mesh
 from apt_jax.config import config_to_json, validate
 from apt_jax.errors import UserError
 from apt_jax.nn.lora import join
-from apt_jax.parallel.mesh import (
-    batch_ways,
-    check_batch,
-    make_mesh,
-    replicated,
-    update_sharding,
-)
+from apt_jax.parallel.mesh import batch_ways, check_batch, make_mesh, replicated
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.disk import run_disk
@@ -31,7 +24,7 @@ from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
 from apt_jax.train.state import frozen_inputs, init_state, set_up
-from apt_jax.train.steps import build_update, microbatches
+from apt_jax.train.steps import build_update
 from apt_jax.train.watchdog import Watchdog
 from apt_jax.weights import CONFIG_FILE, record_directory
 

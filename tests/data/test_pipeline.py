@@ -27,6 +27,11 @@ def take(dataset, count, **options):
     return list(itertools.islice(batches(dataset, **options), count))
 
 
+def share(process, processes):
+    """Equal stretches of every batch, one for each process."""
+    return lambda size: np.arange(size).reshape(processes, -1)[process]
+
+
 def numbers(part):
     found = np.concatenate([b["index"] for b in part])
     return found[found >= 0].tolist()
@@ -50,7 +55,7 @@ def test_an_epoch_has_every_record_once(mixed, processes):
     steps = plan_of(mixed, 16, 7).batches_per_epoch
     found = []
     for process in range(processes):
-        part = take(mixed, steps, process_index=process, process_count=processes,
+        part = take(mixed, steps, rows=share(process, processes),
                     threads=process % 3)
         assert all(len(b["index"]) == 16 // processes for b in part)
         found += numbers(part)
@@ -62,14 +67,22 @@ def test_resumed_with_other_processes_and_threads_nothing_is_lost_or_doubled(mix
     cut = steps // 3
     found = numbers(take(mixed, cut, threads=3, prefetch=5))
     for process in range(4):
-        found += numbers(take(mixed, steps - cut, start_step=cut, process_index=process,
-                              process_count=4, threads=1))
+        found += numbers(take(mixed, steps - cut, start_step=cut, rows=share(process, 4), threads=1))
     assert sorted(found) == list(range(mixed.records))
+
+
+def test_a_process_reads_the_rows_that_it_names(mixed):
+    (whole,) = take(mixed, 1)
+    named = np.array([2, 3, 7, 11])
+    (part,) = take(mixed, 1, rows=lambda size: named)
+    for key in ("x", "text", "text_mask", "loss_mask", "index"):
+        np.testing.assert_array_equal(part[key], whole[key][named])
+    assert part["size"] == whole["size"] == 16
 
 
 def test_processes_hold_contiguous_slices_of_the_global_batch(mixed):
     whole = take(mixed, 3, start_step=5)
-    parts = [take(mixed, 3, start_step=5, process_index=p, process_count=2) for p in (0, 1)]
+    parts = [take(mixed, 3, start_step=5, rows=share(p, 2)) for p in (0, 1)]
     for key in ("x", "text", "text_mask", "loss_mask", "index"):
         for step in range(3):
             joined = np.concatenate([parts[0][step][key], parts[1][step][key]])
@@ -80,7 +93,7 @@ def test_clips_may_have_their_own_batch_size(mixed):
     steps = plan_of(mixed, 16, 7, clip_batch_size=4).batches_per_epoch
     found = []
     for process in (0, 1):
-        part = take(mixed, steps, clip_batch_size=4, process_index=process, process_count=2)
+        part = take(mixed, steps, clip_batch_size=4, rows=share(process, 2))
         assert {b["x"].shape[:2] for b in part} == {(8, 1), (2, 4)}
         found += numbers(part)
     assert sorted(found) == list(range(mixed.records))
@@ -91,8 +104,7 @@ def test_a_batch_no_fleet_divides_is_filled_up_and_no_record_lost(mixed, process
     steps = plan_of(mixed, 14, 7).batches_per_epoch
     found = []
     for process in range(processes):
-        part = take(mixed, steps, batch_size=14, multiple=8, process_index=process,
-                    process_count=processes)
+        part = take(mixed, steps, batch_size=14, multiple=8, rows=share(process, processes))
         assert all(len(b["index"]) == 16 // processes for b in part)
         found += numbers(part)
     assert sorted(found) == list(range(mixed.records))
@@ -181,8 +193,3 @@ def test_long_captions_are_cut_and_it_is_told(caplog):
 def test_wishes_that_cannot_be_met(options, words):
     with pytest.raises(UserError, match=words):
         open_dataset(**{"path": "bundled:emoji", **options})
-
-
-def test_a_batch_that_cannot_be_shared(mixed):
-    with pytest.raises(UserError, match="multiple"):
-        batches(mixed, batch_size=10, seed=0, process_count=4)

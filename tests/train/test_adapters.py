@@ -9,7 +9,8 @@ from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
 from apt_jax.nn import lora
 from apt_jax.parallel.mesh import make_mesh, replicated
-from apt_jax.train.loop import put_batch, train
+from apt_jax.train.feeding import put_batch
+from apt_jax.train.loop import train
 from apt_jax.train.state import frozen_inputs, init_state, set_up
 from apt_jax.train.steps import build_update
 from apt_jax.weights import (

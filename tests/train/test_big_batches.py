@@ -12,7 +12,7 @@ from apt_jax.config import load_config, validate
 from apt_jax.data.pipeline import batches, plan_of
 from apt_jax.data.plan import PADDING
 from apt_jax.parallel.mesh import batch_ways, check_batch, make_mesh, replicated
-from apt_jax.train.feeding import put_batch
+from apt_jax.train.feeding import put_batch, rows_of
 from apt_jax.train.steps import gradient, microbatches, sample_keys
 
 IMAGES, CLIPS = 9062, 2048
@@ -51,7 +51,11 @@ def test_three_processes_read_every_record_once_an_epoch_and_go_on_anywhere(mesh
     plan = plan_of(Records(), IMAGES, SEED, CLIPS)
     steps = plan.batches_per_epoch
     assert steps == 3 + 2
-    parts = [stream(mesh, accumulate, process_index=i, process_count=3) for i in range(3)]
+
+    def of(process):  # two neighbours of the six devices, which share their samples
+        return lambda size: rows_of(mesh, size, accumulate, process, lambda d: d.id // 2)
+
+    parts = [stream(mesh, accumulate, rows=of(i)) for i in range(3)]
     seen, sizes = [], []
     for step in range(steps + 1):
         rows = [next(part) for part in parts]
@@ -68,7 +72,7 @@ def test_three_processes_read_every_record_once_an_epoch_and_go_on_anywhere(mesh
             sizes.append(len(planned))
     assert sorted(seen) == list(range(sum(RECORDS)))
     assert sorted(sizes) == [CLIPS] * 2 + [IMAGES] * 3
-    last = next(stream(mesh, accumulate, start_step=steps, process_index=2, process_count=3))
+    last = next(stream(mesh, accumulate, start_step=steps, rows=of(2)))
     for name, value in last.items():
         np.testing.assert_array_equal(value, rows[2][name])
 

@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from apt_jax.errors import UserError
 from apt_jax.parallel.flags import environment_value
 from apt_jax.parallel.mesh import make_mesh
 from apt_jax.train import watchdog
-from apt_jax.train.distributed import Job, batch_part, describe, find_job, start
+from apt_jax.train.distributed import Job, describe, find_job, start
 from apt_jax.train.preemption import Preemption
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
@@ -93,33 +92,6 @@ def test_ctrl_c_on_one_of_several_processes_is_the_sigterm_that_jax_hears(monkey
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, ours)
     assert came == ["SIGTERM"]
-
-
-class FakeDevice:
-    def __init__(self, process):
-        self.process_index = process
-
-
-class FakeMesh:
-    """Axes (replica, fsdp, context, tensor); owners: the process of every device."""
-
-    def __init__(self, sizes, owners):
-        self.shape = dict(zip(("replica", "fsdp", "context", "tensor"), sizes))
-        self.devices = np.vectorize(FakeDevice)(np.asarray(owners)).reshape(sizes)
-
-
-@pytest.mark.parametrize(("sizes", "owners", "parts"), [
-    ((1, 4, 1, 1), [0, 1, 2, 3], [(0, 4), (1, 4), (2, 4), (3, 4)]),
-    ((2, 2, 1, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
-    ((1, 2, 2, 1), [0, 1, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # context across processes
-    ((1, 1, 4, 1), [0, 0, 1, 1], [(0, 1), (0, 1)]),
-    ((1, 2, 1, 2), [0, 0, 1, 1], [(0, 2), (1, 2)]),
-    ((1, 4, 1, 1), [0, 1, 0, 1], [(0, 1), (0, 1)]),  # not contiguous: everyone reads all
-    ((1, 3, 1, 1), [0, 0, 1], [(0, 1), (0, 1)]),  # not equal
-])
-def test_processes_read_the_samples_of_their_devices(sizes, owners, parts):
-    mesh = FakeMesh(sizes, owners)
-    assert [batch_part(mesh, p) for p in range(len(parts))] == parts
 
 
 def test_a_process_says_where_it_is():
@@ -250,6 +222,9 @@ sys.exit(75)
 
 @pytest.mark.parametrize(("arguments", "visible", "says"), [
     (("--processes", "2", "--", "no-such-command"), "", "there is no command 'no-such-command'"),
+    (("--processes", "0", "--", "true"), "", "--processes 0; give 1 or more"),
+    (("--processes", "1", "--restarts", "-1", "--", "true"), "", "--restarts -1; give 0 or more"),
+    (("--processes", "2", "--gpus", "-2", "--", "true"), "", "--gpus -2; give 0 or more"),
     (("--processes", "4", "--gpus", "4", "--", "true"), "0,1", "=0,1 names 2; give fewer"),
     (("--processes", "2", "--gpus", "2", "--", "true"), "", "= names 0; give fewer"),
 ])

@@ -5,7 +5,7 @@ import numpy as np
 from tiny import tiny_batch, tiny_config
 
 from apt_jax.parallel.mesh import make_mesh
-from apt_jax.train.loop import put_batch
+from apt_jax.train.feeding import put_batch
 from apt_jax.train.state import init_state, set_up
 from apt_jax.train.steps import build_steps
 

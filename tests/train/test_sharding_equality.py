@@ -12,7 +12,7 @@ from test_steps import host, relative_difference, wake
 from tiny import tiny_batch, tiny_config
 
 from apt_jax.parallel.mesh import AXES, make_mesh
-from apt_jax.train.loop import put_batch
+from apt_jax.train.feeding import put_batch
 from apt_jax.train.state import init_state, set_up
 from apt_jax.train.steps import build_update
 
