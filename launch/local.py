@@ -50,8 +50,9 @@ def arguments() -> argparse.Namespace:
                         help="GPUs of this machine, shared out evenly (default: all)")
     parser.add_argument("command", nargs="+", help="after --: the command")
     args = parser.parse_args()
-    if args.processes < 1 or args.devices < 1:
-        parser.error("--processes and --devices start at 1")
+    for name, least in (("processes", 1), ("devices", 1), ("restarts", 0), ("gpus", 0)):
+        if (number := getattr(args, name)) < least:
+            wrong(f"--{name} {number}; give {least} or more")
     if not args.gpus and args.processes > 1:
         # Two processes on one GPU cannot talk: NCCL takes it for a mistake.
         args.gpus = gpus_here(args)

@@ -52,9 +52,9 @@ setup() {
   all "set -e; tar xzf apt_jax.tar.gz; python3 -m pip install -q --user uv
     cd apt_jax; python3 -m uv venv -q --allow-existing --python 3.12 .venv
     python3 -m uv pip install -q --python .venv -e '.[tpu]'
-    .venv/bin/python -m apt_jax.parallel.flags tpu --check
     ${share:+sudo apt-get install -y -q nfs-common; sudo mkdir -p /data
-    mountpoint -q /data || sudo mount -o rw,hard $share /data}"
+    mountpoint -q /data || sudo mount -o rw,hard $share /data}
+    .venv/bin/python -m apt_jax.parallel.flags tpu --known > /dev/null # names what train leaves out"
 }
 
 train() {

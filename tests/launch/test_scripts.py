@@ -170,6 +170,30 @@ done""")
     assert "mount -o rw,hard 10.0.0.2:/data /data" in done.stdout
 
 
+def test_tpu_vms_are_set_up_where_libtpu_lacks_a_flag(stand_ins, tmp_path):
+    """What setup runs is run here: the share is mounted, and a line names what train leaves out."""
+    if not (shutil.which("git") and (LAUNCH.parent / ".git").exists()):
+        pytest.skip("not a git checkout")
+    stand_ins("gcloud", f"""[ "$4" = scp ] && cp "$5" {tmp_path}/apt_jax.tar.gz
+cd {tmp_path}
+for a; do case "$a" in --command=*) bash -c "${{a#*=}}"; exit;; esac; done""")
+    # apt_jax.parallel.flags where the installed libtpu knows all flags but one.
+    python = tmp_path / "apt_jax/.venv/bin/python"
+    stand_ins("python3", f"""[ "$3" = venv ] || exit 0
+mkdir -p {python.parent}
+cat > {python} <<'END'
+#!/bin/sh
+case "$*" in *--check*) echo "does not know xla_a" >&2; exit 2;; esac
+case "$*" in *--known*) echo "left out xla_a" >&2; echo "--xla_b=1";; esac
+END
+chmod +x {python}""")
+    stand_ins("mountpoint", "exit 1")
+    stand_ins("sudo")
+    done = tpu_vm(stand_ins, "setup", TPU_SHARE="10.0.0.2:/data")
+    assert done.returncode == 0 and "left out xla_a" in done.stderr, done.stderr
+    assert "sudo mount -o rw,hard 10.0.0.2:/data /data" in stand_ins.calls()
+
+
 def test_tpu_vm_says_how(stand_ins):
     for arguments in ((), ("fly",), ("train",)):
         done = tpu_vm(stand_ins, *arguments)
