@@ -151,26 +151,29 @@ def _nearest_divisor(wanted: int, of: int) -> int:
     return min(divisors(of), key=lambda d: (abs(d - wanted), d))
 
 
-def ulysses_size(context: int, heads: int, wanted: int = -1) -> int:
+def ulysses_size(context: int, heads: int, wanted: int = -1, fsdp: int = 1) -> int:
     """How many devices of the context axis exchange heads; the others pass keys around a ring.
 
     Args:
       context: size of the axis.
       heads: attention heads on one device of the tensor axis.
       wanted: config.mesh.ulysses; -1 is the most that context and heads allow.
+      fsdp: size of that axis, which can take the devices of a ring.
 
     Raises:
-      UserError: a size that divides not both, naming the nearest that does.
+      UserError: a size that divides not both, naming the nearest that does, in a ring and without.
     """
     most = math.gcd(context, heads)
     if wanted == -1:
         return most
     if wanted < 1 or most % wanted:
         nearest = _nearest_divisor(wanted, most)
+        ring = context // nearest
+        ways = "" if ring == 1 else (f" (Ulysses {nearest} x ring {ring}), or with it mesh.context = "
+                                     f"{nearest} and mesh.fsdp = {fsdp * ring}")
         raise UserError(
             f"mesh.ulysses = {wanted} must divide mesh.context = {context} and the {heads} heads "
-            f"of a device; the nearest size that works is mesh.ulysses = {nearest} (ring "
-            f"{context // nearest})")
+            f"of a device; the nearest size that works is mesh.ulysses = {nearest}{ways}")
     return wanted
 
 
@@ -198,7 +201,7 @@ def check_model(mesh: Mesh, model: Mapping[str, Any], discriminator_heads: int =
             fsdp = shared // nearest
             raise UserError(f"mesh.tensor = {ways} does not divide {name} = {size}; the nearest "
                             f"size that works is mesh.tensor = {nearest}, with mesh.fsdp = {fsdp}")
-    ulysses_size(mesh.shape["context"], model["heads"] // ways, ulysses)
+    ulysses_size(mesh.shape["context"], model["heads"] // ways, ulysses, mesh.shape["fsdp"])
 
 
 def waiting_axes(mesh: Mesh, microbatches: int) -> tuple[str, ...]:

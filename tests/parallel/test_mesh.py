@@ -117,8 +117,21 @@ def test_ulysses_takes_what_the_heads_allow_and_the_ring_the_rest():
     assert ulysses_size(8, 12) == 4  # Wan 1.3B on eight devices: Ulysses 4 inside ring 2
     assert ulysses_size(8, 5) == 1
     assert ulysses_size(8, 24, 2) == 2
-    with pytest.raises(UserError, match=r"nearest size that works is mesh.ulysses = 4 \(ring 2\)"):
-        ulysses_size(8, 12, 8)
+
+
+def test_the_heads_of_wan_on_eight_devices_are_told_both_ways():
+    """Ulysses 4 x ring 2, or context 4 x fsdp 2; each of them is taken."""
+    wan = {"heads": 12, "width": 1536, "mlp_ratio": 8960 / 1536}
+    with pytest.raises(UserError) as error:
+        check_model(make_mesh({"context": 8}), wan, ulysses=8)
+    assert str(error.value).endswith("mesh.ulysses = 4 (Ulysses 4 x ring 2), or with it mesh.context "
+                                     "= 4 and mesh.fsdp = 2")
+    check_model(make_mesh({"context": 8}), wan, ulysses=4)
+    check_model(make_mesh({"context": 4, "fsdp": 2}), wan, ulysses=4)
+    with pytest.raises(UserError, match="mesh.fsdp = 4$"):  # of two devices, that the ring's join
+        check_model(make_mesh({"context": 4, "fsdp": 2}), {**wan, "heads": 6}, ulysses=4)
+    with pytest.raises(UserError, match="mesh.ulysses = 8$"):
+        ulysses_size(8, 24, 16)
 
 
 def test_batch_must_split_over_devices_and_microbatches():
