@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import apt_jax
 from apt_jax.cli import main as cli
@@ -43,7 +44,7 @@ def test_samples_are_those_of_one_device(mesh, one):
 
 def test_the_command_takes_the_mesh_flags_of_train(tmp_path, capsys):
     command = ["sample", "--checkpoint", "bundled:base", "--prompt", "red heart", "--count", "2",
-               "--frames", "1"]
+               "--frames", "1", "--save-latents"]
     assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
     assert cli.main([*command, "--out", str(tmp_path / "eight"), "--config.mesh.context=4"]) == 0
     names = [path.name for path in sorted((tmp_path / "one").glob("0*.png"))]
@@ -51,6 +52,10 @@ def test_the_command_takes_the_mesh_flags_of_train(tmp_path, capsys):
     for name in names:
         a, b = (np.asarray(Image.open(tmp_path / d / name), np.int32) for d in ("one", "eight"))
         assert np.abs(a - b).max() <= 1  # a value on the edge of rounding may fall to either side
+    want, found = (load_file(tmp_path / d / "latents.safetensors") for d in ("one", "eight"))
+    np.testing.assert_array_equal(found["noise"], want["noise"])
+    difference = np.abs(found["latents"] - want["latents"]).max()
+    assert difference < 1e-5 * np.abs(want["latents"]).max()
     assert json.loads((tmp_path / "eight" / "sample.json").read_text())["seed"] == 0
     assert cli.main([*command, "--config.mesh.tensor=3"]) == 2
     assert "the nearest size that works" in capsys.readouterr().err
