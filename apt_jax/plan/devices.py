@@ -76,7 +76,8 @@ def describe(topology: Topology) -> list[Any]:
         raise UserError("planning for TPUs needs libtpu; run: pip install 'apt_jax[plan]'")
     try:
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.text, **_ONE_DEVICE_A_CHIP.get(topology.chip.name, {}))
+            platform="tpu", topology_name=topology.text,
+            **_ONE_DEVICE_A_CHIP.get(topology.chip.name, {}))
     except Exception as error:  # whatever libtpu says of a slice that does not exist
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"libtpu knows no slice {topology.text} ({reason})") from None

@@ -29,6 +29,7 @@ NOTE_BYTES = 64 * 2**20
 # Sums of whole gradients over the axes that cut the parameters; vectors, which every device holds,
 # are smaller.
 SUM_BYTES = 4 * 2**20
+UNREAD = "lie where the plan cannot follow"  # a note's words: what is not there is not known
 HIDDEN = 0.95  # a collective of which less is hidden counts as exposed
 # What compilers say when a program does not fit: XLA:TPU names both figures, others the last one.
 _NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory|[Oo]ut of memory")
@@ -70,7 +71,8 @@ class Measurement:
       notes: what deserves a look: float32 gathers, arrays held in full everywhere.
       refused: what the compiler said where it found no room; the memory is then what it named, and
         there are no collectives.
-      context_minimum: bytes that a device must send over context at least (programs.py).
+      context_minimum: bytes that a device must send over context at least, None where that is not
+        known (programs.py).
     """
 
     name: str
@@ -91,7 +93,7 @@ class Measurement:
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...]
     refused: str = ""
-    context_minimum: float = 0.0
+    context_minimum: float | None = 0.0
 
     @property
     def peak(self) -> int:
@@ -179,8 +181,8 @@ def measure(program: Program, topology: Topology, mesh: Mesh, compiled: Compiled
         text = parse_hlo(compiled.text)
         found = collectives(text, shape, topology.chip, program.microbatches)
         if missed := unread(text):
-            notes.append(f"{len(missed)} collectives lie where the plan cannot follow ({missed[0]}): "
-                         "traffic and time are without them")
+            notes.append(f"{len(missed)} collectives {UNREAD} ({missed[0]}): traffic "
+                         "and time are without them")
     flops, executed = work(program)
     chip, devices = topology.chip, topology.devices
     compute = (executed.matmul + executed.convolution) / (chip.flops * MATMUL_EFFICIENCY)

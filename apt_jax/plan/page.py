@@ -20,6 +20,7 @@ from apt_jax.plan.targets import (
     sums,
     tokens_ratio,
     training_steps,
+    unjudged,
 )
 
 HEAD = """\
@@ -97,13 +98,12 @@ def traffic(results: Mapping[str, dict]) -> str:
                              p["refused"]])
                 continue
             gathers, hidden = parameter_gathers(p)
-            ratio = tokens_ratio(p)
             rows.append([
                 name, label, f"{p['flops_forward_tflop']:,.0f}", seconds_text(p["floor_seconds"]),
                 seconds_text(p["step_seconds"]),
                 f"{100 * p['exposed_seconds'] / p['step_seconds']:.1f}%",
                 f"{100 * hidden:.0f}% of {seconds_text(gathers)}" if gathers else "",
-                f"{ratio:.2f}" if ratio else "",
+                _ratio_text(p),
                 f"{len(sums(p))} all-reduces, "
                 f"{sum('float32 all-gather' in n for n in p['notes'])} float32 gathers"])
     return "## Work and traffic of one call\n\n" + table(
@@ -123,13 +123,14 @@ def targets(results: Mapping[str, dict]) -> str:
             lines.append(f"- {text}: {peak:.1f} GiB, {verdict}.")
     for name, label, p in training_steps(results):
         total, hidden = parameter_gathers(p)
-        wait, ratio = total * (1 - hidden) / p["step_seconds"], tokens_ratio(p)
+        wait = total * (1 - hidden) / p["step_seconds"]
         found = [reason(name, label, what) for what in missed(p)]
         marks |= {r.mark for r in found if r}
         rows.append([
             name, label, f"{100 * hidden:.0f}%, {100 * wait:.1f}%" if total else "none",
-            _sums_text(over_fsdp(p), p), f"{ratio:.2f}" if ratio else "",
-            ", ".join(r.mark if r else "unexplained" for r in found) or "met"])
+            _sums_text(over_fsdp(p), p), _ratio_text(p),
+            ", ".join([*(r.mark if r else "unexplained" for r in found),
+                       *(f"{what} not judged" for what in unjudged(p))]) or "met"])
     if not rows:
         return ""
     told = "\n".join(f"- **{r.mark}** {r.text}" for r in REASONS if r.mark in marks)
@@ -140,6 +141,11 @@ def targets(results: Mapping[str, dict]) -> str:
         "below it why what is missed is.", "", table(
             ["plan", "step", "gathers in the layers: hidden, wait as part of the step",
              "all-reduces over fsdp", "tokens", "missed"], rows), told, OTHERS])
+
+
+def _ratio_text(program: dict) -> str:
+    ratio = tokens_ratio(program)
+    return "not known" if ratio is None else f"{ratio:.2f}" if ratio else ""
 
 
 def _sums_text(found: list[tuple[str, int, float]], program: dict) -> str:

@@ -46,7 +46,8 @@ class Program:
     attention, whose work can be counted, and that rematerialisation policy (None: the config's own). parts
     names the argument trees, for accounting. samples: of one call. microbatches: parts, one after
     another, into which a call cuts them. training: it takes a gradient. context_minimum: bytes that
-    a device sends at least in a call so that the tokens of its samples meet (`context_minimum`).
+    a device sends at least in a call so that the tokens of its samples meet (`context_minimum`);
+    None where that is not known.
     keeps_attention: the remat policy keeps what attention returned, so its kernel runs once.
     """
 
@@ -58,36 +59,50 @@ class Program:
     samples: int
     microbatches: int = 1
     training: bool = True
-    context_minimum: float = 0.0
+    context_minimum: float | None = 0.0
     keeps_attention: bool = False
 
 
-def context_minimum(config: Any, mesh: Mesh, samples: int, name: str) -> float:
+def context_minimum(config: Any, mesh: Mesh, samples: int, name: str) -> float | None:
     """Bytes that a device sends over context in one call of a program if nothing is sent twice.
 
     Ulysses: the device's own tokens of q, k, v and the result change places in the forward pass,
     and their four gradients in the backward pass; all but the part that stays. No padding, nothing
-    computed again. 0 where tokens are not cut, where the heads ask for a ring, and for stages other
-    than adversarial training.
+    computed again. 0 where tokens are not cut, None where the heads ask for a ring or no count is
+    known (`layer_passes`).
     """
     ways, heads = mesh.shape["context"], config.model.heads // mesh.shape["tensor"]
-    if ways == 1 or ulysses_size(ways, heads, config.mesh.ulysses) < ways:
+    if ways == 1:
         return 0.0
-    depth, last = config.model.depth, 0
-    if config.stage == "adversarial":
-        last = discriminator_taps(config.model, config.discriminator)[-1]
-    # layers that run forward and backward; the D step sees real, perturbed and fake samples
-    layers = {"G step": 2 * (depth + last), "D step": depth + 2 * 3 * last,
-              INFERENCE: depth}
-    if name not in layers or (name == "G step" and not last):
-        return 0.0
+    passes = layer_passes(config, name)
+    if passes is None or ulysses_size(ways, heads, config.mesh.ulysses) < ways:
+        return None
     frames, height, width, _ = sample_shape(config)
     tokens = math.prod(side // patch for side, patch in zip(
         (frames, height, width), config.model.patch, strict=True))
     if config.model.family == "mmdit":  # text takes part in the joint attention
         tokens += text_length(config)
     share = max(1, samples // batch_ways(mesh)) * tokens / ways * heads * config.model.head_dim
-    return 4 * layers[name] * share * jnp.dtype(config.model.dtype).itemsize * (ways - 1) / ways
+    return 4 * passes * share * jnp.dtype(config.model.dtype).itemsize * (ways - 1) / ways
+
+
+def layer_passes(config: Any, name: str) -> int | None:
+    """How often a program runs a layer for one sample, forward and backward each counted; None
+    where the exact R1 differentiates twice."""
+    depth, objective = config.model.depth, config.objective.adversarial
+    if name == INFERENCE:
+        return depth
+    if config.stage == "pretrain":
+        return 2 * depth
+    if config.stage == "consistency":  # the student and its gradient, its target, the teacher twice
+        return (2 + 1 + 2) * depth
+    last = discriminator_taps(config.model, config.discriminator)[-1]
+    if name == STEP_NAMES["generator"]:  # D's own parameters aside, its gradient goes all the way
+        return 2 * (depth + last) + (last if objective.loss == "relativistic" else 0)
+    if objective.r1 and objective.r1_mode == "exact":
+        return None
+    seen = 2 + objective.r1 + objective.r2  # real and fake samples, their perturbed twins
+    return depth + (1 if config.discriminator.backbone == "frozen" else 2) * seen * last
 
 
 def reference_config(config: Any, remat: str | None = "none") -> Any:

@@ -107,7 +107,8 @@ class Plan:
                 {"name": c.name, "kind": c.kind, "axes": c.axes, "dtype": c.dtype,
                  "bytes": c.bytes, "times": c.times, "seconds": c.seconds, "hidden": c.hidden}
                 for c in p.exposed_steady],
-            "context_gib": p.context_bytes / GIB, "context_minimum_gib": p.context_minimum / GIB,
+            "context_gib": p.context_bytes / GIB, "context_minimum_gib": (
+                None if p.context_minimum is None else p.context_minimum / GIB),
             "notes": list(p.notes),
         } for p in self.programs}
         return {

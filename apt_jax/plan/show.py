@@ -49,9 +49,10 @@ def format_plan(plan: Plan) -> str:
         ["modelled exposed traffic"] + [_seconds(p.exposed) for p in plan.programs],
         ["modelled time"] + [_seconds(p.step) for p in plan.programs],
     ]
-    if any(p.context_minimum for p in plan.programs):
+    if any(p.context_minimum != 0 for p in plan.programs):
         work.append(["tokens sent / least possible"] + [
-            f"{p.context_bytes / p.context_minimum:.2f}" if p.context_minimum else ""
+            "not known" if p.context_minimum is None
+            else f"{p.context_bytes / p.context_minimum:.2f}" if p.context_minimum else ""
             for p in plan.programs])
     traffic = [
         [p.name, t.kind, t.axes, t.dtype, f"{t.count:g}", f"{t.wire / GIB:.2f}",

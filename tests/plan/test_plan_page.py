@@ -7,6 +7,7 @@ import pytest
 
 from apt_jax.cli.main import main
 from apt_jax.plan import page
+from apt_jax.plan.measure import UNREAD
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +71,21 @@ def test_targets_are_said_with_their_misses(results):
     step["context_gib"] = 4.0
     step["steady_collectives"], step["notes"] = [], []
     assert "| none | none | 1.00 | met |" in page.targets(results)
+    for least in (None, 0.0):  # a ring; a file from before the least of its stage was counted
+        step["context_minimum_gib"] = least
+        assert "| none | none | not known | tokens not judged |" in page.targets(results)
+    step["context_gib"] = 0.0
+    assert "| none | none |  | met |" in page.targets(results)
+    step["notes"] = [f"2 collectives {UNREAD} (x): traffic and time are without them"]
+    assert "| gathers not judged, sums not judged, tokens not judged |" in page.targets(results)
+
+
+def test_the_distillations_tokens_have_a_reason_of_their_own(results):
+    name = "seaweed_8b_consistency_h100_8x8"
+    results[name] = results["seaweed_8b_video_h100_8x8"]
+    step = results[name]["plan"]["programs"]["D step"]
+    step["context_gib"] = 1.2 * step["context_minimum_gib"]
+    assert "| none | 1.20 | unexplained, i |" in page.targets(results)
 
 
 def test_the_page_lists_what_is_missing_and_what_was_refused(results, tmp_path):

@@ -303,11 +303,33 @@ def test_the_least_that_context_sends_is_ulysses_by_hand():
     assert context_minimum(config, mesh, 1, "one-step inference") == pytest.approx(36 * once)
     assert context_minimum(config, mesh, 8, "G step") == pytest.approx(4 * 2 * 72 * once)
     assert context_minimum(config, mesh, 8, "D step") == pytest.approx(4 * (36 + 6 * 36) * once)
+
+    def layers(name="D step", **changes):
+        """Runs of a layer, forward and backward each counted."""
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        found = context_minimum(changed, mesh, 8, name)
+        return found and found / once / 4
+
+    # as the compiled consistency step with remat none sends them: student 2, target 1, teacher 2
+    assert layers("G step", stage="consistency") == pytest.approx(5 * 36)
+    assert layers("G step", stage="pretrain") == pytest.approx(2 * 36)
+    objective = "objective__adversarial__"
+    assert layers(**{f"{objective}r2": True}) == pytest.approx(36 + 8 * 36)
+    assert layers(**{f"{objective}r1": False}) == pytest.approx(36 + 4 * 36)
+    assert layers(**{f"{objective}r1_mode": "exact"}) is None  # twice differentiated: not counted
+    assert layers(discriminator__backbone="frozen") == pytest.approx(36 + 3 * 36)  # no gradient
+    assert layers("G step", **{f"{objective}loss": "relativistic"}) == pytest.approx(5 * 36)
     config.mesh.ulysses = 2
-    assert context_minimum(config, mesh, 8, "D step") == 0  # a ring: another minimum
+    assert context_minimum(config, mesh, 8, "D step") is None  # a ring: another minimum
+    assert context_minimum(config, on(fsdp=8), 8, "D step") == 0
     plan = made(found=[
         Collective("a", "all-to-all", "context", 4, "bf16", 1, 3.0 * GIB, 2.0, True)])
     plan = dataclasses.replace(plan, programs=(dataclasses.replace(
         plan.programs[0], context_minimum=4.0 * GIB, traffic=plan.programs[0].steady),))
     assert "tokens sent / least possible" in format_plan(plan) and "1.50" in format_plan(plan)
     assert plan.to_json()["programs"]["D step"]["context_gib"] == 6.0
+    ring = dataclasses.replace(plan, programs=(dataclasses.replace(
+        plan.programs[0], context_minimum=None),))
+    assert "not known" in format_plan(ring)
+    assert ring.to_json()["programs"]["D step"]["context_minimum_gib"] is None
