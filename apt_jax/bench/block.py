@@ -20,7 +20,6 @@ from apt_jax.bench.attention import ours
 from apt_jax.bench.attention_peers import inputs_of
 from apt_jax.bench.case import SETS, Case, random_like
 from apt_jax.bench.cases import MARKERS, AttentionCase
-from apt_jax.bench.device_less import elsewhere
 from apt_jax.bench.programs import tokens
 from apt_jax.bench.report import row_name
 from apt_jax.bench.tables import pairs_of
@@ -35,6 +34,7 @@ from apt_jax.nn.fp8 import with_fp8
 from apt_jax.nn.functional import Network
 from apt_jax.nn.rope import Rotation
 from apt_jax.nn.stack import run_stack, stack
+from apt_jax.plan.devices import elsewhere
 from apt_jax.plan.flops import ATTENTION_SCOPE, count_flops
 from apt_jax.plan.programs import text_length
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.bench.attention import peak_of
-from apt_jax.bench.device_less import Compiled, complaint, count_kernels, elsewhere
+from apt_jax.bench.device_less import Compiled, complaint, count_kernels
 from apt_jax.bench.memory import memory, memory_stats
 from apt_jax.bench.profile import CALLS, profiled
 from apt_jax.bench.report import in_a_line
@@ -21,6 +21,7 @@ from apt_jax.bench.tables import Pair
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
+from apt_jax.plan.devices import elsewhere
 
 FP8 = "__cublas$lt$matmul$f8"  # how a compiled program for NVIDIA's GPUs names its eight-bit products
 SETS = 3  # of inputs, which calls take in turns

@@ -6,11 +6,10 @@ of scores (`bench/tables.py`). Whether it is fast is not known before it has run
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +20,8 @@ from apt_jax.bench.cases import MARKERS, AttentionCase, parts_of_backend
 from apt_jax.bench.tables import Pair, made, tables
 from apt_jax.errors import UserError
 from apt_jax.kernels.attention import attention
-from apt_jax.kernels.choice import Hardware, choosing
-from apt_jax.kernels.peers import prepare_tokamax
+from apt_jax.kernels.choice import choosing
+from apt_jax.plan.devices import elsewhere
 from apt_jax.plan.hlo import parse_hlo
 
 
@@ -146,36 +145,6 @@ def complaint(kernels: dict[str, int], wanted: dict[str, int], tables: Sequence[
         wrong.append(f"{tables[0]} is a table of scores"
                      + (f", and so are {len(tables) - 1} others" if len(tables) > 1 else ""))
     return "; ".join(wrong)
-
-
-@contextlib.contextmanager
-def elsewhere(device: Any) -> Iterator[None]:
-    """Kernels are chosen and built for `device`, which need not be there."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(choosing(hardware=Hardware.of(device)))
-        if device.platform == "gpu":
-            stack.enter_context(_tokamax_for(device))
-        yield
-
-
-@contextlib.contextmanager
-def _tokamax_for(device: Any) -> Iterator[None]:
-    """tokamax asks jax for the default device; for a while the answer is this one."""
-    import jax.extend.backend as extend
-
-    try:
-        from tokamax._src.config import cross_compile
-    except ImportError:  # not installed, which its refusal will say
-        yield
-        return
-    prepare_tokamax()
-    answer = extend.get_default_device
-    extend.get_default_device = lambda: device
-    try:
-        with cross_compile("true"):
-            yield
-    finally:
-        extend.get_default_device = answer
 
 
 def compile_all(cases: Sequence[AttentionCase], backends: Sequence[str], device: Any,

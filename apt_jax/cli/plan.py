@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """\
   apt-jax plan --config configs/seaweed_8b_video.py --topology h100:1x8
@@ -31,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:ARG]", help="a config file")
     add("--topology", required=True, metavar="CHIP:SIZES", help="devices to compile for")
-    add("--json", metavar="FILE", default="", help="write everything as JSON too")
+    add("--json", metavar="FILE", default="",
+        help="write everything as JSON too (with --sweep the rows until then, after each)")
     add("--hlo", metavar="DIR", default="", help="keep the compiled programs' text in this folder")
     add("--reuse", action="store_true",
         help="with --hlo: read the programs that lie there instead of compiling them again; the "
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
                         "two out")
     if args.reuse and not args.hlo:
         raise UserError("--reuse reads kept programs; name their folder with --hlo DIR")
+    given = {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+             if os.environ.get(name)}
     prepare_environment(unrun=True)
     from apt_jax.config import load_config, validate
     from apt_jax.config.schema import REMATS
@@ -73,18 +78,37 @@ def run(args: argparse.Namespace) -> int:
     config = validate(load_config(args.config, args.overrides))
     options = compiler_options(args.flags, topology.chip.kind, topology.hosts)
 
+    kept = Kept(Path(args.hlo), args.reuse) if args.hlo else None
+    if kept:
+        kept.check()
+    if args.json:
+        _check(Path(args.json))
+
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    if args.sweep:
-        results = planning.sweep(config, topology, tuple(args.remats), tell, options=options)
-        print(format_sweep(results, topology.devices))
-        value = [{"label": label, "remat": remat, **(
-            {"error": found} if isinstance(found, str) else found.to_json())}
+    def plain(found: planning.Plan) -> dict[str, Any]:
+        """Its JSON, with the flags that the user's environment adds."""
+        return found.to_json() | ({"environment": given} if given else {})
+
+    def rows(results: list[planning.Row]) -> list[dict[str, Any]]:
+        return [{"label": label, "remat": remat, **(
+            {"error": found} if isinstance(found, str) else plain(found))}
             for label, remat, found in results]
+
+    def keep(results: list[planning.Row]) -> None:
+        if args.json:
+            try:
+                _write(Path(args.json), rows(results))
+            except UserError as error:
+                tell(f"plan: {error}")  # the table at the end is not lost with the file
+
+    if args.sweep:
+        results = planning.sweep(config, topology, tuple(args.remats), tell, keep, options=options)
+        print(format_sweep(results, topology.devices))
+        value: Any = rows(results)
         fits = any(not isinstance(found, str) and found.fits for *_, found in results)
     else:
-        kept = Kept(Path(args.hlo), args.reuse) if args.hlo else None
         found = planning.plan(config, topology, inference=not args.no_inference, options=options,
                               kept=kept, tell=tell)
         if not found.fits and not args.no_remedy:
@@ -94,12 +118,34 @@ def run(args: argparse.Namespace) -> int:
             found = dataclasses.replace(found, remedy=planning.find_remedy(
                 config, topology, found, options=options, tell=tell))
         print(format_plan(found))
-        value, fits = found.to_json(), found.fits
+        value, fits = plain(found), found.fits
     if args.json:
-        try:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(value, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.json} ({error.strerror}); give a file in a "
-                            "folder that you may write to") from None
+        _write(Path(args.json), value)
     return 0 if fits else 1
+
+
+def _check(path: Path) -> None:
+    """UserError where the file cannot be written: asked before anything is compiled. Nothing is left
+    there but its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _write(path: Path, value: Any) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=1) + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> Exception:
+    from apt_jax.errors import UserError
+
+    return UserError(f"cannot write {path} ({error.strerror}); give a file in a folder that you may "
+                     "write to")

@@ -6,9 +6,11 @@ needs a driver. Set up the environment (`prepare_environment`) before jax makes 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from apt_jax.errors import UserError
@@ -101,3 +103,37 @@ def _cuda(topology: Topology) -> dict[str, Any]:
     # slices x hosts x GPUs: with real devices jax calls every host a slice, so here too.
     return {"platform": "cuda", "topology_name": chip.name, "target_config": target,
             "topology": f"{hosts}x1x{devices}"}
+
+
+@contextlib.contextmanager
+def elsewhere(device: Any) -> Iterator[None]:
+    """Kernels are chosen and built for `device`, which need not be there."""
+    from apt_jax.kernels.choice import Hardware, choosing
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(choosing(hardware=Hardware.of(device)))
+        if device.platform == "gpu":
+            stack.enter_context(_tokamax_for(device))
+        yield
+
+
+@contextlib.contextmanager
+def _tokamax_for(device: Any) -> Iterator[None]:
+    """tokamax asks jax for the default device; for a while the answer is this one."""
+    import jax.extend.backend as extend
+
+    from apt_jax.kernels.peers import prepare_tokamax
+
+    try:
+        from tokamax._src.config import cross_compile
+    except ImportError:  # not installed, which its refusal will say
+        yield
+        return
+    prepare_tokamax()
+    answer = extend.get_default_device
+    extend.get_default_device = lambda: device
+    try:
+        with cross_compile("true"):
+            yield
+    finally:
+        extend.get_default_device = answer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from apt_jax.errors import UserError
 from apt_jax.plan.measure import Compiled
@@ -14,13 +16,26 @@ from apt_jax.plan.measure import Compiled
 class Kept:
     """For each program NAME.txt, the scheduled HLO, and NAME.json, the memory analysis in bytes.
 
-    reuse: take what lies there. Whether it is this config's nobody checks.
+    reuse: take what lies there, but for what was compiled with other flags. Whether it is this
+    config's nobody checks.
     """
 
     folder: Path
     reuse: bool = False
 
-    def read(self, name: str) -> Compiled | None:
+    def check(self) -> None:
+        """UserError where nothing can be written to the folder, asked before anything is compiled."""
+        if self.reuse:
+            return  # all may lie there
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def read(self, name: str, flags: dict[str, Any]) -> Compiled | None:
+        """The program of that name; None where there is none, or one of other XLA options. One that
+        was kept before these were noted is taken."""
         text, memory = self._paths(name)
         if not (self.reuse and text.is_file() and memory.is_file()):
             return None
@@ -28,7 +43,7 @@ class Kept:
             found = Compiled(text.read_text(), **json.loads(memory.read_text()))
             if found.text and not found.text.rstrip().endswith("}"):
                 raise ValueError(f"{text.name} beside it is cut off")
-            return found
+            return found if found.flags in (None, flags) else None
         except (ValueError, TypeError) as error:
             raise UserError(f"{memory} is damaged ({error}); delete it") from None
 
@@ -40,8 +55,11 @@ class Kept:
             text.write_text(value.pop("text"))
             memory.write_text(json.dumps(value) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give --hlo a "
-                            "folder that you may write to") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write to {self.folder} ({error.strerror}); give --hlo a folder that "
+                         "you may write to")
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         stem = name.replace(" ", "_")

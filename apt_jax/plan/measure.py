@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from apt_jax.kernels import dispatch
 from apt_jax.plan.chips import Topology
 from apt_jax.plan.collectives import Collective, collectives, unread
 from apt_jax.plan.compiler import compile_text
@@ -71,6 +72,7 @@ class Measurement:
       notes: what deserves a look: float32 gathers, arrays held in full everywhere.
       refused: what the compiler said where it found no room; the memory is then what it named, and
         there are no collectives.
+      attention, flags: the kernel and the XLA options of the compiled program (`Compiled`).
       context_minimum: bytes that a device must send over context at least, None where that is not
         known (programs.py).
     """
@@ -93,6 +95,8 @@ class Measurement:
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...]
     refused: str = ""
+    attention: str = "not recorded"
+    flags: dict[str, Any] | None = None
     context_minimum: float | None = 0.0
 
     @property
@@ -142,7 +146,9 @@ def shard_bytes(tree: Any) -> int:
 class Compiled:
     """What is read off a compiled program: its text and the compiler's memory analysis, in bytes.
 
-    refused: what the compiler said where it found no room; there is no text then.
+    refused: what the compiler said where it found no room; there is no text then. attention: the
+    kernel of its attention, by its name in model.attention, several joined by +. flags: the XLA
+    options it was compiled with, None where they were not kept.
     """
 
     text: str
@@ -152,24 +158,30 @@ class Compiled:
     temporaries: int
     code: int
     refused: str = ""
+    attention: str = "not recorded"
+    flags: dict[str, Any] | None = None
 
 
 def compile_program(program: Program, options: dict[str, Any] | None = None) -> Compiled:
     """Compiles it; options: XLA compiler options of this program."""
     platform = next((device.platform for leaf in jax.tree.leaves(program.args) if leaf.sharding
                      for device in leaf.sharding.device_set), "")
+    with dispatch.recording() as kernels:
+        lowered = program.function.lower(*program.args)
+    made = {"attention": "+".join(sorted(kernels)) or "oracle", "flags": dict(options or {})}
     try:
-        compiled, text = compile_text(program.function.lower(*program.args), options, platform)
+        compiled, text = compile_text(lowered, options, platform)
     except jax.errors.JaxRuntimeError as error:
         room = refusal(str(error))
         if room is None:
             raise
         arguments = shard_bytes(program.args)
-        return Compiled("", arguments, 0, 0, max(0, room[1] - arguments), 0, room[0])
+        return Compiled("", arguments, 0, 0, max(0, room[1] - arguments), 0, room[0],
+                        **made)
     said = compiled.memory_analysis()
     return Compiled(text, said.argument_size_in_bytes, said.output_size_in_bytes,
                     said.alias_size_in_bytes, said.temp_size_in_bytes,
-                    said.generated_code_size_in_bytes)
+                    said.generated_code_size_in_bytes, **made)
 
 
 def measure(program: Program, topology: Topology, mesh: Mesh, compiled: Compiled) -> Measurement:
@@ -198,7 +210,8 @@ def measure(program: Program, topology: Topology, mesh: Mesh, compiled: Compiled
         exposed=sum(c.seconds * (1 - c.hidden) * c.times for c in found),
         traffic=_traffic(found), collectives=tuple(found),
         notes=(*notes, *_notes(program, found, shape)),
-        refused=compiled.refused, context_minimum=program.context_minimum)
+        refused=compiled.refused, attention=compiled.attention, flags=compiled.flags,
+        context_minimum=program.context_minimum)
 
 
 def refusal(message: str) -> tuple[str, int] | None:

@@ -192,7 +192,8 @@ def training_programs(config: Any, devices: list) -> list[Program]:
                      "batch": inputs},
                     batch, microbatches(config.train.accumulate, batch, mesh),
                     context_minimum=context_minimum(config, mesh, batch, STEP_NAMES[name]),
-                    keeps_attention=config.model.remat in KEEP_ATTENTION)
+                    keeps_attention=config.model.remat in KEEP_ATTENTION
+                    and config.model.get("attention") != "tokamax")  # keeps no log-sum-exp for backward
             for name, step in steps.items()]
 
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.errors import UserError
-from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.kernels.choice import Hardware
 from apt_jax.kernels.dispatch import Request
 from apt_jax.kernels.dispatch import refusal as cannot_serve
 from apt_jax.parallel.mesh import divisors, make_mesh
 from apt_jax.plan.advice import launch_notes
 from apt_jax.plan.chips import GIB, Topology
-from apt_jax.plan.devices import describe
+from apt_jax.plan.devices import describe, elsewhere
 from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Measurement, compile_program, measure, work
 from apt_jax.plan.programs import (
@@ -76,6 +76,17 @@ class Plan:
         return not program.refused and program.peak <= self.usable
 
     @property
+    def attention(self) -> str:
+        """The kernels of the programs' attention, by their names in model.attention."""
+        return "+".join(sorted({k for p in self.programs for k in p.attention.split("+")}))
+
+    @property
+    def flags(self) -> dict[str, Any] | None:
+        """The XLA options that all programs were compiled with; None where not all are known."""
+        first = self.programs[0].flags
+        return first if all(p.flags == first for p in self.programs) else None
+
+    @property
     def microbatch(self) -> int:
         """Samples at a time, over all devices, of the training steps."""
         return self.batch // max(p.microbatches for p in self.programs)
@@ -89,7 +100,7 @@ class Plan:
         """Plain values: "fits", "peak_gib", "flops_forward_tflop", per program and in all."""
         programs = {p.name: {
             "fits": self.fit(p), "peak_gib": p.peak / GIB, "refused": p.refused,
-            "samples": p.samples, "microbatches": p.microbatches,
+            "samples": p.samples, "microbatches": p.microbatches, "attention": p.attention,
             # of the forward passes of all networks that it evaluates, per sample
             "flops_forward_tflop": p.flops.forward / p.samples / 1e12,
             "arguments_gib": p.arguments / GIB, "temporaries_gib": p.temporaries / GIB,
@@ -118,8 +129,12 @@ class Plan:
             "fits": self.fits, "peak_gib": self.peak / GIB, "usable_gib": self.usable / GIB,
             "flops_forward_tflop": self.forward / 1e12,
             "step_seconds": self.step, "remedy": self.remedy, "notes": list(self.notes),
+            "attention": self.attention, "flags": self.flags,
             "programs": programs,
         }
+
+
+Row = tuple[str, str, Plan | str]  # of a sweep: mesh, remat, the plan or why there is none
 
 
 def build_programs(config: Any, devices: list, inference: bool) -> list[Program]:
@@ -154,10 +169,10 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     measured: list[Measurement] = []
     usable = topology.chip.memory * (1 - RESERVE)
     for program in programs:
-        compiled = kept.read(program.name) if kept else None
+        compiled = kept.read(program.name, options or {}) if kept else None
         if compiled is None:
             tell(f"{topology.text}: compiling {program.name}")
-            with choosing(hardware=Hardware.of(devices[0])):  # kernels for there, not for here
+            with elsewhere(devices[0]):  # kernels for there, not for here
                 compiled = compile_program(program, options)
             if kept:
                 kept.write(program.name, compiled)
@@ -190,12 +205,14 @@ def forward_flops(config: Any, devices: list, measured: list[Measurement]) -> fl
 
 def for_chip(config: Any, topology: Topology, hardware: Hardware) -> Any:
     """A copy of the config whose attention is the chip's own kernel, unless one was asked for or it
-    cannot serve the network's heads ("auto" then finds what can)."""
+    cannot serve the network's heads or the exact R1's second derivative ("auto" then finds what
+    can)."""
     config = config.copy_and_resolve_references()
-    model = config.model
+    model, objective = config.model, config.objective.adversarial
     if "attention" in model and model.attention == "auto":
+        exact = config.stage == "adversarial" and objective.r1 and objective.r1_mode == "exact"
         request = Request(1, 2**16, 2**16, model.heads, model.width // model.heads,
-                          jnp.dtype(model.dtype), True, 1, hardware)
+                          jnp.dtype(model.dtype), True, 2 if exact else 1, hardware)
         if cannot_serve(topology.chip.attention, request) is None:
             model.attention = topology.chip.attention
     return config
@@ -273,12 +290,14 @@ def mesh_shapes(config: Any, devices: int) -> Iterator[dict[str, int]]:
 
 
 def sweep(config: Any, topology: Topology, remats: tuple[str, ...],
-          tell: Callable[[str], None] = lambda text: None, **settings: Any
-          ) -> list[tuple[str, str, Plan | str]]:
-    """Plans of every mesh shape and rematerialisation policy, (mesh, policy, plan), those that fit
-    first, by step time per sample; the others with their peak, or with the reason why they could
-    not be planned."""
-    results: list[tuple[str, str, Plan | str]] = []
+          tell: Callable[[str], None] = lambda text: None,
+          each: Callable[[list[Row]], None] = lambda rows: None, **settings: Any) -> list[Row]:
+    """Plans of every mesh shape and rematerialisation policy, those that fit first, by step time per
+    sample; the others with their peak, or with the reason why they could not be planned.
+
+    each: called after every plan with the rows until then, in that order.
+    """
+    results: list[Row] = []
     shapes = list(mesh_shapes(config, topology.devices))
     for number, (shape, remat) in enumerate(itertools.product(shapes, remats), 1):
         changed = config.copy_and_resolve_references()
@@ -292,13 +311,14 @@ def sweep(config: Any, topology: Topology, remats: tuple[str, ...],
         except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
             # a mesh that the model or the compiler refuses
             results.append((label, remat, " ".join(str(error).split())[:120]))
+        each(rank(results))
     return rank(results)
 
 
-def rank(results: list[tuple[str, str, Plan | str]]) -> list[tuple[str, str, Plan | str]]:
+def rank(results: list[Row]) -> list[Row]:
     """Plans that fit by modelled time per sample, then those that do not by their peak, then
     errors."""
-    def order(row: tuple[str, str, Plan | str]) -> tuple[int, float]:
+    def order(row: Row) -> tuple[int, float]:
         *_, found = row
         if isinstance(found, str):
             return (2, 0.0)

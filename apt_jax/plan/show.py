@@ -25,7 +25,8 @@ def format_plan(plan: Plan) -> str:
         f"{plan.topology.text}: {plan.topology.devices} devices as {mesh}; "
         f"{plan.batch:,} samples of {plan.tokens:,} tokens an update, "
         f"{plan.microbatch:,} at a time",
-        ", ".join(f"{name} {count:,} parameters" for name, count in plan.parameters.items()),
+        ", ".join(f"{name} {count:,} parameters" for name, count in plan.parameters.items())
+        + f"; attention: {plan.attention}",
     ]
     names = [p.name for p in plan.programs]
     parts = list(dict.fromkeys(part for p in plan.programs for part in p.parts))

@@ -103,10 +103,9 @@ def test_plain_attention_for_h100_leaves_a_table_of_scores(tmp_path):
 
 # One line for each network: the instructions in the loop of its layers.
 IN_THE_LOOP = """
-from apt_jax.plan.devices import prepare_environment, describe; prepare_environment()
+from apt_jax.plan.devices import prepare_environment, describe, elsewhere; prepare_environment()
 import sys, jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from apt_jax.bench.device_less import elsewhere
 from apt_jax.models.presets import make_generator
 from apt_jax.plan.chips import parse_topology
 from apt_jax.plan.hlo import parse_hlo

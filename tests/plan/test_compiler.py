@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
 def test_a_kept_text_that_is_cut_off_is_one_line(tmp_path):
     kept = Kept(tmp_path, reuse=True)
     kept.write("D step", Compiled(TEXT, 1, 2, 3, 4, 5))
-    assert kept.read("D step").text == TEXT
+    assert kept.read("D step", {}).text == TEXT
     (tmp_path / "D_step.txt").write_text(TEXT[:-4])
     with pytest.raises(UserError, match="D_step.txt beside it is cut off.*delete it"):
-        kept.read("D step")
+        kept.read("D step", {})

@@ -3,11 +3,12 @@
 import dataclasses
 import types
 
+import jax
 import pytest
 
 from apt_jax.config import load_config
 from apt_jax.errors import UserError
-from apt_jax.kernels.choice import Hardware
+from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.parallel.mesh import check_batch, resolve_sizes
 from apt_jax.plan import run
 from apt_jax.plan.advice import launch_notes
@@ -52,8 +53,6 @@ def test_no_room_is_read_from_the_compilers_words(message, says, used):
 
 
 def test_no_room_is_a_verdict_and_other_errors_stay_errors(tmp_path):
-    import jax
-
     def program(message):
         def compile(compiler_options):
             raise jax.errors.JaxRuntimeError(message)
@@ -74,14 +73,49 @@ def test_no_room_is_a_verdict_and_other_errors_stay_errors(tmp_path):
     assert not unnamed.fits  # the compiler's word, whatever the bytes
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         compile_program(program("INTERNAL: Mosaic failed"))
+    assert plan.attention == "oracle" and "attention: oracle" in format_plan(plan)
     kept = Kept(tmp_path / "hlo")
+    kept.check()
+    assert not list((tmp_path / "hlo").iterdir())
     kept.write("D step", compiled)
-    assert kept.read("D step") is None  # not asked to
+    assert kept.read("D step", {}) is None  # not asked to
     kept = Kept(tmp_path / "hlo", reuse=True)
-    assert kept.read("D step") == compiled and kept.read("G step") is None
+    assert kept.read("D step", {}) == compiled and kept.read("G step", {}) is None
+    assert kept.read("D step", {"xla_a": 1}) is None  # compiled without it
     (tmp_path / "hlo/D_step.json").write_text("{")
     with pytest.raises(UserError, match="delete it"):
-        kept.read("D step")
+        kept.read("D step", {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give --hlo a folder"):
+        Kept(tmp_path / "file/hlo").check()
+
+
+def test_kernels_and_flags_are_those_that_the_programs_were_compiled_with():
+    from apt_jax.kernels.attention import attention
+
+    function = jax.jit(lambda q: attention(q, q, q))
+    program = Program("D step", function, (jax.ShapeDtypeStruct((1, 16, 1, 8), "float32"),),
+                      lambda remat: ((lambda: None), ()), {}, 8)
+    options = {"xla_cpu_enable_fast_min_max": True}
+    compiled = compile_program(program, options)
+    assert compiled.attention == "oracle" and compiled.flags == options
+    with choosing(backend="pallas"):
+        again = dataclasses.replace(program, function=jax.jit(lambda q: attention(q, q, q)))
+        assert compile_program(again).attention == "pallas"
+
+    def planned(*of):
+        return dataclasses.replace(made(), programs=tuple(
+            dataclasses.replace(made().programs[0], attention=name, flags=flags)
+            for name, flags in of))
+
+    plan = planned(("pallas", options), ("oracle+pallas", options))
+    assert plan.attention == "oracle+pallas" and plan.flags == options
+    value = plan.to_json()
+    assert (value["attention"], value["flags"]) == (plan.attention, options)
+    assert value["programs"]["D step"]["attention"] == "oracle+pallas"
+    assert planned(("pallas", options), ("pallas", {})).flags is None
+    # kept by a plan from before these were noted
+    assert planned(("not recorded", None)).to_json()["attention"] == "not recorded"
 
 
 def on(**shape):
@@ -138,8 +172,6 @@ def test_the_first_remedy_is_smaller_microbatches(monkeypatch):
 
 
 def test_a_remedy_for_inference_is_tried_on_inference_and_may_end_in_an_error(monkeypatch):
-    import jax
-
     config = load_config("configs/demo_image.py", [])
     large = made(peak=90 * GIB, name=run.INFERENCE)
     tried = []
@@ -168,6 +200,12 @@ def test_the_chips_own_kernel_is_taken_where_it_serves(topology, head_dim, kerne
     platform = "gpu" if topology.chip.kind == "cuda" else "tpu"
     found = run.for_chip(config, topology, Hardware(platform, "x", 9.0 * (platform == "gpu")))
     assert found.model.attention == kernel and config.model.attention == "auto"
+    config.objective.adversarial.r1_mode = "exact"  # a second derivative, which no fast one has
+    assert run.for_chip(config, topology, Hardware(platform, "x", 9.0 * (platform == "gpu"))
+                        ).model.attention == "auto"
+    config.stage = "consistency"
+    assert run.for_chip(config, topology, Hardware(platform, "x", 9.0 * (platform == "gpu"))
+                        ).model.attention == kernel
 
 
 def test_a_smaller_batch_is_the_last_remedy_and_only_where_samples_are_large():
@@ -252,8 +290,11 @@ def test_the_sweep_ranks_what_fits_by_time_a_sample(monkeypatch):
         return made(batch=4, step=float(config.mesh.context))
 
     monkeypatch.setattr(run, "plan", plan)
-    rows = run.sweep(config, parse_topology("h100:1x8"), ("none", "full"))
+    seen = []
+    rows = run.sweep(config, parse_topology("h100:1x8"), ("none", "full"), each=seen.append)
     assert len(rows) == 2 * len(shapes)
+    assert [len(part) for part in seen] == list(range(1, len(rows) + 1)) and seen[-1] == rows
+    assert all(part == run.rank(part) for part in seen)
     kinds = ["error" if isinstance(p, str) else "fits" if p.fits else "large" for *_, p in rows]
     assert kinds == sorted(kinds, key=["fits", "large", "error"].index)
     assert {"fits", "large", "error"} == set(kinds)
