@@ -8,9 +8,11 @@
     python launch/plans.py --hlo DIR          keep the compiled programs, and go on from them
     python launch/plans.py --page             only the page and the plot, from what is there
 
-Each result is a file docs/plans/NAME.json: the command, the versions and what `apt-jax plan
---json` wrote. The environment is that of `make test-plan`. A plan of the 8B network
-takes two to three minutes of processor time and 4 GB of memory. The plot needs pip install 'apt_jax[plots]'.
+Each result is a file docs/plans/NAME.json: the command, the versions, the revision (where all of it
+was compiled at once) and what `apt-jax plan --json` wrote, the XLA flags among it. The page says which
+were compiled with other flags than today's. The environment is that of `make test-plan`. A plan of the
+8B network takes two to three minutes of processor time and 4 GB of memory. The plot needs
+pip install 'apt_jax[plots]'.
 """
 
 from __future__ import annotations
@@ -81,19 +83,33 @@ def run(name: str, hlo: str) -> bool:
     PLANS.mkdir(parents=True, exist_ok=True)
     words = command(name)
     print(f"plans.py: {name}: apt-jax {' '.join(words)}", flush=True)
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "plan.json"
-        kept = ["--reuse", "--hlo", str(Path(hlo).resolve() / name)] if hlo else []
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")}
+    folder = Path(hlo).resolve() / name if hlo else None
+    made = "" if folder and any(folder.glob("*.json")) else revision()
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "plan.json"
+        kept = ["--reuse", "--hlo", str(folder)] if folder else []
         done = subprocess.run([sys.executable, "-m", "apt_jax", *words, "--json", str(out), *kept],
                               cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
         if not out.is_file():
             print(f"plans.py: {name} failed with status {done.returncode}", file=sys.stderr)
             return False
         plan = slim(json.loads(out.read_text()))
-    value = {"command": " ".join(["apt-jax", *words]), "versions": versions_of(PACKAGES), "plan": plan}
+    value = {"command": " ".join(["apt-jax", *words]), "versions": versions_of(PACKAGES),
+             "revision": made, "plan": plan}
     (PLANS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     return True
+
+
+def revision() -> str:
+    """The commit of this checkout, with "-dirty" where files differ from it; "" without git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def slim(plan: dict) -> dict:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apt_jax.parallel.flags import compiler_options
+from apt_jax.plan.chips import parse_topology
 from apt_jax.plan.programs import INFERENCE
 from apt_jax.plan.targets import (
     CONTEXT_TARGET,
@@ -39,10 +41,10 @@ def write(folder: Path, results: Mapping[str, dict], wanted: Mapping[str, str]) 
     """folder/README.md, and folder/weak_scaling.svg where two sizes of the video stage are there.
 
     Args:
-      results: name -> {"command", "versions", "plan"}.
+      results: name -> {"command", "versions", "revision" (lately), "plan"}.
       wanted: name -> command of every plan that belongs on the page.
     """
-    blocks = [HEAD, memory(results), traffic(results), targets(results)]
+    blocks = [HEAD, memory(results), traffic(results), targets(results), flags(results)]
     scaling = weak_scaling(results)
     if len(scaling) > 1:
         blocks.append(scaling_text(scaling))
@@ -157,6 +159,28 @@ def _sums_text(found: list[tuple[str, int, float]], program: dict) -> str:
     return (f"{len(found)}, up to {max(size for _, size, _ in found)} MiB, up to "
             f"{max(times for *_, times in found):,.0f} times, "
             f"{100 * seconds / program['step_seconds']:.1f}%")
+
+
+def flags(results: Mapping[str, dict]) -> str:
+    """Which plans were compiled with other XLA flags than a run there would have today."""
+    unknown, lines = [], []
+    for name, result in results.items():
+        plan = result["plan"]
+        had = plan.get("flags")
+        if had is None:
+            unknown.append(name)
+            continue
+        topology = parse_topology(plan["topology"])
+        now = compiler_options("auto", topology.chip.kind, topology.hosts)
+        other = [f"`{flag}` was {had.get(flag, 'not set')} and is {now.get(flag, 'not set')}"
+                 for flag in sorted(had.keys() | now.keys()) if had.get(flag) != now.get(flag)]
+        if other:
+            lines.append(f"- {name}: {', '.join(other)}.")
+    if unknown:
+        lines.append("- Compiled before the flags were kept, so perhaps with others than today's: "
+                     f"{', '.join(unknown)}.")
+    told = lines or ["All were compiled with the flags that a run has today."]
+    return "## Flags\n\n" + "\n".join(told) + "\n" if results else ""
 
 
 def weak_scaling(results: Mapping[str, dict]) -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
 """The page of the committed plans: what it says of made-up ones, and that it is up to date."""
 
 import importlib.util
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from apt_jax.cli.main import main
+from apt_jax.parallel.flags import compiler_options
 from apt_jax.plan import page
 from apt_jax.plan.measure import UNREAD
 
@@ -33,7 +36,8 @@ def program(compute, exposed, once, microbatches, peak=60.0, hidden=0.5, notes=(
 def result(devices, microbatches, peak=60.0, turn=0.1, once=1.0):
     step = program(8.0 * microbatches, turn * microbatches + once, once, microbatches, peak)
     return {"command": "apt-jax plan", "versions": {}, "plan": {
-        "devices": devices, "mesh": {"fsdp": devices}, "batch": 2048, "microbatch": 2,
+        "topology": f"h100:{devices // 8}x8", "devices": devices, "mesh": {"fsdp": devices},
+        "batch": 2048, "microbatch": 2,
         "tokens": 46800, "usable_gib": 74.4, "fits": True,
         "programs": {"D step": step, "one-step inference": {**step, "peak_gib": 99.0}}}}
 
@@ -96,6 +100,49 @@ def test_the_page_lists_what_is_missing_and_what_was_refused(results, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "- other: `apt-jax plan --config o`" in text and "Used 120G of 95G" in text
     assert text.count("seaweed_8b_video_h100_8x8.json") == 1
+
+
+def test_flags_that_are_not_todays_are_told(results):
+    names, plans = list(results), [result["plan"] for result in results.values()]
+    text = page.flags(results)  # none of these files has any
+    assert len(text.splitlines()) == 3 and "before the flags were kept, so perhaps" in text
+    assert all(name in text for name in names)
+    for plan in plans:
+        hosts = int(plan["topology"].split(":")[1].split("x")[0])
+        plan["flags"] = compiler_options("auto", "cuda", hosts)
+    assert "All were compiled with the flags that a run has today" in page.flags(results)
+    del plans[0]["flags"]["xla_gpu_memory_limit_slop_factor"]
+    plans[1]["flags"] = {**plans[1]["flags"], "xla_gpu_memory_limit_slop_factor": 95, "xla_old": True}
+    text = page.flags(results)
+    assert f"- {names[0]}: `xla_gpu_memory_limit_slop_factor` was not set and is 105." in text
+    assert (f"- {names[1]}: `xla_gpu_memory_limit_slop_factor` was 95 and is 56, `xla_old` was True "
+            "and is not set.") in text
+    assert names[2] not in text and "before the flags" not in text
+
+
+def test_a_result_has_its_revision_unless_programs_were_there_already(monkeypatch, tmp_path):
+    script = load_script()
+    name, commands = "wan_1_3b_video_h100_1x1", []
+
+    def planned(words, env=None, **settings):
+        if words[0] == "git":
+            return subprocess.CompletedProcess(words, 0, "abc123\n")
+        commands.append(words)
+        assert not {"XLA_FLAGS", "LIBTPU_INIT_ARGS"} & set(env)
+        Path(words[words.index("--json") + 1]).write_text('{"programs": {}, "flags": {}}')
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", planned)
+    monkeypatch.setattr(script, "PLANS", tmp_path / "plans")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_x=true")
+    written = tmp_path / f"plans/{name}.json"
+    for hlo in ("", str(tmp_path / "hlo")):
+        assert script.run(name, hlo)
+        assert json.loads(written.read_text())["revision"] == "abc123"
+    (tmp_path / "hlo" / name).mkdir(parents=True)
+    (tmp_path / "hlo" / name / "D_step.json").write_text("{}")
+    assert script.run(name, str(tmp_path / "hlo"))
+    assert json.loads(written.read_text())["revision"] == "" and "--reuse" in commands[-1]
 
 
 def test_every_case_is_a_command_that_the_cli_takes(monkeypatch):
