@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -108,9 +109,17 @@ def inputs(config: Any, place: Place, batch: int = 1) -> dict[str, Any]:
                  "timestep": torch.rand(batch)}
         if m.family == "wan":
             return {**found, "hidden_states": torch.randn(batch, channels, frames, height, width)}
-        return {**found, "img_shapes": [[tuple(grid)]] * batch,
-                "hidden_states": torch.randn(batch, math.prod(grid), 4 * channels),
-                "encoder_hidden_states_mask": torch.ones(batch, words, dtype=torch.bool)}
+        # No mask of the text: one of all True would keep PyTorch from its flash kernel.
+        return {**found, **_lengths(batch, words), "img_shapes": [[tuple(grid)]] * batch,
+                "hidden_states": torch.randn(batch, math.prod(grid), 4 * channels)}
+
+
+def _lengths(batch: int, words: int) -> dict[str, Any]:
+    """The length of each text for diffusers that do not read it off the text states themselves."""
+    from diffusers import QwenImageTransformer2DModel
+
+    asked = inspect.signature(QwenImageTransformer2DModel.forward).parameters
+    return {"txt_seq_lens": [words] * batch} if "txt_seq_lens" in asked else {}
 
 
 def forward(config: Any, place: Place) -> Peer:

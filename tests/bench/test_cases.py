@@ -183,10 +183,19 @@ def test_a_backend_that_cannot_serve_leaves_a_row_and_the_run_goes_on(capsys, tm
 
 
 @pytest.mark.parametrize("make", [latents, wan])
-def test_the_peers_do_the_same_work(make):
+def test_the_peers_do_the_same_work(make, monkeypatch):
+    """Without a mask, with which PyTorch's flash kernel could not serve."""
     pytest.importorskip("diffusers")
     import torch
 
+    functional, masks = torch.nn.functional, []
+    attend = functional.scaled_dot_product_attention
+
+    def watched_attention(query, key, value, attn_mask=None, *args, **kwargs):
+        masks.append(attn_mask)
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched_attention)
     place, config = torch_peers.Place("cpu", compiled=False), make()
     peer = torch_peers.forward(config, place)
     assert peer.parameters > 0 and torch.isfinite(peer.call(*peer.sets[0])).all()
@@ -207,6 +216,7 @@ def test_the_peers_do_the_same_work(make):
     said = case.line("qwen", {**row, "parameters": 12_180_000_000})
     assert said.endswith("12.2B parameters")
     assert row["median"] > 0 and row["tflops"] > 0 and row["parameters"] == peer.parameters
+    assert masks and not any(mask is not None for mask in masks)
     if make is wan:
         return
     steps = torch_peers.training(config, place)
@@ -214,6 +224,31 @@ def test_the_peers_do_the_same_work(make):
     assert float(steps["D step"].call(*noise)) > 0
     before = float(steps["G step"].call(*noise))
     assert np.isfinite(before) and float(steps["G step"].call(*noise)) != before  # it moves
+    assert not any(mask is not None for mask in masks)
+
+
+def test_a_peer_without_the_mask_gives_the_same_numbers():
+    """And an older diffusers is told the length of the text, which it does not read off it."""
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    config, place = latents(), torch_peers.Place("cpu", compiled=False)
+    torch.manual_seed(0)
+    model = torch_peers.transformer(config).eval()
+    ask = torch_peers.inputs(config, place)
+    batch, words, _ = ask["encoder_hidden_states"].shape
+    masked = {**ask, "encoder_hidden_states_mask": torch.ones(batch, words, dtype=torch.bool)}
+    with torch.no_grad():
+        one, other = (model(**each, return_dict=False)[0] for each in (ask, masked))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    class Older(diffusers.QwenImageTransformer2DModel):
+        def forward(self, hidden_states, txt_seq_lens=None):
+            return None
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(diffusers, "QwenImageTransformer2DModel", Older)
+        assert torch_peers.inputs(config, place, 2)["txt_seq_lens"] == [words, words]
 
 
 def test_without_a_gpu_a_peer_says_why():
