@@ -41,7 +41,7 @@ def value_and_gradients(scope, q, k, v, mask):
     return out, grads
 
 
-def close(a, b, tolerance=2e-5):
+def close(a, b, tolerance=1e-5):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * float(np.abs(y).max()))
 

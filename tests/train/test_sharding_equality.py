@@ -27,14 +27,17 @@ def equality_config(family="mmdit", ulysses=-1, accumulate=1, heads=8):
     """Eight heads or more, so that every axis may have eight devices; 16 tokens of video and 3 of text.
 
     sigma is 0.5: at the paper's 0.01 and 0.1 the penalty is the square of a difference of nearly
-    equal logits, and float32 rounding alone moves its gradient by 1e-5.
+    equal logits, and float32 rounding alone moves its gradient by 1e-5. eps is 0.01: at the paper's
+    1e-8 RMSProp moves every weight by the rate, also where its gradient is nothing but rounding, and
+    five updates of Wan differ by 3e-4 of what they moved. In five at this rate G's weights move by
+    0.5% of their norm and D's by 2%.
     """
     of_family = {"mmdit": {}, "wan": {"model__family": "wan", "model__rope_axes": (4, 2, 2),
                                       "model__text_tokens": 5}}[family]
     return tiny_config("adversarial", batch_size=16, objective__adversarial__r1_sigma=0.5,
                        model__width=8 * heads, model__heads=heads, discriminator__heads=8,
                        train__accumulate=accumulate, mesh__ulysses=ulysses,
-                       optimizer__learning_rate=1e-5, **of_family)
+                       optimizer__learning_rate=1e-3, optimizer__eps=1e-2, **of_family)
 
 
 def recording(optimizer):
@@ -57,7 +60,7 @@ def weights(family, heads=8):
 
 
 def train(family, shape, ulysses=-1, accumulate=1, heads=8):
-    """(metrics of the first update, gradients of D and G in it, weights after STEPS)."""
+    """(metrics of STEPS updates, gradients of D and G in the first, weights after the last)."""
     config = equality_config(family, ulysses, accumulate, heads)
     start = weights(family, heads)
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:math.prod(shape)])
@@ -78,11 +81,12 @@ def train(family, shape, ulysses=-1, accumulate=1, heads=8):
                for i in range(STEPS)]
     kept = {shard.data.shape[0] for shard in batches[0]["x"].addressable_shards}
     assert kept == {2 if accumulate == 16 else 16 // (shape[0] * shape[1])}
-    state, metrics = update(state, {}, batches[0])
-    metrics = host(metrics)
+    state, first = update(state, {}, batches[0])
+    metrics = [host(first)]
     gradients = {name: host(state[f"{name}_opt"][1]) for name in optimizers}
     for batch in batches[1:]:
-        state, _ = update(state, {}, batch)
+        state, found = update(state, {}, batch)
+        metrics.append(host(found))
     if shape[1] * shape[2] * shape[3] == 8:
         cut = [leaf for leaf in jax.tree.leaves(state["generator"])
                if not leaf.sharding.is_fully_replicated]
@@ -95,15 +99,26 @@ def one_device(family, heads=8):
     return train(family, ONE, heads=heads)
 
 
-def assert_same(found, want):
+def assert_same(found, want, family="mmdit", heads=8):
     (metrics, gradients, after), (want_metrics, want_gradients, want_after) = found, want
-    for name, value in want_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+    for name, value in want_metrics[0].items():
+        # The mean of logits of both signs may be nearly 0: 4e-6 was seen of one of 0.2.
+        np.testing.assert_allclose(metrics[0][name], value, rtol=1e-5,
+                                   atol=1e-5 if "logit" in name else 0, err_msg=name)
     for name in ("discriminator", "generator"):
-        assert want_metrics[f"{name}/gradient_norm"] > 1e-2
+        for step in range(STEPS):
+            np.testing.assert_allclose(metrics[step][f"{name}/loss"],
+                                       want_metrics[step][f"{name}/loss"], rtol=1e-5, err_msg=name)
+        assert want_metrics[0][f"{name}/gradient_norm"] > 1e-2
         assert relative_difference(gradients[name], want_gradients[name]) < 1e-5, name
-    for name in after:
+    for name, start in weights(family, heads).items():
         assert relative_difference(after[name], want_after[name]) < 1e-5, name
+        # A wrong gradient could hide in that. Seen: 1.1e-5 at most, of D with twelve heads, whose
+        # first gradients differ by 5e-6 already.
+        moved, want_moved = (jax.tree.map(np.subtract, end[name], start)
+                             for end in (after, want_after))
+        assert relative_difference(want_after[name], start) > 3e-3
+        assert relative_difference(moved, want_moved) < 2e-5, name
 
 
 CASES = [pytest.param(family, s, id=f"{family}-{'x'.join(map(str, s))}",
@@ -117,7 +132,7 @@ def test_there_are_twenty_shapes():
 
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_every_mesh_equals_one_device(family, shape):
-    assert_same(train(family, shape), one_device(family))
+    assert_same(train(family, shape), one_device(family), family)
 
 
 @pytest.mark.parametrize(("shape", "ulysses", "accumulate"), [
@@ -133,4 +148,4 @@ def test_the_ring_and_microbatches_equal_one_device(shape, ulysses, accumulate):
 @pytest.mark.parametrize(("shape", "ulysses"), [((1, 1, 8, 1), 4), ((1, 2, 4, 1), -1)])
 def test_the_twelve_heads_of_wan_on_eight_devices(shape, ulysses):
     """Ulysses 4 inside ring 2, and context 4 beside fsdp 2."""
-    assert_same(train("wan", shape, ulysses, heads=12), one_device("wan", 12))
+    assert_same(train("wan", shape, ulysses, heads=12), one_device("wan", 12), "wan", 12)
