@@ -113,8 +113,21 @@ def elsewhere(device: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(choosing(hardware=Hardware.of(device)))
         if device.platform == "gpu":
+            stack.enter_context(_mesh_of(device))
             stack.enter_context(_tokamax_for(device))
         yield
+
+
+def _mesh_of(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """A mesh without axes that says the chip: from 0.11 on jax's Pallas asks the mesh, else the devices
+
+    that are there. A program over several devices brings a mesh that says it too.
+    """
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    chip = AbstractDevice(device_kind=device.device_kind, platform=device.platform,
+                          num_cores=getattr(device, "core_count", None))
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=chip))
 
 
 @contextlib.contextmanager
