@@ -154,6 +154,22 @@ def test_what_a_step_must_run_in_eight_bits():
         '"__cudnn$fmhaSoftmax"': 2, '"__cudnn$fmhaSoftmaxBackward"': 0}  # self and cross
 
 
+def test_the_products_of_a_block_are_timed_once_for_all_kernels(monkeypatch):
+    """They do not depend on who computes attention."""
+    timed = []
+    measure = block.measure
+    monkeypatch.setattr(block, "measure", lambda call, *a, **k: (timed.append(call), measure(
+        call, *a, **k))[1])
+    monkeypatch.setattr(block, "_TIMED", {})
+    found, counts = [], []
+    for backend, *others in (("oracle",), ("pallas",), ("oracle", "--config.model.mlp_ratio=2.0")):
+        config = tiny(f"--config.model.attention={backend}", *others)
+        found.append(block.parts_of(config, jax.devices()[0], "forward", 0.001))
+        counts.append(len(timed))
+    assert counts[1] == counts[0] + 1 < counts[2] - 1  # its attention alone; another network all
+    assert found[0]["products_seconds"] == found[1]["products_seconds"] > 0
+
+
 # -- rows --------------------------------------------------------------------------------------------
 
 
