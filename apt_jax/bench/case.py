@@ -176,7 +176,18 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     # of a peer, whose network may be larger than ours
     size = f"  {row['parameters'] / 1e9:.3g}B parameters" if row.get("parameters") else ""
     return (f"{name:<52}{1e3 * row['median']:>10.2f} ms{rate}{share}"
-            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})" + by(row) + size)
+            f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})" + by(row) + size
+            + held(row))
+
+
+def held(row: Mapping[str, Any]) -> str:
+    """The memory that the compiler planned for beside the peak that the device saw, as text; "" where
+    the device's is not known."""
+    if not row.get("planned_over_peak"):
+        return ""
+    planned, peak = (row[key] / 2**30 for key in ("planned_bytes", "peak_bytes"))
+    return (f"  planned {planned:.2f} GiB, {row['planned_over_peak']:.3f} of the peak of "
+            f"{peak:.2f}")
 
 
 def by(row: Mapping[str, Any]) -> str:

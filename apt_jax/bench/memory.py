@@ -21,7 +21,8 @@ def device_memory() -> int:
 
 
 def memory(compiled: Any, before: Mapping[str, int]) -> dict[str, Any]:
-    """Bytes of one device: what the program asks for, and the most that it had in use.
+    """Bytes of one device: what the program asks for, the most that it had in use, and the first over
+    the second.
 
     before: `memory_stats` before anything of this case was made. A device reports the peak of the
     whole process: where this case did not raise it, its own is not known (None). What was in use
@@ -32,5 +33,6 @@ def memory(compiled: Any, before: Mapping[str, int]) -> dict[str, Any]:
                + found.temp_size_in_bytes - found.alias_size_in_bytes) if found else None
     peak = memory_stats().get("peak_bytes_in_use")
     rose = peak is not None and peak > before.get("peak_bytes_in_use", 0)
-    return {"planned_bytes": planned,
-            "peak_bytes": peak - before.get("bytes_in_use", 0) if rose else None}
+    own = peak - before.get("bytes_in_use", 0) if rose else None
+    return {"planned_bytes": planned, "peak_bytes": own,
+            "planned_over_peak": planned / own if planned and own else None}

@@ -19,13 +19,20 @@ class DeviceLost(Exception):
     """A row broke the device for this process: nothing more can run in it."""
 
 
-def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]], None]) -> int:
+class Enough(Exception):
+    """As many rows as were asked for are made, and others are missing."""
+
+
+def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]], None],
+              most: int = 0) -> int:
     """Makes the rows that are missing and keeps each at once; tell(name, row) of each.
 
-    What failed before, or was under way when its process ended, comes last. Returns how many
-    failed; raises `DeviceLost` where after a failure the device does nothing more.
+    What failed before, or was under way when its process ended, comes last. most: of rows that were
+    never tried, 0 for all; what failed before is tried again by who finds no other, so that an end
+    comes. Returns how many failed; raises `DeviceLost` where after a failure the device does nothing
+    more, `Enough` where `most` are made and another is missing.
     """
-    failed, late = 0, []
+    failed, late, made = 0, [], 0
 
     def one(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
         nonlocal failed
@@ -43,8 +50,13 @@ def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]]
             continue
         if results.failed(name, config):
             late.append((name, config, make))
-        else:
-            one(name, config, make)
+            continue
+        if most and made == most:
+            raise Enough
+        one(name, config, make)
+        made += "skipped" not in results.rows[name]
+    if most and made and late:
+        raise Enough
     for each in late:
         one(*each)
     return failed

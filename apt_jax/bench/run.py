@@ -33,6 +33,7 @@ class Plan:
       as_trained: train times the config's own batch and accumulation, without PyTorch's step of one
         sample.
       profile: a folder for traces of the rows, "" for none.
+      most: rows to time that were never tried, 0 for all (`rows.make_rows`).
     """
 
     what: str
@@ -48,6 +49,7 @@ class Plan:
     peers: bool = True
     as_trained: bool = False
     profile: str = ""
+    most: int = 0
 
     def config(self, backend: str, weights: str = "") -> Any:
         """A config with this attention and, for benches that train, these products in G and D."""
@@ -118,11 +120,11 @@ def time_all(plan: Plan, device: str, results: Results, tell: Callable[[str], No
     """Times PyTorch's peer (first: jax keeps the memory that it has taken), then every case.
 
     Returns how many rows failed: not those that a kernel or a missing package refuses. Raises
-    `rows.DeviceLost`.
+    `rows.DeviceLost` and `rows.Enough`.
     """
     todo = ((name, config, functools.partial(attempt, make))
             for name, config, make in _todo(plan, device))
-    return make_rows(todo, results, lambda name, row: tell(line(name, row)))
+    return make_rows(todo, results, lambda name, row: tell(line(name, row)), plan.most)
 
 
 def _todo(plan: Plan, device: str) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:

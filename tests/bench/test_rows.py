@@ -112,13 +112,38 @@ def test_what_broke_its_process_or_the_device_comes_last(tmp_path, monkeypatch):
     assert rows.device_works()
 
 
+def test_as_many_rows_as_are_asked_for(tmp_path):
+    """A process each; what was left out is none, and what failed comes in the last."""
+    path, left = tmp_path / "rows.json", {"b": "skipped", "c": "error"}
+
+    def begin():
+        tried: list[str] = []
+
+        def row(name):
+            return name, "", lambda: tried.append(name) or (
+                {left[name]: "why"} if name in left else {"median": 1.0})
+        try:
+            end = rows.make_rows(map(row, "abcd"), Results(path, "cpu"), lambda *_: None, most=1)
+        except rows.Enough:
+            end = None
+        return "".join(tried), end
+
+    assert [begin() for _ in range(3)] == [("a", None), ("bc", None), ("d", None)]
+    assert begin() == ("c", 1)
+    del left["c"]
+    assert begin() == ("c", 0) and begin() == ("", 0)
+
+
 def test_a_device_that_is_lost_is_a_status_of_its_own(monkeypatch, capsys):
     from apt_jax.cli import bench
 
     def lost():
         raise rows.DeviceLost("gone")
 
-    assert [bench._status(made) for made in (lambda: 0, lambda: 2, lost)] == [0, 1, 75]
+    def enough():
+        raise rows.Enough
+
+    assert [bench._status(made) for made in (lambda: 0, lambda: 2, lost, enough)] == [0, 1, 75, 76]
     assert "gone; the same command goes on" in capsys.readouterr().out
 
 
@@ -154,12 +179,18 @@ def test_the_peak_of_memory_is_the_cases_own(monkeypatch):
     said = {"peak_bytes_in_use": 70, "bytes_in_use": 5}
     monkeypatch.setattr(memory, "memory_stats", lambda: said)
     compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
-    own = memory.memory(compiled, {"peak_bytes_in_use": 60, "bytes_in_use": 10})["peak_bytes"]
-    assert own == 60
-    assert memory.memory(compiled, {"peak_bytes_in_use": 70})["peak_bytes"] is None
+    found = memory.memory(compiled, {"peak_bytes_in_use": 60, "bytes_in_use": 10})
+    assert found["peak_bytes"] == 60 and found["planned_bytes"] > 0
+    assert found["planned_over_peak"] == found["planned_bytes"] / 60
+    other = memory.memory(compiled, {"peak_bytes_in_use": 70})
+    assert other["peak_bytes"] is None and other["planned_over_peak"] is None
     assert memory.memory(compiled, {})["planned_bytes"] > 0
     said.clear()  # a CPU
     assert memory.memory(compiled, {})["peak_bytes"] is None and memory.device_memory() > 2**28
+    row = {"median": 1.0, "low": 1.0, "high": 1.0, "backend": "pallas", "planned_bytes": 57 * 2**30,
+           "peak_bytes": 60 * 2**30, "planned_over_peak": 0.95}
+    assert case.line("a", row).endswith("planned 57.00 GiB, 0.950 of the peak of 60.00")
+    assert "planned" not in case.line("a", {**row, "peak_bytes": None, "planned_over_peak": None})
 
 
 def test_the_peak_of_a_device_is_that_of_its_longest_name():
