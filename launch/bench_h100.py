@@ -7,10 +7,12 @@
 A group runs `apt-jax bench` commands one after another; every case is written to --out as soon as
 it is measured. After --minutes (9) the group ends; the same command goes on with the cases that are
 missing, and measures again what other sources or configs made, and last what failed; a command
-whose process a row broke goes on at once in another. --cache keeps every compiled program, so that
-a command which was stopped goes on from there too, and a trace of each row. Needs pip install
-'apt_jax[cuda,tokamax]'; PyTorch with CUDA and diffusers for the peers. What is not installed is
-left out with a line; docs/performance.md says how to carry wheels to a machine without a network.
+whose process a row broke goes on at once in another. Each training step has a process of its own,
+since a device reports the peak of memory of a whole process: rows say it beside what the compiler
+planned. --cache keeps every compiled program, so that a command which was stopped goes on from there
+too, and a trace of each row. Needs pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and
+diffusers for the peers. What is not installed is left out with a line; docs/performance.md says how
+to carry wheels to a machine without a network.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ WAN = ["--config", "configs/wan_1_3b_apt_video.py", *ONE, "--config.data.height=
 TRAINING = ["--backends", "tokamax", "cudnn", "pallas"]
 KERNELS = [*TRAINING, "cudnn_fp8"]
 BOTH = ["--weights", "bfloat16", "fp8"]
+EACH = ["--rows", "1"]
+MORE = 76  # of a command with --rows: as many are made, and others are missing
 AGAIN = 75  # as sysexits.h calls it; of a command: a row broke the device for its process
 PROCESSES = 4  # of a command, where rows break them (or a signal ends them)
 # Full-width layers of G, D, their masters, moments and average that one GPU holds.
@@ -53,10 +57,11 @@ GROUPS: dict[str, list[tuple[str, list[str]]]] = {
         ("forward_wan", ["forward", *WAN, *BOTH, *KERNELS]),
     ],
     "training": [
-        ("train_8b", ["train", *VIDEO_8B, *FEW, *BOTH, *TRAINING]),  # the config's remat: attention
+        # the config's remat: attention
+        ("train_8b", ["train", *VIDEO_8B, *FEW, *BOTH, *TRAINING, *EACH]),
         ("train_8b", ["train", *VIDEO_8B, *FEW, "--config.model.remat=full", *TRAINING,
-                      "--no-peers"]),
-        ("train_wan", ["train", *WAN, *TRAINING]),
+                      "--no-peers", *EACH]),
+        ("train_wan", ["train", *WAN, *TRAINING, *EACH]),
     ],
 }
 
@@ -68,6 +73,8 @@ def command(name: str, arguments: list[str], out: Path, cache: Path, device_less
     if not device_less:
         return [*arguments, "--json", str(out / f"{name}_h100.json"), "--profile",
                 str(cache / "profile")]
+    rows = arguments.index("--rows") if "--rows" in arguments else len(arguments)
+    arguments = arguments[:rows] + arguments[rows + 2:]
     return [*(a for a in arguments if a != "--no-peers"), "--json",
             str(out / f"{name}_h100_compiled.json"), "--device-less", "--topology", "h100:1x1"]
 
@@ -108,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     env = environment(cache / "programs", "" if args.device_less else known_flags())
     for name, arguments in GROUPS[args.group]:
         arguments = command(name, arguments, out, cache, args.device_less)
-        for _ in range(PROCESSES):
+        broken = 0
+        while broken < PROCESSES:
             print("$ apt-jax bench", *arguments, flush=True)
             try:
                 left = end - time.monotonic()
@@ -117,8 +125,11 @@ def main(argv: list[str] | None = None) -> int:
             except subprocess.TimeoutExpired:
                 print(f"{args.minutes:g} minutes are over; the same command goes on from here")
                 return AGAIN
+            if found == MORE:
+                continue
             if found != AGAIN and found >= 0:
                 break
+            broken += 1
         status |= 1 if found < 0 or found == AGAIN else found
     return status
 

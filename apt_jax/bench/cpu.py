@@ -8,6 +8,7 @@ anything is timed, and they are timed in turns.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,11 +171,12 @@ def run(models: Sequence[str], names: Sequence[str], results: Results, *, second
             if set(names) <= set(had):
                 continue
             # A row is of one run, in turns: what it lacks is not measured without the others.
+            load = round(os.getloadavg()[0], 2)  # the file's own is of its last start
             racing = [n for n in CONTENDERS if n in {*names, *had}]
             timings = interleaved(contenders(case, part, racing), seconds=seconds)
             size = Network.build(lambda rngs: MMDiT(case.config, rngs=rngs)).parameter_count()  # noqa: B023
             row = {"parameters": size, "batch": case.batch, "shape": case.shape,
-                   "torch_threads": torch.get_num_threads(),
+                   "torch_threads": torch.get_num_threads(), "load_before": load,
                    "seconds": {n: dataclasses.asdict(t) for n, t in timings.items()},
                    "ratio_to_apt_jax": {n: t.median / timings[racing[0]].median  # noqa: B023
                                         for n, t in timings.items()}}

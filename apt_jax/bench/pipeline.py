@@ -21,6 +21,7 @@ from apt_jax.bench.profile import profiled
 from apt_jax.bench.programs import forward_case
 from apt_jax.bench.report import row_name
 from apt_jax.bench.timing import measure
+from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
 from apt_jax.models.umt5 import UMT5Config, make_umt5
 from apt_jax.models.vae import Tiling, VAEConfig, make_vae
@@ -32,6 +33,15 @@ from apt_jax.serve import Stage, decode_stage, encode_stage
 DECODERS: dict[str, dict[str, Any]] = {
     "chunk 1": {"chunk": 1}, "chunk 2": {"chunk": 2}, "chunk 4": {"chunk": 4},
     "tiles": {"chunk": 1, "tiling": Tiling()}}
+
+
+def check_latents(config: Any) -> None:
+    """UserError for a config whose samples the VAE cannot decode."""
+    channels = VAEConfig().latent_channels
+    if config.model.in_channels != channels:
+        raise UserError(f"the config has no latents: its samples have {config.model.in_channels} "
+                        f"channels, and the VAE decodes {channels}; give one of latents, for example "
+                        "configs/seaweed_8b_video.py")
 
 
 def _on(device: Any, tree: Any) -> Any:
@@ -125,6 +135,6 @@ def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3,
     row["stages"] = {"encode": time(encode, [one[:2] for one in sets]).median,
                      "draw": time(draw, drawn).median, "decode": time(decode, latents).median}
     row["per_second"] = queued / time(several, sets).median
-    row |= memory(compiled["draw"], before)
+    row |= memory(compiled["draw"], before) | {"planned_over_peak": None}  # not of the same
     row |= profiled(whole, sets, jax.block_until_ready, trace)
     return {**row, "backend": cases["draw"].backend, "selected": sorted(selected)}

@@ -25,7 +25,9 @@ too for its kernel.
 --json keeps every row as soon as it is measured; the same command goes on where it was stopped, and
 measures again what other sources or another config made, and last what failed. A row that a kernel
 or a missing package refuses says so; where anything else goes wrong the status is 1, or 75 where it
-broke the device for this process and the same command goes on with the others. --profile traces a
+broke the device for this process and the same command goes on with the others. A row belongs to the
+packages that made it; where the device, jax or the driver are others than the file's, a line says so,
+all rows are measured again and the old file is kept as NAME.before.json. --profile traces a
 few calls of each row and keeps the device's time and its ten costliest kernels in the row.
 """
 
@@ -60,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", default="", help="keep the results here")
     add("--seconds", type=float, default=0.0, metavar="S",
         help="how long to time each row (default: attention 2, cpu 20, else 5)")
-    add("--device-less", action="store_true", help="compile for --topology, run nothing")
+    add("--rows", type=int, default=0, metavar="N",
+        help="block, forward, train, vae, pipeline: leave with status 76 after N new rows where others "
+             "are missing; with 1 each row's process is its own, and so is its peak of memory")
+    add("--device-less", action="store_true",
+        help="all but fp8 and cpu: compile for --topology, run nothing")
     add("--config", metavar="FILE[:ARG]", default="",
         help="block, forward, train, vae, pipeline: a config file")
     add("--topology", default="h100:1x1", metavar="CHIP:SIZES",
@@ -95,6 +101,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-compile", action="store_true", help="cpu: leave out torch.compile")
 
 
+WHOLE = ("block", "forward", "train", "vae", "pipeline")
+# flag -> the benches that it says something to
+MEANT_FOR = {
+    "device_less": ("attention", *WHOLE), "profile": ("attention", *WHOLE), "config": WHOLE,
+    "rows": WHOLE, "weights": ("block", "forward", "train", "pipeline"),
+    "backends": ("attention", "block", "forward", "train", "pipeline"), "cases": ("attention",),
+    "steps": ("train",), "decoders": ("vae", "pipeline"),
+    "no_peers": ("block", "forward", "train", "vae"), "as_trained": ("train",),
+    "checkpoint": ("fp8",), "kinds": ("fp8",), "mode": ("fp8",), "seeds": ("fp8",),
+    "count": ("fp8",), "depths": ("fp8",), "seconds": ("attention", *WHOLE, "cpu"),
+    "models": ("cpu",), "no_compile": ("cpu",)}
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints a line per row; status 1 where a device-less program or a gate does not pass."""
     _check(args)
@@ -111,8 +130,24 @@ def _check(args: argparse.Namespace) -> None:
     """UserError for numbers and files that no bench can use."""
     from apt_jax.errors import UserError
 
-    if args.seconds < 0:
+    usual = argparse.ArgumentParser()
+    add_arguments(usual)
+    for name, benches in MEANT_FOR.items():
+        if args.what not in benches and getattr(args, name) != usual.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for apt-jax bench {', '.join(benches)}, "
+                            f"not {args.what}; leave it out")
+    if args.overrides and args.what not in WHOLE:
+        raise UserError(f"{args.overrides[0].partition('=')[0]}: apt-jax bench {args.what} reads no "
+                        "config; leave it out")
+    if not 0 <= args.seconds < float("inf"):
         raise UserError(f"--seconds {args.seconds:g} is no time; give how long to time each row")
+    if args.rows < 0 or (args.rows and (args.device_less or not args.json)):
+        raise UserError(f"--rows {args.rows}: that many rows are timed and kept in --json, without "
+                        "--device-less; give 1 or more and a file")
+    if min(args.depths) < 1:
+        raise UserError(f"--depths {min(args.depths)} is no network; give numbers of layers, 1 or more")
+    if args.count < 0:
+        raise UserError(f"--count {args.count} is no number of pictures; give 0 for one a caption")
     if args.what == "fp8" and args.seeds < 2:
         raise UserError(f"--seeds {args.seeds}: how far a seed moves the FD takes two; give 2 or more")
     if args.json:
@@ -140,27 +175,28 @@ def _config(args: argparse.Namespace, backend: str = ""):
 
 def _plan(args: argparse.Namespace, devices, backends):
     from apt_jax.bench.cases import INFERENCE_ONLY
-    from apt_jax.bench.pipeline import DECODERS
+    from apt_jax.bench.pipeline import DECODERS, check_latents
     from apt_jax.bench.programs import STEPS, check_overrides
     from apt_jax.bench.run import Plan
     from apt_jax.errors import UserError
     from apt_jax.kernels.choice import BACKENDS
     from apt_jax.serve import WEIGHTS
 
-    _config(args)  # complain of it before anything is compiled
+    config = _config(args)  # complain of it before anything is compiled
     if args.what == "train":
         check_overrides(args.overrides, args.as_trained)
-    elif args.as_trained:
-        raise UserError(f"--as-trained is for apt-jax bench train, not {args.what}")
     _some(args.backends, BACKENDS, "--backends")
     for name in set(args.backends) & set(INFERENCE_ONLY):
         if args.what == "train":
             raise UserError(f"--backends {name!r} is for inference and has no gradient; leave it out")
+    decoders = _some(args.decoders, DECODERS, "--decoders")
+    if args.what in ("vae", "pipeline"):
+        check_latents(config)
     kinds = WEIGHTS[1:] if args.what in ("forward", "pipeline") else ("bfloat16", "fp8")
     return Plan(args.what, lambda backend: _config(args, backend), devices, backends,
                 _some(args.weights or ["bfloat16"], kinds, "--weights"),
                 steps=_some(args.steps, STEPS, "--steps"),
-                decoders=_some(args.decoders, DECODERS, "--decoders"), overrides=args.overrides,
+                decoders=decoders, overrides=args.overrides, most=args.rows,
                 seconds=args.seconds or 5.0, peers=not args.no_peers,
                 as_trained=args.as_trained, profile=args.profile)
 
@@ -214,11 +250,13 @@ def _attention(args: argparse.Namespace) -> int:
 
 def _status(make: Callable[[], int]) -> int:
     """0, 1 where rows failed, 75 ("try again") where one broke the device for this process: the
-    same command goes on with the others."""
-    from apt_jax.bench.rows import DeviceLost
+    same command goes on with the others; so does it after 76, where --rows were made."""
+    from apt_jax.bench.rows import DeviceLost, Enough
 
     try:
         return 1 if make() else 0
+    except Enough:
+        return 76
     except DeviceLost as error:
         print(f"apt-jax bench: {error}; the same command goes on with the others")
         return 75

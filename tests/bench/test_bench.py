@@ -172,6 +172,76 @@ def test_a_row_of_other_flags_is_measured_again(tmp_path, monkeypatch):
     assert Results(path, "H100").rows == {}
 
 
+def test_what_makes_all_rows_anew_is_said_and_the_old_file_is_kept(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.json"
+    for number, driver in enumerate(("570", "580", "590")):
+        monkeypatch.setattr(report, "nvidia", lambda: {"driver": driver})  # noqa: B023
+        results = Results(path, "H100")
+        said = capsys.readouterr().out
+        if number:
+            old = json.loads(path.read_text())  # until there is a new row
+            assert said.startswith(f"rows.json: driver {old['nvidia']['driver']}, now {driver}: all ")
+            assert said.count("\n") == 1 and old["rows"]["a"]["median"] == number - 1
+        results.add("a", {"median": float(number)})
+        results.add("b", {"median": 9.0})
+    kept = {name: json.loads((tmp_path / name).read_text())["rows"]["a"]["median"] for name in
+            ("rows.json", "rows.before.json", "rows.before2.json")}
+    assert list(kept.values()) == [2.0, 0.0, 1.0] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_row_belongs_to_the_packages_that_made_it(tmp_path, monkeypatch, capsys):
+    """Wheels that are carried later: what they make is measured again, and nothing else."""
+    path, versions = tmp_path / "rows.json", {"jax": "1", "torch": "2.5", "libtpu": "1"}
+    monkeypatch.setattr(report, "versions_of", lambda names: {
+        name: versions[name] for name in names if name in versions})
+    monkeypatch.setattr(report, "nvidia", lambda: {"driver": "570"} | {
+        name: version for name, version in versions.items() if name.startswith("nvidia-")})
+    names = ["c/forward/bfloat16/pallas", "c/forward/torch model.depth=1",
+             "c/pipeline/fp8/tokamax/chunk 1", "16k/forward/tokamax_choice", "c/D step/dtype/auto"]
+
+    def current():
+        results = Results(path, "NVIDIA H100")
+        return [name in results for name in names]
+
+    first = Results(path, "NVIDIA H100")
+    for name in names:
+        first.add(name, {"median": 1.0})
+    assert current() == [True] * 5
+    assert first.rows[names[1]]["packages"] == {"torch": "2.5", "diffusers": None}
+    versions |= {"diffusers": "0.40", "libtpu": "2", "nvidia-cusparselt-cu12": "1"}
+    assert current() == [True, False, True, True, True]
+    versions["tokamax"] = "0.0.17"
+    assert current() == [True, False, False, False, False]
+    assert capsys.readouterr().out == ""
+    # A file of before, whose rows say nothing of packages: those of its head.
+    kept = json.loads(path.read_text())
+    for row in kept["rows"].values():
+        row.pop("packages", None)
+    path.write_text(json.dumps(kept))
+    assert current() == [True, False, False, False, False]
+    versions["jax"] = "2"
+    assert current() == [False] * 5 and "jax 1, now 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row, kept", [
+    ({"median": 1.0}, False), ({"torch_threads": 1}, False), ({"fd": 1.0}, True)])
+def test_times_belong_to_the_processor_of_a_cpu(tmp_path, monkeypatch, row, kept):
+    """Every CPU calls itself "cpu". What eight bits cost in quality is no time."""
+    path = tmp_path / "rows.json"
+    Results(path, "cpu").add("a", row)
+    assert "a" in Results(path, "cpu")
+    for name, other in (("processor", lambda: "another"), ("os", SimpleNamespace(
+            sched_getaffinity=lambda _: range(999), getloadavg=os.getloadavg, environ=os.environ))):
+        with monkeypatch.context() as patched:
+            patched.setattr(report, name, other)
+            assert ("a" in Results(path, "cpu")) == kept
+    if not kept:
+        old = json.loads(path.read_text())
+        path.write_text(json.dumps(old | {"device": "NVIDIA H100"}))
+        monkeypatch.setattr(report, "processor", lambda: "another")
+        assert "a" in Results(path, "NVIDIA H100")  # a GPU's are its own
+
+
 def test_the_driver_and_the_libraries_are_asked_for(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 570.86.10; echo 570.86.10\n")
@@ -245,6 +315,8 @@ def test_a_row_that_lacks_a_contender_is_run_again_with_all(monkeypatch):
     assert raced == [list(cpu.CONTENDERS[:2])] * 2 + [list(cpu.CONTENDERS)] * 2
     assert results.rows["demo/train"]["ratio_to_apt_jax"] == {
         "apt_jax": 1.0, "torch eager": 2.0, "torch.compile": 3.0}
+    assert results.rows["demo/train"]["load_before"] >= 0
+    assert "torch" in results.rows["demo/train"]["packages"]
 
 
 def test_the_devices_of_quality_and_of_the_cpu_bench_are_named(monkeypatch):
@@ -303,8 +375,37 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["attention", "--json", "/proc/x/rows.json"], "--json /proc/x/rows.json: "),
     (["attention", "--json", "tests"], "--json tests: nothing can be written there"),
     (["vae", "--config", "configs/demo_image.py", "--decoders", "tile"], "did you mean 'tiles'"),
+    (["vae", "--config", "configs/demo_image.py"], "the config has no latents"),
+    (["pipeline", "--config", "configs/demo_image.py"], "the config has no latents"),
+    (["attention", "--seconds", "nan"], "--seconds nan is no time"),
+    (["cpu", "--seconds", "inf"], "--seconds inf is no time"),
+    (["fp8", "--depths", "4", "0"], "--depths 0 is no network"),
+    (["fp8", "--count", "-1"], "--count -1 is no number"),
+    (["fp8", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
+    (["cpu", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
+    (["fp8", "--profile", "x"], "--profile is for"),
+    (["cpu", "--profile", "x"], "--profile is for"),
+    (["attention", "--config", "configs/demo_image.py"], "--config is for apt-jax bench block"),
+    (["attention", "--weights", "fp8"], "--weights is for apt-jax bench block"),
+    (["attention", "--config.model.depth=1"], "--config.model.depth: apt-jax bench attention reads"),
+    (["cpu", "--config.model.depth=1"], "--config.model.depth: apt-jax bench cpu reads no config"),
+    (["forward", "--config", "configs/demo_image.py", "--rows", "1"], "--rows 1: that many rows"),
+    (["attention", "--rows", "1"], "--rows is for apt-jax bench block"),
 ])
 def test_wrong_requests_are_one_line(capsys, arguments, words):
     assert cli.main(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [
+    b"not json", b"", b"{}", b"[]", b"\x00\xff\xfe", b'{"rows": []}', b'{"rows": {"a": 1}}',
+    b'{"rows": {}, "versions": []}'])
+@pytest.mark.parametrize("what", ["attention", "fp8"])
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path, capsys, what, content):
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    assert cli.main(["bench", what, "--json", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "no file of a bench's rows, and it stays as it is" in err and err.count("\n") == 1
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]

@@ -116,6 +116,17 @@ def test_a_row_that_breaks_its_process_holds_up_no_other(monkeypatch, flags):
     assert ran == ["forward"] * 3 + ["vae"] + ["pipeline"] * 4 + ["forward"]
 
 
+def test_each_training_step_has_a_process_of_its_own(monkeypatch, flags):
+    """As many processes as there are rows; one that breaks is no row of them."""
+    assert all(c[c.index("--rows") + 1] == "1" for c in commands("training"))
+    assert not any("--rows" in c for c in commands("training", device_less=True))
+    codes = iter([*[bench_h100.MORE] * 9, -9, 0, 75, bench_h100.MORE, 0, 0])
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: (
+        ran.append(line), subprocess.CompletedProcess(line, next(codes)))[1])
+    assert bench_h100.main(["training"]) == 0 and len(ran) == 15
+
+
 PERFORMANCE = ROOT / "docs/results/performance"
 
 
@@ -136,9 +147,39 @@ def test_committed_rows_say_how_they_came_about():
             assert Path(command[command.index("--json") + 1]).name == name
 
 
+def test_committed_rows_say_which_check_of_scores_they_passed():
+    """Today's tells a table by its dimensions; before, an array was compared with the scores' size.
+    The page says which rows had which."""
+    said = (ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()
+    dimensions, size, nothing = set(), [], []
+    for path, content in committed("*_compiled.json"):
+        for name, row in content["rows"].items():
+            if "tables" in row:
+                assert row["tables"] == [], (path, name)
+                dimensions.add((path, name, row["revision"]))
+            elif row["scores"]:
+                assert row["largest"] < row["scores"], (path, name)
+                size.append((path, row.get("revision", "")))
+            else:
+                assert row["backend"] == "xla", (path, name)
+                nothing.append((path, row["revision"]))
+
+    def line(count):
+        (found,) = [each for each in said if each.startswith(f"| {count}, ")]
+        return found
+
+    of_today = line(len(dimensions))
+    for path, _, revision in dimensions:
+        assert path in of_today and revision in of_today
+    for path, revision in size:
+        assert (revision or path.removesuffix("_compiled.json")) in line(len(size)), path
+    for _, revision in nothing:
+        assert revision in line(len(nothing))
+
+
 def test_committed_rows_belong_to_their_files(monkeypatch):
-    """What is kept of device-less compiles passes, by the kernel and for the device of its command,
-    with the overrides that its name says."""
+    """What is kept of device-less compiles passed the check of its day, by the kernel and for the
+    device of its command, with the overrides that its name says."""
     monkeypatch.chdir(ROOT)
     for path, content in committed("*_compiled.json"):
         for name, row in content["rows"].items():
