@@ -8,6 +8,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from run_processes import STEPS, get_config
 from test_loop import assert_same, final_state, logged, losses
@@ -22,6 +25,7 @@ from test_steps import relative_difference
 from tiny import random_weights
 
 from apt_jax.train.loop import train
+from apt_jax.weights import load_generator
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("APT_KILLS", 1))
@@ -114,10 +118,22 @@ def launch(weights):
 
 
 def assert_agrees(workdir, config, want):
-    """Weights and average within 1e-5 of another run's, the losses within rounding."""
-    state = final_state(workdir, config)
+    """Weights, average and losses within 1e-5 of another run's, what the weights moved in 2e-5.
+
+    D's heads begin at random, so what they moved is not known here.
+    """
+    state, start = final_state(workdir, config), load_generator(config.init.generator)[1]
     for name in {"generator", "discriminator", "generator_ema"} & set(state):
-        assert relative_difference(state[name], want[1][name]) < 1e-5, name
+        found, wanted = state[name], want[1][name]
+        assert relative_difference(found, wanted) < 1e-5, name
+        if name == "discriminator":
+            found, wanted = ({"backbone": params["backbone"]} for params in (found, wanted))
+            begun = {"backbone": start["backbone"]}
+        else:
+            begun = start
+        moved, want_moved = (jax.tree.map(np.subtract, end, begun) for end in (found, wanted))
+        # Seen: 3e-6 of G and D, which moved by 1% and 4%; 6e-6 of the average, by 0.03%.
+        assert relative_difference(moved, want_moved) < 2e-5, name
     found, wanted = losses(workdir), losses(want[0])
     assert found.keys() == wanted.keys()
     assert_losses(found, wanted)
@@ -126,7 +142,7 @@ def assert_agrees(workdir, config, want):
 def assert_losses(found, wanted):
     for step, row in wanted.items():
         for name in {"loss", "discriminator/loss", "generator/loss"} & set(row):
-            assert found[step][name] == pytest.approx(row[name], rel=1e-4), (step, name)
+            assert found[step][name] == pytest.approx(row[name], rel=1e-5), (step, name)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -218,12 +234,18 @@ def test_a_signal_to_one_saves_the_same_step_on_all_and_one_process_goes_on(
 
 @pytest.mark.mesh
 def test_a_part_that_one_process_cannot_read_sends_all_back(launch, weights, one_process,
-                                                            tmp_path):
-    """And two processes go on where four were, then one: the data position is everybody's."""
+                                                            tmp_path, capsys):
+    """And one process goes on where four were, and two, then one: the data position is
+    everybody's."""
     every = "--config.train.checkpoint_every=1"
     four = launch(tmp_path, "pretrain", 4, 1, "--config.mesh.fsdp=4", every,
                   "--config.train.steps=1")
     assert four.end() == 0, four.text
+    alone, config = tmp_path.with_name("alone"), get_config(f"pretrain,{weights}")
+    shutil.copytree(tmp_path, alone)
+    assert train(config, alone)["step"] == STEPS
+    assert "going on from step 1" in capsys.readouterr().err
+    assert_agrees(alone, config, one_process("pretrain"))
     two = launch(tmp_path, "pretrain", 2, 1, "--config.mesh.fsdp=2", every,
                  "--config.train.steps=3")
     assert two.end() == 0, two.text
@@ -235,6 +257,5 @@ def test_a_part_that_one_process_cannot_read_sends_all_back(launch, weights, one
                    "--config.train.steps=3")
     assert again.end() == 0, again.text
     assert "checkpoint 3 cannot be read" in again.text and "going on from step 2" in again.text
-    config = get_config(f"pretrain,{weights}")
     assert train(config, tmp_path, quiet=True)["step"] == STEPS
     assert_agrees(tmp_path, config, one_process("pretrain"))
