@@ -37,35 +37,31 @@ REASONS = (
            " 8B D step of four devices a clip, 54 in Wan 14B's of eight, neither of which an "
            "H100 has left. The 8B stage with eight devices a clip has it (`context_8`, which "
            "sends 1.00 of the least)."),
-    Reason("b", "gathers", r".*_(v5p_4x4x4|v6e_8x8)", r".*",
+    Reason("b", "gathers", r".*_v(5p|6e)_.*", r".*",
            "TPUs: gathers run on the sparse cores, beside the products, but the first of each layer "
            "begins with its layer and has nothing to hide behind ([plan.md](../plan.md) has what "
            "was tried)."),
-    Reason("c", "gathers", r".*_v(5p|6e)_.*", r".*",
-           "TPUs, compiled before the flags gave the gathers to the sparse cores: libtpu scheduled "
-           "every one by itself, beside no work. To be compiled again."),
-    Reason("d", "sums", r".*_image_(v5p_4x8x8|v6e_16x16)", r".*",
-           "Images on 256 TPUs: what is summed once a microbatch, 5 to 41 MiB, are vectors: the "
-           "conditioning of the microbatch's 256 samples, which libtpu collects by a sum of "
-           "their parts, joined with the gradients of biases and norms. No matrix's gradient is "
-           "in it."),
-    Reason("e", "sums", r"seaweed_8b_video_h100_128x8", r"D step",
+    Reason("c", "sums", r".*_image_(v5p_4x8x8|v6e_16x16)", r"D step",
+           "Images on 256 TPUs, D: two sums a microbatch of three arrays [3, 128, 3072], the three "
+           "heads' vectors for the 128 samples of a copy, which libtpu collects by a sum of their "
+           "parts. No matrix's gradient is in it."),
+    Reason("d", "sums", r"seaweed_8b_video_h100_128x8", r"D step",
            "1,024 H100s: one sum over replica+fsdp, the gradients of the heads' three output "
            "matrices, 56 MiB once a microbatch, 10 ms of 52 s and hidden."),
-    Reason("f", "gathers", r"seaweed_8b_image_h100_128x8", r"G step",
+    Reason("e", "gathers", r"seaweed_8b_image_h100_128x8", r"G step",
            "Images on 1,024 H100s: of every two layers of the backward loop one gather has to "
            "end before the sum over the copies may begin (XLA has one of them under way at a "
            "time), which leaves it the products of q, k and v to hide behind: 36% of 1.1 ms."),
-    Reason("g", "gathers", r"wan_14b_.*", r"D step",
+    Reason("f", "gathers", r"wan_14b_.*", r"D step",
            "Wan 14B: the gathers of backward loops are synchronous, for want of memory to gather"
            " ahead into: from four hosts on overlap is given 56% of what is left "
            "(`gpu_hosts.txt`, for the 40 GiB of the 8B stage), and a clip of 75,600 tokens takes "
            "that for itself. What it costs is 0.6% of the step. With remat `full` and 80% "
            "(`--flags`) all were hidden, at 55.1 GiB; the config spends the memory on remat "
            "`attention`, which saves 18% of the update."),
-    Reason("h", "gathers", r"seaweed_8b_video_h100_8x8_context_8", r"G step",
+    Reason("g", "gathers", r"seaweed_8b_video_h100_8x8_context_8", r"G step",
            "`context_8`, G step: a gather of a MiB or more is hidden by 95% or more of its time."),
-    Reason("i", "tokens", r".*_consistency_.*", r".*",
+    Reason("h", "tokens", r".*_consistency_.*", r".*",
            "The distillation is planned with the video stage's remat `attention`. Of its five passes "
            "the student's two alone send anything again: 24 arrays a layer where 20 would do. "
            "`exchange` would keep them for some 12 GiB more; it was not compiled for this stage."),

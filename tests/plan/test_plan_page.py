@@ -71,7 +71,7 @@ def test_targets_are_said_with_their_misses(results):
                          ("fsdp+context", 200, 4), ("fsdp", 5, 2048), ("context", 300, 9))]
     assert "| 50%, 1.2% | 2, up to 200 MiB, up to 2,048 times, 1.0% | 1.50 |" in page.targets(results)
     results["wan_14b_video_h100_8x8"] = results.pop("seaweed_8b_video_h100_1x8")  # of any stage
-    assert "- **g** Wan 14B" in page.targets(results)
+    assert "- **f** Wan 14B" in page.targets(results)
     step["context_gib"] = 4.0
     step["steady_collectives"], step["notes"] = [], []
     assert "| none | none | 1.00 | met |" in page.targets(results)
@@ -89,7 +89,7 @@ def test_the_distillations_tokens_have_a_reason_of_their_own(results):
     results[name] = results["seaweed_8b_video_h100_8x8"]
     step = results[name]["plan"]["programs"]["D step"]
     step["context_gib"] = 1.2 * step["context_minimum_gib"]
-    assert "| none | 1.20 | unexplained, i |" in page.targets(results)
+    assert "| none | 1.20 | unexplained, h |" in page.targets(results)
 
 
 def test_the_page_lists_what_is_missing_and_what_was_refused(results, tmp_path):
