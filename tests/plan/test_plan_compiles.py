@@ -92,6 +92,50 @@ def test_what_does_not_fit_comes_with_a_remedy_and_status_1(tmp_path):
     assert value["remedy"] == "--config.model.remat=full" and "it would fit with" in done.stdout
 
 
+# One program, the step of pre-training, of a narrow network.
+NARROWER = ["--config", "configs/seaweed_8b_video.py", "--config.stage=pretrain", "--no-inference",
+            "--config.model.depth=2", "--config.model.width=256", "--config.model.heads=4",
+            "--config.model.head_dim=64", "--config.model.rope_axes=16,24,24",
+            "--config.discriminator.taps=2,", "--config.discriminator.heads=4"]
+
+
+@pytest.mark.skipif(not (has("jax_cuda12_plugin") and has("tokamax")),
+                    reason="needs jax's CUDA plugin and tokamax")
+def test_a_kernel_that_was_asked_for_is_the_one_that_is_compiled(tmp_path):
+    done, value = plan(tmp_path, "h100:1x1", *NARROWER, "--config.mesh.context=1",
+                       "--config.data.frames=1,", "--config.data.height=64", "--config.data.width=64",
+                       "--config.train.batch_size=2", "--config.model.attention=tokamax",
+                       "--hlo", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert value["attention"] == "tokamax" and "attention: tokamax" in done.stdout
+    assert "mosaic_gpu" in (tmp_path / "G_step.txt").read_text()
+    assert value["flags"]["xla_gpu_memory_limit_slop_factor"] == 105
+
+
+@pytest.mark.skipif(not has("jax_cuda12_plugin"), reason="needs jax's CUDA plugin")
+def test_the_best_of_a_sweep_is_what_it_is_alone(tmp_path):
+    """One clip of 46,800 tokens on two GPUs, over context or over tensor: two meshes and two remats, of
+    which what keeps everything does not fit."""
+    clip = [*NARROWER, "--config.train.batch_size=1", "--config.model.depth=120"]
+    done, rows = plan(tmp_path, "h100:1x2", *clip, "--sweep", "--remats", "none", "full")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert sorted((row["label"], row["remat"]) for row in rows) == [
+        (f"{axis} 2", remat) for axis in ("context", "tensor") for remat in ("full", "none")]
+    for row in rows:
+        assert row["fits"] == (row["peak_gib"] <= row["usable_gib"])
+        assert row["attention"] == "pallas" and row["flags"]
+    fits = [row for row in rows if row["fits"]]
+    assert 0 < len(fits) < 4 and rows[:len(fits)] == fits
+    assert len({row["step_seconds"] for row in fits}) > 1
+    times = [row["step_seconds"] / row["batch"] for row in fits]
+    assert times == sorted(times)
+    best = rows[0]
+    done, alone = plan(tmp_path, "h100:1x2", *clip, f"--config.model.remat={best['remat']}",
+                       *(f"--config.mesh.{axis}={size}" for axis, size in best["mesh"].items()))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert alone["peak_gib"] == best["peak_gib"] and alone["step_seconds"] == best["step_seconds"]
+
+
 @pytest.mark.skipif(not has("libtpu"), reason="needs libtpu")
 def test_tpus_too(tmp_path):
     done, value = plan(tmp_path, "v5p:2x2x2", *NARROW)
