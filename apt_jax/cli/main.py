@@ -13,11 +13,12 @@ and is imported only when it is asked for, so that `apt-jax --help` answers at o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from apt_jax.cli.ending import WRONG, complain, left
@@ -144,21 +145,32 @@ class _Stderr(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
-def _show_log() -> None:
-    """What the package logs (warnings, an automatic choice) is for whoever typed the command."""
+@contextlib.contextmanager
+def _shown_log() -> Iterator[None]:
+    """What the package logs (warnings, an automatic choice) is for whoever typed the command: once,
+
+    also where an import gives the root logger a handler of its own.
+    """
     log = logging.getLogger("apt_jax")
-    if not log.handlers:
-        log.addHandler(_Stderr())
-        log.setLevel(logging.INFO)
+    before, handler = (log.level, log.propagate), _Stderr()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Status: 0 done, 2 a wrong input (one line on stderr), 130 interrupted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    _show_log()
     try:
-        return left(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+        with _shown_log():
+            return left(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
     except UserError as error:
         complain(error)
         return left(WRONG)

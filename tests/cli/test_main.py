@@ -1,5 +1,6 @@
 """The command line: help, one-line errors, exit codes, quick start."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -66,6 +67,26 @@ def test_train_help_lists_every_config_field(capsys):
     out = capsys.readouterr().out
     for field in FIELDS:
         assert f"--config.{field.key} " in out and field.help in out
+
+
+def test_what_the_package_logs_is_shown_once(capsys, caplog, monkeypatch):
+    """An import of a command may add a handler to the root logger; afterwards all is as it was."""
+    log, root = logging.getLogger("apt_jax"), logging.getLogger()
+    before = list(log.handlers), log.level, log.propagate
+
+    def command(arguments):
+        root.addHandler(added := logging.StreamHandler(sys.stderr))
+        try:
+            log.warning("told")
+        finally:
+            root.removeHandler(added)
+        return 0
+
+    monkeypatch.setattr(cli, "dispatch", command)
+    assert run(capsys, "train") == (0, "", "told\n")
+    assert (list(log.handlers), log.level, log.propagate) == before
+    log.warning("to the library's user")
+    assert caplog.messages == ["to the library's user"]
 
 
 def test_version(capsys):

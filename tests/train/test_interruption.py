@@ -89,6 +89,7 @@ def test_sigterm_saves_the_step_and_leaves_cleanly(start, weights, tmp_path):
     assert process.returncode == 0, said
     last = logged(tmp_path)[-1]["step"]
     assert f"SIGTERM: saved step {last} of 100000" in said
+    assert said.count("captions longer than data.max_text_tokens") == 1, said
     config = get_config(weights)
     assert final_state(tmp_path, config)["step"] == last
     config.train.steps = last + 1
