@@ -33,7 +33,8 @@ def last_only(b, keys):
     return mask
 
 
-# batch, queries, keys, heads, head_dim, mask. Float32 tiles are 64 x 32 forward, 32 x 32 backward.
+# batch, queries, keys, heads, head_dim, mask. Float32 tiles are 64 x 32 forward (32 x 32 of the widest
+# heads), 32 x 32 backward.
 CASES = {
     "one_query": (2, 1, 37, 2, 16, None),
     "one_key": (1, 5, 1, 1, 16, None),
@@ -45,6 +46,8 @@ CASES = {
     "only_the_last_key": (1, 40, 97, 1, 16, last_only),
     "odd_head": (1, 33, 34, 2, 24, scattered),
     "tiny_head": (1, 20, 20, 1, 4, None),
+    "widest_head": (1, 37, 35, 1, 256, scattered),
+    "odd_wide_head": (1, 33, 34, 1, 192, None),
 }
 
 
@@ -69,6 +72,8 @@ def test_forward_and_gradients_equal_float64(name):
 # Half a unit of the last place is 2e-3 in bfloat16 and 2.4e-4 in float16.
 @pytest.mark.parametrize("dtype, d, n, m, most", [
     (jnp.bfloat16, 64, 131, 67, 6e-3), (jnp.bfloat16, 128, 129, 130, 6e-3),
+    (jnp.bfloat16, 64, 1, 67, 6e-3), (jnp.bfloat16, 128, 1, 130, 6e-3),  # D's one query
+    (jnp.bfloat16, 256, 65, 67, 6e-3),
     (jnp.float16, 64, 131, 67, 8e-4)])
 def test_half_precision(dtype, d, n, m, most):
     q, k, v, dout, _ = draw((1, n, 1, d), m, dtype)

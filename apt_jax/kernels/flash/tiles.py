@@ -59,13 +59,17 @@ class Plan:
 def plan(q: jax.Array, k: jax.Array, *, interpret: bool) -> Plan:
     """Tile sizes for H100 (228 KiB of shared memory and 64k registers a multiprocessor).
 
-    Chosen by what compiles there without spilling registers; not tuned on a GPU yet.
+    Chosen by what compiles there without spilling registers, in float32 by what compiles within
+    seconds: its products are unrolled into single multiplications, which spill from 128 channels on
+    whatever the tiles. Not tuned on a GPU yet.
     """
     head_dim = q.shape[-1]
     width = max(SMALLEST, pl.next_power_of_2(head_dim))
     exact = q.dtype == jnp.float32
     if exact:  # four bytes an element, products outside the tensor cores
-        sizes = {"forward": (64, 32, 4, 2), "dkv": (32, 32, 4, 2), "dq": (32, 32, 4, 2)}
+        warps = 4 if width <= 64 else 8  # the more there are, the fewer each unrolls
+        sizes = {"forward": (64 if width <= 128 else 32, 32, warps, 2),
+                 "dkv": (32, 32, warps, 2), "dq": (32, 32, warps, 2)}
     elif width <= 64:
         sizes = {"forward": (128, 64, 4, 3), "dkv": (64, 64, 4, 3), "dq": (64, 64, 4, 3)}
     elif width == 128:
