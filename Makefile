@@ -66,6 +66,8 @@ test-slurm: venv-test
 
 test-plan:
 	@launch/venv.sh "$(PYTHON)" "$(VENV)-plan" test plan,tokamax
+	@$(VENV)-plan/bin/python -c 'import cudnn' 2>/dev/null || \
+	  $(VENV)-plan/bin/python -m pip install -q --disable-pip-version-check --no-deps nvidia-cudnn-frontend
 	$(VENV)-plan/bin/python -m pytest -m plan $(PYTEST_ARGS)
 
 fixtures: venv-test
