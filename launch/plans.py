@@ -36,8 +36,8 @@ WAN_480P = ["--config.data.height=60", "--config.data.width=104"]
 WAN_720P = ["--config.data.height=90", "--config.data.width=160"]
 # Eight devices to a clip leave room to keep what they exchanged.
 CONTEXT_8 = ["--config.mesh.context=8", "--config.model.remat=exchange"]
-# The distillation before it, in the video stage's shapes.
-CONSISTENCY = ["--config.stage=consistency"]
+# The distillation before it, in the video stage's shapes; without D there is room for what was exchanged.
+CONSISTENCY = ["--config.stage=consistency", "--config.model.remat=exchange"]
 
 
 def cases() -> dict[str, tuple[str, str, list[str]]]:

@@ -61,10 +61,6 @@ REASONS = (
            "`attention`, which saves 18% of the update."),
     Reason("g", "gathers", r"seaweed_8b_video_h100_8x8_context_8", r"G step",
            "`context_8`, G step: a gather of a MiB or more is hidden by 95% or more of its time."),
-    Reason("h", "tokens", r".*_consistency_.*", r".*",
-           "The distillation is planned with the video stage's remat `attention`. Of its five passes "
-           "the student's two alone send anything again: 24 arrays a layer where 20 would do. "
-           "`exchange` would keep them for some 12 GiB more; it was not compiled for this stage."),
 )
 OTHERS = """
 Not misses, but to be known. Memory: XLA's scheduler spends on overlap what it is given of what the

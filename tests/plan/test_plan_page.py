@@ -84,12 +84,12 @@ def test_targets_are_said_with_their_misses(results):
     assert "| gathers not judged, sums not judged, tokens not judged |" in page.targets(results)
 
 
-def test_the_distillations_tokens_have_a_reason_of_their_own(results):
+def test_the_reason_of_the_video_stages_tokens_is_not_the_distillations(results):
     name = "seaweed_8b_consistency_h100_8x8"
     results[name] = results["seaweed_8b_video_h100_8x8"]
     step = results[name]["plan"]["programs"]["D step"]
     step["context_gib"] = 1.2 * step["context_minimum_gib"]
-    assert "| none | 1.20 | unexplained, h |" in page.targets(results)
+    assert "| none | 1.20 | unexplained, unexplained |" in page.targets(results)
 
 
 def test_the_page_lists_what_is_missing_and_what_was_refused(results, tmp_path):
