@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from apt_jax.installed import versions_of  # noqa: E402
+from apt_jax.installed import revision, versions_of  # noqa: E402
 
 PLANS = ROOT / "docs" / "plans"
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
@@ -86,7 +86,7 @@ def run(name: str, hlo: str) -> bool:
     env = {k: v for k, v in os.environ.items()
            if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")}
     folder = Path(hlo).resolve() / name if hlo else None
-    made = "" if folder and any(folder.glob("*.json")) else revision()
+    made = "" if folder and any(folder.glob("*.json")) else revision(ROOT / "configs")
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "plan.json"
         kept = ["--reuse", "--hlo", str(folder)] if folder else []
@@ -100,16 +100,6 @@ def run(name: str, hlo: str) -> bool:
              "revision": made, "plan": plan}
     (PLANS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     return True
-
-
-def revision() -> str:
-    """The commit of this checkout, with "-dirty" where files differ from it; "" without git."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def slim(plan: dict) -> dict:

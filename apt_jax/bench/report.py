@@ -28,7 +28,7 @@ from typing import Any
 
 from apt_jax.config.io import config_to_json
 from apt_jax.errors import UserError
-from apt_jax.installed import versions_of
+from apt_jax.installed import revision, versions_of
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "tokamax", "flax",
             "torch", "diffusers")
@@ -45,7 +45,10 @@ def environment(device: str) -> dict[str, Any]:
     return {"device": device, "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)), "load_before": round(os.getloadavg()[0], 2),
             "python": platform.python_version(), "versions": versions_of(PACKAGES),
-            "nvidia": nvidia(), "flags": flags(), "revision": revision()}
+            "nvidia": nvidia(), "flags": flags(), "revision": _own_revision()}
+
+
+_own_revision = functools.cache(revision)  # what is edited meanwhile does not run in this process
 
 
 def flags() -> str:
@@ -93,27 +96,6 @@ def processor(table: Path = Path("/proc/cpuinfo")) -> str:
     names = [value.strip() for key, _, value in (line.partition(":") for line in lines)
              if key.strip() == "model name"]
     return next(filter(None, names), platform.processor() or platform.machine())
-
-
-@functools.cache
-def revision() -> str:
-    """What the package's code is: the git commit, a digest of the sources where they differ from it
-    or where there is no git."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    sources = f"sources-{digest.hexdigest()[:10]}"
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "?"
-
-    try:
-        commit, changed = git("log", "-1", "--format=%h", "--", "."), git("status", "-s", "--", ".")
-    except OSError:  # git is not installed
-        return sources
-    return sources if not commit or commit == "?" or changed else commit
 
 
 def config_digest(config: Any) -> str:

@@ -11,9 +11,10 @@ import pytest
 
 from apt_jax import api
 from apt_jax.bench import block, case, pipeline, programs, quality, run, torch_peers
-from apt_jax.bench.report import Results, config_digest, revision, row_name
+from apt_jax.bench.report import Results, config_digest, row_name
 from apt_jax.cli import main as cli
 from apt_jax.config import load_config
+from apt_jax.installed import revision
 from apt_jax.models.umt5 import UMT5Config
 from apt_jax.models.vae import VAEConfig
 

@@ -125,20 +125,19 @@ def test_a_result_has_its_revision_unless_programs_were_there_already(monkeypatc
     name, commands = "wan_1_3b_video_h100_1x1", []
 
     def planned(words, env=None, **settings):
-        if words[0] == "git":
-            return subprocess.CompletedProcess(words, 0, "abc123\n")
         commands.append(words)
         assert not {"XLA_FLAGS", "LIBTPU_INIT_ARGS"} & set(env)
         Path(words[words.index("--json") + 1]).write_text('{"programs": {}, "flags": {}}')
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(script.subprocess, "run", planned)
+    monkeypatch.setattr(script, "revision", lambda configs: f"abc123 {configs.name}")
     monkeypatch.setattr(script, "PLANS", tmp_path / "plans")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_x=true")
     written = tmp_path / f"plans/{name}.json"
     for hlo in ("", str(tmp_path / "hlo")):
         assert script.run(name, hlo)
-        assert json.loads(written.read_text())["revision"] == "abc123"
+        assert json.loads(written.read_text())["revision"] == "abc123 configs"
     (tmp_path / "hlo" / name).mkdir(parents=True)
     (tmp_path / "hlo" / name / "D_step.json").write_text("{}")
     assert script.run(name, str(tmp_path / "hlo"))
