@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from apt_jax.eval import evaluate
     from apt_jax.eval.measure import Reference, measure
     from apt_jax.eval.mobilenet import MobileNetFeatures
-    from apt_jax.parallel.mesh import batch_ways, make_mesh
+    from apt_jax.parallel.mesh import batch_unit, make_mesh
     from apt_jax.train.feeding import put_batch
     from apt_jax.train.state import init_state, set_up
     from apt_jax.train.steps import build_update
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         open_dataset(data.path, data.split, data.frames, data.height, data.width,
                      data.frame_stride, data.max_text_tokens, data.caption_dropout),
         batch_size=config.train.batch_size, clip_batch_size=config.train.clip_batch_size,
-        seed=config.seed, multiple=batch_ways(mesh) * (config.train.accumulate or 1))
+        seed=config.seed, multiple=batch_unit(mesh, config.train.accumulate))
     split = evaluate.load_split(data.path, data.split, frames, data.height, data.width,
                                 data.max_text_tokens)
     extract = MobileNetFeatures()

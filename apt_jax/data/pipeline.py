@@ -285,16 +285,16 @@ class _Steps:
         }
 
 
-def size_of(frames: int, batch_size: int, clip_batch_size: int = 0) -> int:
-    """How many samples of so many frames an update takes: train.batch_size, of clips
-    train.clip_batch_size where that is set."""
-    return clip_batch_size if clip_batch_size and frames > 1 else batch_size
+def size_field(frames: int, clip_batch_size: int) -> str:
+    """The field of config.train that says how many samples of so many frames an update takes."""
+    return "clip_batch_size" if clip_batch_size and frames > 1 else "batch_size"
 
 
 def plan_of(dataset: Dataset, batch_size: int, seed: int, clip_batch_size: int = 0) -> Plan:
     """The plan of a run: its batches_per_epoch is the length of an epoch in steps."""
-    sizes = [size_of(shape.frames, batch_size, clip_batch_size) for shape in dataset.shapes]
-    return Plan.build(dataset.members, sizes, seed)
+    sizes = {"batch_size": batch_size, "clip_batch_size": clip_batch_size}
+    return Plan.build(dataset.members, [
+        sizes[size_field(shape.frames, clip_batch_size)] for shape in dataset.shapes], seed)
 
 
 def batches(

@@ -232,6 +232,12 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def batch_unit(mesh: Mesh, accumulate: int) -> int:
+    """What divides a global batch that is filled up: its devices times train.accumulate, of which 0 (one
+    sample at a time) asks for no more than 1."""
+    return batch_ways(mesh) * (accumulate or 1)
+
+
 def check_batch(
     mesh: Mesh, batch_size: int, accumulate: int = 1, name: str = "train.batch_size"
 ) -> int:
@@ -242,12 +248,11 @@ def check_batch(
     """
     if accumulate < 0:
         raise UserError(f"train.accumulate = {accumulate} must be at least 0; set it to 1")
-    accumulate = accumulate or 1
-    unit = batch_ways(mesh) * accumulate
+    unit = batch_unit(mesh, accumulate)
     filled = -(-batch_size // unit) * unit
     if batch_size < 1 or (filled - batch_size) * 10 > filled:
         nearest = max(unit, round(batch_size / unit) * unit)
         raise UserError(
             f"{name} = {batch_size} does not split over {batch_ways(mesh)} devices "
-            f"times {accumulate} microbatches; the nearest size that works is {nearest}")
+            f"times {accumulate or 1} microbatches; the nearest size that works is {nearest}")
     return filled

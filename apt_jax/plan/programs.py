@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from apt_jax.data.pipeline import size_of
+from apt_jax.data.pipeline import size_field
 from apt_jax.errors import UserError
 from apt_jax.eval.generate import Generation
 from apt_jax.models.presets import discriminator_taps, make_generator
@@ -116,15 +116,19 @@ def reference_config(config: Any, remat: str | None = "none") -> Any:
 
 def asked_batch(config: Any) -> int:
     """Samples of one update that the config asks for, of its largest sample."""
-    return size_of(max(config.data.frames), config.train.batch_size, config.train.clip_batch_size)
+    return config.train[batch_field(config)]
+
+
+def batch_field(config: Any) -> str:
+    """The field of config.train that says it."""
+    return size_field(max(config.data.frames), config.train.clip_batch_size)
 
 
 def batch_of(config: Any, mesh: Mesh) -> int:
     """Samples of one update as `train` runs it: filled up to what the devices and train.accumulate
     split. Raises UserError where the loop would."""
-    clips = max(config.data.frames) > 1 and config.train.clip_batch_size > 0
     return check_batch(mesh, asked_batch(config), config.train.accumulate,
-                       "train.clip_batch_size" if clips else "train.batch_size")
+                       f"train.{batch_field(config)}")
 
 
 def sample_shape(config: Any) -> tuple[int, int, int, int]:

@@ -26,6 +26,7 @@ from apt_jax.plan.programs import (
     INFERENCE,
     Program,
     asked_batch,
+    batch_field,
     batch_of,
     inference_program,
     sample_shape,
@@ -237,8 +238,7 @@ def remedies(config: Any, found: Plan) -> list[dict[str, Any]]:
     if worst.name == INFERENCE:  # takes one sample as it is and keeps nothing for a backward pass
         wanted = [change for change in wanted if "mesh.fsdp" in change]
     # The samples themselves: only where they are large beside what is missing.
-    clips = max(config.data.frames) > 1 and config.train.clip_batch_size > 0
-    key = "clip_batch_size" if clips else "batch_size"
+    key = batch_field(config)
     for part in (2, 4):
         saved = worst.parts.get("batch", 0) * (1 - 1 / part)
         if config.train[key] >= part and saved > (worst.peak - found.usable) / 2:

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apt_jax.config import config_to_json, validate
+from apt_jax.data.pipeline import batches, open_dataset, size_field
 from apt_jax.errors import UserError
 from apt_jax.nn.lora import join
-from apt_jax.parallel.mesh import batch_ways, check_batch, make_mesh, replicated
+from apt_jax.parallel.mesh import batch_unit, check_batch, make_mesh, replicated
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.disk import run_disk
@@ -80,8 +81,7 @@ class _Run:
         self.progress: Progress | None = None
         self.log: MetricLog | None = None
         self.mesh = make_mesh(config.mesh)
-        clips = config.train.clip_batch_size > 0
-        for name in sorted({"clip_batch_size" if clips and frames > 1 else "batch_size"
+        for name in sorted({size_field(frames, config.train.clip_batch_size)
                             for frames in config.data.frames}):
             size = config.train[name]
             filled = check_batch(self.mesh, size, config.train.accumulate, f"train.{name}")
@@ -272,8 +272,6 @@ def check_data(config: Any, dataset: Any) -> None:
 
 
 def _open(config: Any) -> Any:
-    from apt_jax.data.pipeline import open_dataset
-
     data = config.data
     return open_dataset(data.path, split=data.split, frames=data.frames, height=data.height,
                         width=data.width, frame_stride=data.frame_stride,
@@ -282,12 +280,10 @@ def _open(config: Any) -> Any:
 
 
 def _stream(config: Any, dataset: Any, start_step: int, mesh: Mesh) -> Any:
-    from apt_jax.data.pipeline import batches
-
     accumulate = config.train.accumulate
     return iter(batches(dataset, batch_size=config.train.batch_size,
                         clip_batch_size=config.train.clip_batch_size, seed=config.seed,
                         start_step=start_step, rows=lambda size: rows_of(mesh, size, accumulate),
-                        multiple=batch_ways(mesh) * (accumulate or 1),
+                        multiple=batch_unit(mesh, accumulate),
                         threads=config.data.threads,
                         prefetch=config.data.prefetch))

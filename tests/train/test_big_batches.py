@@ -11,7 +11,7 @@ import pytest
 from apt_jax.config import load_config, validate
 from apt_jax.data.pipeline import batches, plan_of
 from apt_jax.data.plan import PADDING
-from apt_jax.parallel.mesh import batch_ways, check_batch, make_mesh, replicated
+from apt_jax.parallel.mesh import batch_unit, check_batch, make_mesh, replicated
 from apt_jax.train.feeding import put_batch, rows_of
 from apt_jax.train.steps import gradient, microbatches, sample_keys
 
@@ -43,7 +43,7 @@ def mesh():
 
 def stream(mesh, accumulate, **which):
     return batches(Records(), batch_size=IMAGES, clip_batch_size=CLIPS, seed=SEED, threads=0,
-                   multiple=batch_ways(mesh) * (accumulate or 1), **which)
+                   multiple=batch_unit(mesh, accumulate), **which)
 
 
 @pytest.mark.parametrize("accumulate", [1, 53])
