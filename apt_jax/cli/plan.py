@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile, print the tables; status 0 when it fits, 1 when it does not."""
     from apt_jax.errors import UserError
-    from apt_jax.plan.devices import prepare_environment
+    from apt_jax.plan.devices import describe, prepare_environment
 
     if args.sweep and args.hlo:
         raise UserError("--hlo keeps the programs of one plan, not of a --sweep; leave one of the "
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from apt_jax.parallel.flags import compiler_options
     from apt_jax.plan import run as planning
     from apt_jax.plan.chips import parse_topology
+    from apt_jax.plan.compiler import known_options
     from apt_jax.plan.kept import Kept
     from apt_jax.plan.show import format_plan, format_sweep
 
@@ -76,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--remats has no {strange[0]!r}; use {', '.join(REMATS)}")
     topology = parse_topology(args.topology)
     config = validate(load_config(args.config, args.overrides))
-    options = compiler_options(args.flags, topology.chip.kind, topology.hosts)
-
     kept = Kept(Path(args.hlo), args.reuse) if args.hlo else None
     if kept:
         kept.check()
@@ -86,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+    # Asked once, for all plans of a sweep and of a search.
+    options = known_options(compiler_options(args.flags, topology.chip.kind, topology.hosts),
+                            describe(topology)[0], tell)
 
     def plain(found: planning.Plan) -> dict[str, Any]:
         """Its JSON, with the flags that the user's environment adds."""

@@ -18,7 +18,6 @@ from apt_jax.kernels.dispatch import refusal as cannot_serve
 from apt_jax.parallel.mesh import divisors, make_mesh
 from apt_jax.plan.advice import launch_notes
 from apt_jax.plan.chips import GIB, Topology
-from apt_jax.plan.compiler import known_options
 from apt_jax.plan.devices import describe, elsewhere
 from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Measurement, compile_program, measure, work
@@ -154,7 +153,7 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
 
     Args:
       config: a validated config; its mesh must fit the topology.
-      options: XLA compiler options; those that the compiler lacks are told and left out.
+      options: XLA compiler options, all of them known to the compiler (`compiler.known_options`).
       kept: where compiled programs are kept; those that are there are not compiled again.
       tell: called with a line of progress.
       first: the name of a program to begin with, the largest; where it does not fit, the others are
@@ -165,14 +164,13 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
     devices = describe(topology)
     config = for_chip(config, topology, Hardware.of(devices[0]))
     mesh = make_mesh(config.mesh, devices)
-    options = known_options(options or {}, devices[0], tell)
     batch = batch_of(config, mesh)
     programs = build_programs(config, devices, inference)
     programs.sort(key=lambda program: program.name != first)  # stable
     measured: list[Measurement] = []
     usable = topology.chip.memory * (1 - RESERVE)
     for program in programs:
-        compiled = kept.read(program.name, options) if kept else None
+        compiled = kept.read(program.name, options or {}) if kept else None
         if compiled is None:
             tell(f"{topology.text}: compiling {program.name}")
             with elsewhere(devices[0]):  # kernels for there, not for here

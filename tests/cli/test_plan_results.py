@@ -14,6 +14,12 @@ from apt_jax.plan.run import Plan
 PLAN = ["plan", "--config", "configs/demo_image.py", "--topology", "h100:1x2", "--no-remedy"]
 
 
+def lacking(options, device, tell):
+    """A compiler that lacks one option."""
+    tell("left out xla_x")
+    return options
+
+
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     """The plans that were asked for; none is compiled, and the environment stays as it is."""
@@ -27,6 +33,8 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(run, "plan", plan)
     monkeypatch.setattr("apt_jax.plan.devices.prepare_environment", lambda unrun=False: None)
+    monkeypatch.setattr("apt_jax.plan.devices.describe", lambda topology: [None])
+    monkeypatch.setattr("apt_jax.plan.compiler.known_options", lacking)
     for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.delenv(name, raising=False)
     return asked
@@ -74,10 +82,11 @@ def test_a_plan_is_written_with_its_kernel_and_all_flags(tmp_path, monkeypatch, 
     assert json.loads(out.read_text())["environment"] == {"XLA_FLAGS": "--xla_b=2"}
 
 
-def test_a_sweep_that_is_cut_off_leaves_the_rows_until_then(tmp_path, compiled, monkeypatch):
+def test_a_sweep_that_is_cut_off_leaves_the_rows_until_then(tmp_path, compiled, monkeypatch, capsys):
     out, plan = tmp_path / "sweep.json", run.plan
     sweep = [*PLAN, "--sweep", "--remats", "full", "none", "--json", str(out)]
     assert main(sweep) == 0
+    assert capsys.readouterr().err.count("left out xla_x") == 1
     rows = json.loads(out.read_text())
     whole = len(compiled)
     assert len(rows) == whole > 4 and rows[0]["step_seconds"] == 1.0  # by time
