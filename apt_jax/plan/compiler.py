@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from apt_jax.errors import UserError
+from apt_jax.plan.hlo import is_whole
 
 _LACKED = re.compile(r"No such compile option: '(\w+)'")
 
@@ -63,7 +64,7 @@ def compile_text(lowered: jax.stages.Lowered, options: dict[str, Any] | None,
     except OSError as error:
         raise _failed(error.strerror or str(error)) from None
     text = max(texts, key=len, default="")
-    if not text.rstrip().endswith("}"):  # XLA only logs that it could not write
+    if not is_whole(text):  # XLA only logs that it could not write
         raise _failed("the dump is cut off" if text else "there is no dump")
     return compiled, text
 

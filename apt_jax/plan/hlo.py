@@ -160,8 +160,13 @@ class Program:
         return []
 
 
+def is_whole(text: str) -> bool:
+    """Whether a module's text has its end: the entry is its last computation."""
+    return "\nENTRY " in text and text.rstrip().endswith("\n}")
+
+
 def parse_hlo(text: str) -> Program:
-    """Parse a module's text. ValueError when it has no entry computation."""
+    """Parse a module's text. ValueError where it has no entry computation or ends inside one."""
     computations: dict[str, list[Instruction]] = {}
     current: list[Instruction] | None = None
     entry = ""

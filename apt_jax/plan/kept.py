@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_jax.errors import UserError
+from apt_jax.plan.hlo import is_whole
 from apt_jax.plan.measure import Compiled
 
 
@@ -41,7 +42,7 @@ class Kept:
             return None
         try:
             found = Compiled(text.read_text(), **json.loads(memory.read_text()))
-            if found.text and not found.text.rstrip().endswith("}"):
+            if found.text and not is_whole(found.text):
                 raise ValueError(f"{text.name} beside it is cut off")
             return found if found.flags in (None, flags) else None
         except (ValueError, TypeError) as error:

@@ -11,7 +11,8 @@ from apt_jax.plan.compiler import compile_text, known_options
 from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Compiled
 
-TEXT = "HloModule m\n\nENTRY %main () -> s32[] {\n  ROOT %c = s32[] constant(0)\n}\n"
+HELPER = "HloModule m\n\n%helper () -> s32[] {\n  ROOT %c = s32[] constant(0)\n}\n"
+TEXT = HELPER + "\nENTRY %main () -> s32[] {\n  ROOT %c = s32[] constant(0)\n}\n"
 
 
 class Lowered:
@@ -34,7 +35,8 @@ def test_the_largest_module_is_the_program():
     assert not Path(lowered.options["xla_dump_to"]).exists()
 
 
-@pytest.mark.parametrize("texts, says", [([], "there is no dump"), ([TEXT[:-4]], "cut off")])
+@pytest.mark.parametrize("texts, says", [
+    ([], "there is no dump"), ([TEXT[:-4]], "cut off"), ([HELPER], "cut off")])
 def test_a_dump_that_is_missing_or_cut_off_is_one_line(texts, says):
     with pytest.raises(UserError, match=f"{says}; make room there, or name another folder in TMPDIR"):
         compile_text(Lowered(texts), None, "tpu")
@@ -47,11 +49,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
         compile_text(Lowered([TEXT]), None, "tpu")
 
 
-def test_a_kept_text_that_is_cut_off_is_one_line(tmp_path):
+@pytest.mark.parametrize("left", [TEXT[:-4], HELPER])
+def test_a_kept_text_that_is_cut_off_is_one_line(tmp_path, left):
     kept = Kept(tmp_path, reuse=True)
     kept.write("D step", Compiled(TEXT, 1, 2, 3, 4, 5))
     assert kept.read("D step", {}).text == TEXT
-    (tmp_path / "D_step.txt").write_text(TEXT[:-4])
+    (tmp_path / "D_step.txt").write_text(left)
     with pytest.raises(UserError, match="D_step.txt beside it is cut off.*delete it"):
         kept.read("D step", {})
 
