@@ -16,15 +16,13 @@ from apt_jax.bench.profile import folder_of
 from apt_jax.bench.report import Results, attempt, config_digest, row_name
 from apt_jax.bench.rows import make_rows
 
-WHAT = ("block", "forward", "train", "vae", "pipeline")
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to run.
 
     Attributes:
-      what: one of WHAT.
+      what: block, forward, train, vae or pipeline.
       config_of: attention's backend -> a fresh config.
       devices: to compile or run on.
       backends, weights, parts, steps, decoders: the choices of each; not every bench reads all.

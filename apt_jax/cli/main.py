@@ -147,9 +147,9 @@ class _Stderr(logging.Handler):
 
 @contextlib.contextmanager
 def _shown_log() -> Iterator[None]:
-    """What the package logs (warnings, an automatic choice) is for whoever typed the command: once,
+    """What the package logs (warnings, an automatic choice) is for whoever typed the command.
 
-    also where an import gives the root logger a handler of its own.
+    Once, also where an import gives the root logger a handler of its own.
     """
     log = logging.getLogger("apt_jax")
     before, handler = (log.level, log.propagate), _Stderr()

@@ -119,9 +119,10 @@ def elsewhere(device: Any) -> Iterator[None]:
 
 
 def _mesh_of(device: Any) -> contextlib.AbstractContextManager[Any]:
-    """A mesh without axes that says the chip: from 0.11 on jax's Pallas asks the mesh, else the devices
+    """A mesh without axes that says the chip.
 
-    that are there. A program over several devices brings a mesh that says it too.
+    From 0.11 on jax's Pallas asks the mesh, else the devices that are there. A program over several
+    devices brings a mesh that says it too.
     """
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
