@@ -25,6 +25,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from apt_jax.cli.bench import AGAIN, MORE  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results" / "performance"
 ONE = ["--config.mesh.replica=1", "--config.mesh.fsdp=1", "--config.mesh.context=1"]
 VIDEO_8B = ["--config", "configs/seaweed_8b_video.py", *ONE]
@@ -36,8 +40,6 @@ TRAINING = ["--backends", "tokamax", "cudnn", "pallas"]
 KERNELS = [*TRAINING, "cudnn_fp8"]
 BOTH = ["--weights", "bfloat16", "fp8"]
 EACH = ["--rows", "1"]
-MORE = 76  # of a command with --rows: as many are made, and others are missing
-AGAIN = 75  # as sysexits.h calls it; of a command: a row broke the device for its process
 PROCESSES = 4  # of a command, where rows break them (or a signal ends them)
 # Full-width layers of G, D, their masters, moments and average that one GPU holds.
 FEW = ["--config.model.depth=4", "--config.discriminator.taps=2,3,4"]
@@ -92,7 +94,6 @@ def environment(cache: Path, flags: str = "") -> dict[str, str]:
 def known_flags() -> str:
     """The package's flags for GPUs, as it tells users to export them, that the installed XLA knows;
     each row holds them."""
-    sys.path.insert(0, str(ROOT))
     from apt_jax.parallel.flags.check import known_value
 
     return known_value("gpu", 1, lambda line: print(f"flags: {line}", flush=True))

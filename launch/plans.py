@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apt_jax.installed import revision, versions_of  # noqa: E402
+from apt_jax.parallel.flags import VARIABLES  # noqa: E402
 
 PLANS = ROOT / "docs" / "plans"
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
@@ -84,7 +85,7 @@ def run(name: str, hlo: str) -> bool:
     words = command(name)
     print(f"plans.py: {name}: apt-jax {' '.join(words)}", flush=True)
     env = {k: v for k, v in os.environ.items()
-           if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")}
+           if k not in (*VARIABLES.values(), "JAX_PLATFORMS")}
     folder = Path(hlo).resolve() / name if hlo else None
     made = "" if folder and any(folder.glob("*.json")) else revision(ROOT / "configs")
     with tempfile.TemporaryDirectory() as place:

@@ -29,15 +29,13 @@ from typing import Any
 from apt_jax.config.io import config_to_json
 from apt_jax.errors import UserError
 from apt_jax.installed import revision, versions_of
+from apt_jax.parallel.flags import VARIABLES
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "tokamax", "flax",
             "torch", "diffusers")
 # Whose rows a package makes, by a part of their names: "auto" takes tokamax where it is installed.
 MAKERS = {"torch": ("torch", "diffusers"), "tokamax": ("tokamax",), "tokamax_choice": ("tokamax",),
           "auto": ("tokamax",)}
-
-# What compilers read beside the program.
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -53,7 +51,7 @@ _own_revision = functools.cache(revision)  # what is edited meanwhile does not r
 
 def flags() -> str:
     """The flags of XLA and libtpu in force: "XLA_FLAGS=--a=1 --b=2", "" without any."""
-    return " ".join(f"{name}={' '.join(os.environ[name].split())}" for name in FLAGS
+    return " ".join(f"{name}={' '.join(os.environ[name].split())}" for name in VARIABLES.values()
                     if os.environ.get(name, "").split())
 
 

@@ -101,11 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-compile", action="store_true", help="cpu: leave out torch.compile")
 
 
+# Statuses beside 0 and 1. The same command goes on: with the others where a row broke the device for its
+# process ("try again", as sysexits.h has it), with the next where as many as --rows asks for are made.
+AGAIN, MORE = 75, 76
 WHOLE = ("block", "forward", "train", "vae", "pipeline")
 # flag -> the benches that it says something to
 MEANT_FOR = {
-    "device_less": ("attention", *WHOLE), "profile": ("attention", *WHOLE), "config": WHOLE,
-    "rows": WHOLE, "weights": ("block", "forward", "train", "pipeline"),
+    "device_less": ("attention", *WHOLE), "topology": ("attention", *WHOLE),
+    "profile": ("attention", *WHOLE), "config": WHOLE, "rows": WHOLE,
+    "weights": ("block", "forward", "train", "pipeline"),
     "backends": ("attention", "block", "forward", "train", "pipeline"), "cases": ("attention",),
     "steps": ("train",), "decoders": ("vae", "pipeline"),
     "no_peers": ("block", "forward", "train", "vae"), "as_trained": ("train",),
@@ -249,17 +253,16 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _status(make: Callable[[], int]) -> int:
-    """0, 1 where rows failed, 75 ("try again") where one broke the device for this process: the
-    same command goes on with the others; so does it after 76, where --rows were made."""
+    """0, 1 where rows failed, AGAIN or MORE."""
     from apt_jax.bench.rows import DeviceLost, Enough
 
     try:
         return 1 if make() else 0
     except Enough:
-        return 76
+        return MORE
     except DeviceLost as error:
         print(f"apt-jax bench: {error}; the same command goes on with the others")
-        return 75
+        return AGAIN
 
 
 def _share_memory() -> None:

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile, print the tables; status 0 when it fits, 1 when it does not."""
     from apt_jax.errors import UserError
+    from apt_jax.parallel.flags import VARIABLES, compiler_options
     from apt_jax.plan.devices import describe, prepare_environment
 
     if args.sweep and args.hlo:
@@ -61,12 +62,10 @@ def run(args: argparse.Namespace) -> int:
                         "two out")
     if args.reuse and not args.hlo:
         raise UserError("--reuse reads kept programs; name their folder with --hlo DIR")
-    given = {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-             if os.environ.get(name)}
+    given = {name: os.environ[name] for name in VARIABLES.values() if os.environ.get(name)}
     prepare_environment(unrun=True)
     from apt_jax.config import load_config, validate
     from apt_jax.config.schema import REMATS
-    from apt_jax.parallel.flags import compiler_options
     from apt_jax.plan import run as planning
     from apt_jax.plan.chips import parse_topology
     from apt_jax.plan.compiler import known_options

@@ -383,6 +383,7 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["fp8", "--count", "-1"], "--count -1 is no number"),
     (["fp8", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
     (["cpu", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
+    (["cpu", "--topology", "v5p:2x2x1"], "--topology is for apt-jax bench attention, block, "),
     (["fp8", "--profile", "x"], "--profile is for"),
     (["cpu", "--profile", "x"], "--profile is for"),
     (["attention", "--config", "configs/demo_image.py"], "--config is for apt-jax bench block"),

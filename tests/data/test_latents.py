@@ -1,7 +1,6 @@
 """Data sets of latents with a stand-in VAE: from media to batches, interrupted, misused."""
 
 import dataclasses
-import functools
 import itertools
 import json
 
@@ -127,11 +126,6 @@ def test_the_report_adds_up(prepared, capsys):
     assert "frames/s" in text and "rubbish.mkv" in text and f"{value['records']} with" in text
 
 
-def share(process, processes, size):
-    """An equal stretch of every batch."""
-    return np.arange(size).reshape(processes, -1)[process]
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_batches_are_float32_latents_and_lose_nothing(prepared, processes):
     dataset = open_dataset(prepared / "out", "train", frames=(1, 2), max_text_tokens=6,
@@ -140,9 +134,8 @@ def test_batches_are_float32_latents_and_lose_nothing(prepared, processes):
     steps = plan_of(dataset, 4, 3).batches_per_epoch
     found, padded = [], 0
     for process in range(processes):
-        for batch in itertools.islice(batches(
-                dataset, batch_size=4, seed=3,
-                rows=functools.partial(share, process, processes)), steps):
+        for batch in itertools.islice(batches(dataset, batch_size=4, seed=3,
+                                              rows=tiny.share(process, processes)), steps):
             n = 4 // processes
             assert batch["x"].dtype == np.float32 and batch["x"].shape[::4] == (n, 16)
             for i, index in enumerate(batch["index"]):

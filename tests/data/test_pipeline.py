@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from tiny_media import share
 
 from apt_jax.data.pipeline import batches, load_all, open_dataset, plan_of, to_unit
 from apt_jax.errors import UserError
@@ -25,11 +26,6 @@ def clips():
 def take(dataset, count, **options):
     options = {"batch_size": 16, "seed": 7, **options}
     return list(itertools.islice(batches(dataset, **options), count))
-
-
-def share(process, processes):
-    """Equal stretches of every batch, one for each process."""
-    return lambda size: np.arange(size).reshape(processes, -1)[process]
 
 
 def numbers(part):

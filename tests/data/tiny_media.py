@@ -95,6 +95,11 @@ def image_folder(folder, count, size=24):
     return folder
 
 
+def share(process, processes):
+    """Which rows of a batch a process reads where each has an equal stretch: size -> int [B]."""
+    return lambda size: np.arange(size).reshape(processes, -1)[process]
+
+
 class PoolCodec:
     """A stand-in VAE: 8x8 means of every fourth frame, 16 channels; quick and without weights.
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from apt_jax.errors import UserError
 
+# What XLA and libtpu read their flags from.
+VARIABLES = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 PLATFORMS = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
 MANY_HOSTS = 4  # from here on gpu_hosts.txt is added
 _LINE = re.compile(r"--(xla_\w+)=(\S+)\s+# \S.*")

@@ -15,9 +15,14 @@ import sys
 from collections.abc import Callable, Mapping
 
 from apt_jax.errors import UserError
-from apt_jax.parallel.flags import MANY_HOSTS, PLATFORMS, environment_value, platform_flags
+from apt_jax.parallel.flags import (
+    MANY_HOSTS,
+    PLATFORMS,
+    VARIABLES,
+    environment_value,
+    platform_flags,
+)
 
-_VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 _ASK = {
     "gpu": "import jax; jax.devices('cpu')",
     "tpu": "from jax.experimental import topologies as t; "
@@ -71,9 +76,9 @@ def _ask(platform: str, flags: Mapping[str, str]) -> str:
     env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
                TPU_ACCELERATOR_TYPE="v5p-8", TPU_WORKER_HOSTNAMES="localhost",
                TF_CPP_MIN_LOG_LEVEL="0")
-    for name in _VARIABLE.values():
+    for name in VARIABLES.values():
         env.pop(name, None)
-    env[_VARIABLE[platform]] = " ".join(f"--{name}={value}" for name, value in flags.items())
+    env[VARIABLES[platform]] = " ".join(f"--{name}={value}" for name, value in flags.items())
     try:
         done = subprocess.run([sys.executable, "-c", _ASK[platform]], env=env, text=True,
                               stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS)
