@@ -49,7 +49,7 @@ def test_public_names():
 
 # -- layers ----------------------------------------------------------------------------------------
 
-# A module may import from its own layer's folder and from layers below it (architecture.md).
+# A module may import from its own layer's folder and from layers below it (README.md).
 LAYERS = (
     {"__main__"},
     {"cli"},

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write everything as JSON too (with --sweep the rows until then, after each)")
     add("--hlo", metavar="DIR", default="", help="keep the compiled programs' text in this folder")
     add("--reuse", action="store_true",
-        help="with --hlo: read the programs that lie there instead of compiling them again; the "
-             "config and the topology must be those they were compiled for")
+        help="with --hlo: read the programs that lie there instead of compiling them again, but for those "
+             "of other XLA flags; the config and the topology must be those they were compiled for")
     add("--no-inference", action="store_true", help="leave out one-step inference")
     add("--no-remedy", action="store_true",
         help="do not look for a change that makes it fit, which compiles it again and again")
