@@ -191,13 +191,12 @@ class Results:
     sources, of these flags and packages and of this config (`config_digest`; "" for what uses none);
     `name in results` without a config. Files of before keep their rows, whose flags are not known.
 
-    Where the device or what is under all rows is another (`changes`), no row counts: `tell` is told
+    Where the device or what is under all rows is another (`changes`), no row counts: a line says
     why, and the first new row moves the file to NAME.before.json. Raises UserError for a file of
     anything else.
     """
 
-    def __init__(self, path: str | Path | None, device: str, command: Sequence[str] | None = None,
-                 tell: Callable[[str], None] = print):
+    def __init__(self, path: str | Path | None, device: str, command: Sequence[str] | None = None):
         self.path = Path(path) if path else None
         self.head = environment(device)
         self.command = shlex.join(command or ["apt-jax", *sys.argv[1:]])
@@ -208,8 +207,8 @@ class Results:
             changed = changes(old, self.head) if old["rows"] else []
             if changed:
                 self._before = _beside(self.path)
-                tell(f"{self.path.name}: {'; '.join(changed)}: all rows are measured again, those of "
-                     f"before are kept in {self._before.name}")
+                print(f"{self.path.name}: {'; '.join(changed)}: all rows are measured again, those of "
+                      f"before are kept in {self._before.name}")
                 return
             self.rows = old["rows"]
             versions = old.get("versions", {})
