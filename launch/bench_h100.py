@@ -1,4 +1,4 @@
-"""The measurements of docs/performance.md on one H100, in three groups that can be stopped and continued.
+"""The measurements of docs/benches.md on one H100, in three groups that can be stopped and continued.
 
     python launch/bench_h100.py attention        # kernels and one block
     python launch/bench_h100.py inference        # one-step 8B, VAE, whole pipeline
@@ -11,7 +11,7 @@ whose process a row broke goes on at once in another. Each training step has a p
 since a device reports the peak of memory of a whole process: rows say it beside what the compiler
 planned. --cache keeps every compiled program, so that a command which was stopped goes on from there
 too, and a trace of each row. Needs pip install 'apt_jax[cuda,tokamax]'; PyTorch with CUDA and
-diffusers for the peers. What is not installed is left out with a line; docs/performance.md says how
+diffusers for the peers. What is not installed is left out with a line; docs/benches.md says how
 to carry wheels to a machine without a network.
 """
 

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "apt_jax").partition(".")[0] == "apt_jax":
             raise
         complain(UserError(f"{error.name} is not installed and this command needs it; run: pip "
-                           "install apt_jax, or without a network as docs/performance.md says"))
+                           "install apt_jax, or without a network as docs/benches.md says"))
         return left(WRONG)
     except KeyboardInterrupt:
         print("apt-jax: interrupted", file=sys.stderr)
