@@ -44,7 +44,7 @@ CASES: dict[str, CpuCase] = {
     "demo": CpuCase(MMDiTConfig(width=96, depth=4, heads=3, head_dim=32, modulation="shared",
                                 remat="dots"), 8, (1, 16, 16), 8),
     "mmdit_100m": CpuCase(MMDiTConfig(width=768, depth=5, heads=12, head_dim=64,
-                                      rope_axes=(16, 24, 24), remat="dots"), 2, (1, 32, 32), 16),
+                                      rope_axes=(16, 24, 24)), 2, (1, 32, 32), 16),
 }
 CONTENDERS = ("apt_jax", "torch eager", "torch.compile")
 
