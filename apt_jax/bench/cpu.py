@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from apt_jax.bench.profile import folder_of, profiled
 from apt_jax.bench.report import Results
 from apt_jax.bench.timing import interleaved
 from apt_jax.errors import UserError
@@ -156,8 +157,10 @@ def contenders(case: CpuCase, part: str, names: Sequence[str], seeds: Sequence[i
 
 
 def run(models: Sequence[str], names: Sequence[str], results: Results, *, seconds: float = 20.0,
-        tell: Callable[[str], None] = print) -> None:
-    """Times every model, part and contender; a row for each (model, part) with all of them."""
+        profile: str = "", tell: Callable[[str], None] = print) -> None:
+    """Times every model, part and contender; a row for each (model, part) with all of them.
+
+    profile: a folder for traces of ours, for "device_seconds" and "costliest" (`profiled`)."""
     try:
         import torch
     except ImportError:
@@ -173,13 +176,17 @@ def run(models: Sequence[str], names: Sequence[str], results: Results, *, second
             # A row is of one run, in turns: what it lacks is not measured without the others.
             load = round(os.getloadavg()[0], 2)  # the file's own is of its last start
             racing = [n for n in CONTENDERS if n in {*names, *had}]
-            timings = interleaved(contenders(case, part, racing), seconds=seconds)
+            made = contenders(case, part, racing)
+            timings = interleaved(made, seconds=seconds)
             size = Network.build(lambda rngs: MMDiT(case.config, rngs=rngs)).parameter_count()  # noqa: B023
             row = {"parameters": size, "batch": case.batch, "shape": case.shape,
                    "torch_threads": torch.get_num_threads(), "load_before": load,
                    "seconds": {n: dataclasses.asdict(t) for n, t in timings.items()},
                    "ratio_to_apt_jax": {n: t.median / timings[racing[0]].median  # noqa: B023
                                         for n, t in timings.items()}}
+            if profile and "apt_jax" in made:
+                call, sets, wait = made["apt_jax"]
+                row |= profiled(call, sets, wait, folder_of(profile, name))
             results.add(name, row)
             tell(line(name, row))
 
@@ -188,4 +195,6 @@ def line(name: str, row: dict[str, Any]) -> str:
     """One row as text: milliseconds, and how many times as long as ours each peer takes."""
     parts = [f"{n} {1e3 * t['median']:.1f} ms ({row['ratio_to_apt_jax'][n]:.2f}x)"
              for n, t in row["seconds"].items()]
-    return f"{name:<20} {row['parameters'] / 1e6:6.1f}M  " + "   ".join(parts)
+    first = [f"{kind} {1e3 * seconds:.1f}" for kind, seconds, _ in row.get("costliest", ())[:6]]
+    return (f"{name:<20} {row['parameters'] / 1e6:6.1f}M  " + "   ".join(parts)
+            + (f"\n{'':<20} ours, ms: {', '.join(first)}" if first else ""))

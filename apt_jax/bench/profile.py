@@ -69,7 +69,8 @@ def _traces(folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> list[tuple[str, float, float]]:
-    """(name, start, seconds) of what ran on devices; of XLA's operations on a CPU."""
+    """(name, start, seconds) of what ran on devices; of XLA's operations on a CPU, whose numbers
+    ("dot.162") are left out: there are hundreds, and only their kinds add up to something."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     processes, threads = {}, {}
@@ -79,7 +80,7 @@ def read(path: Path) -> list[tuple[str, float, float]]:
         elif event.get("ph") == "M" and event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = event["args"]["name"]
     lines = _lines(processes, threads)
-    return [(event["name"], 1e-6 * event["ts"], 1e-6 * event.get("dur", 0)) for event in events
+    return [(event["name"] if lines else re.sub(r"[.\d]+$", "", event["name"]), 1e-6 * event["ts"], 1e-6 * event.get("dur", 0)) for event in events
             if event.get("ph") == "X" and ((event["pid"], event["tid"]) in lines if lines else
                                            "hlo_op" in event.get("args", {}))]
 

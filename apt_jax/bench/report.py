@@ -50,8 +50,9 @@ _own_revision = functools.cache(revision)  # what is edited meanwhile does not r
 
 
 def flags() -> str:
-    """The flags of XLA and libtpu in force: "XLA_FLAGS=--a=1 --b=2", "" without any."""
-    return " ".join(f"{name}={' '.join(os.environ[name].split())}" for name in VARIABLES.values()
+    """What XLA, libtpu and the C library were told: "XLA_FLAGS=--a=1 --b=2", "" for nothing."""
+    return " ".join(f"{name}={' '.join(os.environ[name].split())}"
+                    for name in (*VARIABLES.values(), "GLIBC_TUNABLES")
                     if os.environ.get(name, "").split())
 
 

@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train: the config's batch (of clips, where it trains on them) and accumulation, "
              "without PyTorch's step, which has one sample")
     add("--profile", metavar="DIR", default="",
-        help="all but fp8 and cpu: trace a few calls of each row into a folder of DIR")
+        help="all but fp8: trace a few calls of each row (cpu: of ours) into a folder of DIR")
     add("--checkpoint", nargs="+", default=["bundled:base"], metavar="PATH",
         help="fp8: a trained generator, or several of one training from different seeds")
     add("--kinds", nargs="+", default=[], metavar="NAME",
@@ -108,7 +108,7 @@ WHOLE = ("block", "forward", "train", "vae", "pipeline")
 # flag -> the benches that it says something to
 MEANT_FOR = {
     "device_less": ("attention", *WHOLE), "topology": ("attention", *WHOLE),
-    "profile": ("attention", *WHOLE), "config": WHOLE, "rows": WHOLE,
+    "profile": ("attention", *WHOLE, "cpu"), "config": WHOLE, "rows": WHOLE,
     "weights": ("block", "forward", "train", "pipeline"),
     "backends": ("attention", "block", "forward", "train", "pipeline"), "cases": ("attention",),
     "steps": ("train",), "decoders": ("vae", "pipeline"),
@@ -319,7 +319,7 @@ def _cpu(args: argparse.Namespace) -> int:
     models = _some(args.models, cpu.CASES, "--models")
     names = [n for n in cpu.CONTENDERS if n != "torch.compile" or not args.no_compile]
     results = Results(_path(args), jax.devices()[0].device_kind)
-    cpu.run(models, names, results, seconds=args.seconds or 20.0)
+    cpu.run(models, names, results, seconds=args.seconds or 20.0, profile=args.profile)
     return 0
 
 

@@ -186,6 +186,21 @@ def test_a_twin_that_differs_is_an_error(monkeypatch):
         cpu.contenders(case, "forward", ["apt_jax", "torch eager"])
 
 
+def test_a_profile_says_which_kinds_of_our_operations_took_the_time(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    case = cpu.CpuCase(MMDiTConfig(**SMALL), 1, (1, 4, 4), 3)
+    monkeypatch.setattr(cpu, "CASES", {"tiny": case})
+    results, lines = Results(None, "cpu"), []
+    cpu.run(["tiny"], ["apt_jax", "torch eager"], results, seconds=0.1, profile=str(tmp_path),
+            tell=lines.append)
+    row = results.rows["tiny/train"]
+    kinds = [kind for kind, _, _ in row["costliest"]]
+    assert len(set(kinds)) == len(kinds) > 3 and not any(kind[-1].isdigit() for kind in kinds)
+    assert {"dot", "ynn_fusion"} & set(kinds)
+    assert 0 < row["costliest"][0][1] <= row["device_seconds"]
+    assert f"ours, ms: {kinds[0]} " in lines[-1]
+
+
 def test_a_row_that_lacks_a_contender_is_run_again_with_all(monkeypatch):
     """--no-compile first, then the whole command: torch.compile is not left out for ever."""
     pytest.importorskip("torch")
@@ -269,7 +284,6 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["cpu", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
     (["cpu", "--topology", "v5p:2x2x1"], "--topology is for apt-jax bench attention, block, "),
     (["fp8", "--profile", "x"], "--profile is for"),
-    (["cpu", "--profile", "x"], "--profile is for"),
     (["attention", "--config", "configs/demo_image.py"], "--config is for apt-jax bench block"),
     (["attention", "--weights", "fp8"], "--weights is for apt-jax bench block"),
     (["attention", "--config.model.depth=1"], "--config.model.depth: apt-jax bench attention reads"),
