@@ -145,6 +145,9 @@ def _check(args: argparse.Namespace) -> None:
                         "config; leave it out")
     if not 0 <= args.seconds < float("inf"):
         raise UserError(f"--seconds {args.seconds:g} is no time; give how long to time each row")
+    for name in ("seconds", "profile"):
+        if args.device_less and getattr(args, name):
+            raise UserError(f"--{name}: nothing runs with --device-less; leave one of them out")
     if args.rows < 0 or (args.rows and (args.device_less or not args.json)):
         raise UserError(f"--rows {args.rows}: that many rows are timed and kept in --json, without "
                         "--device-less; give 1 or more and a file")

@@ -281,6 +281,8 @@ def test_a_forward_pass_is_timed_on_this_machine(capsys, tmp_path):
     (["fp8", "--depths", "4", "0"], "--depths 0 is no network"),
     (["fp8", "--count", "-1"], "--count -1 is no number"),
     (["fp8", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
+    (["attention", "--device-less", "--profile", "x"], "--profile: nothing runs with --device-less"),
+    (["block", "--device-less", "--seconds", "3"], "--seconds: nothing runs with --device-less"),
     (["cpu", "--device-less"], "--device-less is for apt-jax bench attention, block, "),
     (["cpu", "--topology", "v5p:2x2x1"], "--topology is for apt-jax bench attention, block, "),
     (["fp8", "--profile", "x"], "--profile is for"),
