@@ -75,8 +75,9 @@ def command(name: str, arguments: list[str], out: Path, cache: Path, device_less
     if not device_less:
         return [*arguments, "--json", str(out / f"{name}_h100.json"), "--profile",
                 str(cache / "profile")]
-    rows = arguments.index("--rows") if "--rows" in arguments else len(arguments)
-    arguments = arguments[:rows] + arguments[rows + 2:]
+    for option in ("--rows", "--seconds"):  # of what is timed
+        place = arguments.index(option) if option in arguments else len(arguments)
+        arguments = arguments[:place] + arguments[place + 2:]
     return [*(a for a in arguments if a != "--no-peers"), "--json",
             str(out / f"{name}_h100_compiled.json"), "--device-less", "--topology", "h100:1x1"]
 

@@ -120,6 +120,8 @@ def test_each_training_step_has_a_process_of_its_own(monkeypatch, flags):
     """As many processes as there are rows; one that breaks is no row of them."""
     assert all(c[c.index("--rows") + 1] == "1" for c in commands("training"))
     assert not any("--rows" in c for c in commands("training", device_less=True))
+    assert any("--seconds" in c for c in commands("attention"))
+    assert not any("--seconds" in c for c in commands("attention", device_less=True))
     codes = iter([*[bench_h100.MORE] * 9, -9, 0, 75, bench_h100.MORE, 0, 0])
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda line, **_: (

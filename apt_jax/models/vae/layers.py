@@ -194,6 +194,11 @@ class FrameAttention(nnx.Module):
         return x + self.out(y)
 
 
+def query_blocks(samples: int, queries: int, keys: int) -> int:
+    """How many blocks of queries `attend` takes one after the other."""
+    return min(max(1, -(-queries * samples * keys // SCORES)), queries)
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
     """Attention of one head, a block of queries at a time so that few scores are alive.
 
@@ -207,10 +212,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None)
     def block(q: jax.Array) -> jax.Array:  # [N, a few of Q, C]
         return attention(q[:, :, None], k[:, :, None], v[:, :, None], mask)[:, :, 0]
 
-    count = -(-queries * n * k.shape[1] // SCORES)
-    if count <= 1:
+    count = query_blocks(n, queries, k.shape[1])
+    if count == 1:
         return block(q)
-    count = min(count, queries)
     size = -(-queries // count)
     # All frames of a block of queries together: the batch may be sharded, and a loop over it would
     # gather it.

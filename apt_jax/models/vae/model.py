@@ -76,7 +76,7 @@ class VAE:
                 tiling: Tiling | None = None, rows: Rows | None = None) -> jax.Array:
         """Mean and log variance as the network gives them: [B, 1 + k, H / 8, W / 8, 32]."""
         latents = self.config.latent_shape(*x.shape[1:4])[0]
-        head, step = self._cut(latents, chunk)
+        head, step = self.cut(latents, chunk)
         one = partial(_run, self.encode_step(params, rows), head=self.config.pixel_frames(head),
                       size=step * self.config.frames)
         return self._whole_or_tiled(one, x, tiling, decode=False)
@@ -95,7 +95,7 @@ class VAE:
 
         Returns [B, 1 + 4k, 8 H', 8 W', 3] in the compute dtype.
         """
-        head, step = self._cut(z.shape[1], chunk)
+        head, step = self.cut(z.shape[1], chunk)
         one = partial(_run, self.decode_step(params, rows), head=head, size=step)
         y = self._whole_or_tiled(one, z, tiling, decode=True)
         return jnp.clip(y, -1, 1) if clamp else y
@@ -146,7 +146,7 @@ class VAE:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    def _cut(self, latents: int, chunk: int) -> tuple[int, int]:
+    def cut(self, latents: int, chunk: int) -> tuple[int, int]:
         """Latents in the first chunk (the odd ones with it) and in every other."""
         if chunk < 1:
             raise UserError(f"chunk = {chunk} must be at least 1; set it to 1")
