@@ -33,6 +33,7 @@ from typing import NoReturn
 
 POLL = 0.1
 WRONG, SAVED = 2, 75  # what apt-jax train ends with, see docs/launch.md
+GRACE = 5.0  # seconds
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MEM_FRACTION = 0.94  # of a GPU's memory: what apt-jax plan counts on; jax takes 0.75 by itself
 
@@ -147,6 +148,12 @@ class Job:
             if process.poll() is None:
                 process.send_signal(number)
 
+    def ended_within(self, seconds: float) -> None:
+        """Waits until all have ended, but no longer than that."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(p.poll() is None for p in self.processes):
+            time.sleep(POLL)
+
     def wait(self) -> int:
         """The status of the whole: 0, SAVED, or a failure, once the others are stopped."""
         while True:
@@ -155,6 +162,10 @@ class Job:
             if failed or None not in states:
                 break
             time.sleep(POLL)
+        if WRONG in failed:
+            # What is wrong with the command all of them find, and one of them says it: not
+            # necessarily the one that ends first.
+            self.ended_within(GRACE)
         if failed:
             # SIGTERM would make a healthy run save, but these wait for a process that is gone.
             self.send(signal.SIGKILL)

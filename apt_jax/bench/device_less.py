@@ -165,13 +165,13 @@ def table(rows: Sequence[Compiled]) -> str:
     """The rows as text."""
     width = max([18, *(len(r.case) for r in rows)]) + 2
     part = max([8, *(len(r.part) for r in rows)]) + 2
-    head = (f"{'case':<{width}}{'backend':<10}{'part':<{part}}{'temp MiB':>9}{'written':>9}{'sec':>6}  "
+    head = (f"{'case':<{width}}{'backend':<10}{'part':<{part}}{'temp MiB':>10}{'written':>11}{'sec':>7}  "
             "kernels")
     lines = [head, "-" * len(head)]
     for r in rows:
         found = (", ".join(f"{n} x {name.strip(chr(34))}" for name, n in r.kernels.items() if n)
                  or "none (plain JAX)")
-        lines.append(f"{r.case:<{width}}{r.backend:<10}{r.part:<{part}}{r.temporary_bytes / 2**20:>9.1f}"
-                     f"{r.written_bytes / 2**20:>9.1f}{r.seconds:>6.1f}  "
+        lines.append(f"{r.case:<{width}}{r.backend:<10}{r.part:<{part}}{r.temporary_bytes / 2**20:>10.1f}"
+                     f"{r.written_bytes / 2**20:>11.1f}{r.seconds:>7.1f}  "
                      f"{'FAILS: ' + r.error if r.error else found}")
     return "\n".join(lines)

@@ -275,3 +275,31 @@ def test_splash_attention_is_in_the_programs_for_tpus(tmp_path, topology, what, 
     assert [(row["kernels"]["splash_mha_fwd"], row["kernels"]["splash_mha_dq"])
             for row in rows.values()] == counts
     assert all(row["selected"] == ["splash"] for row in rows.values())
+
+
+DECODER = """
+from apt_jax.plan.devices import describe, prepare_environment; prepare_environment()
+import sys
+from apt_jax.bench.case import compile_case
+from apt_jax.bench.pipeline import decode_case
+from apt_jax.config import load_config
+from apt_jax.models.vae import VAEConfig
+from apt_jax.plan.chips import parse_topology
+config = load_config("configs/seaweed_8b_video.py", [
+    "--config.data.frames=2,", "--config.data.height=32", "--config.data.width=32"])
+vae = VAEConfig(base=32, multipliers=(1, 2), blocks=1, temporal=(True,), dtype="bfloat16")
+device = describe(parse_topology(sys.argv[1]))[0]
+row = compile_case(decode_case(config, device, "chunk 1", vae), device, "test")
+print("FOUND", row.kernels["splash_mha_fwd"], *row.selected, row.passes)
+"""
+
+
+@needs_tpu
+@TPUS
+def test_splash_attention_is_in_the_vaes_programs_for_tpus(topology):
+    """A small decoder, 2 latents of 32x32, one at a time."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", DECODER, topology], cwd=ROOT, env=env,
+                          capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert found == ["FOUND 2 splash True"], done.stdout + done.stderr[-2000:]

@@ -52,3 +52,13 @@ def test_a_folder_that_one_host_lacks_is_named_before_anything_is_written(steps,
     assert "going on" not in said and "Traceback" not in said
     assert (run_folder / "metrics.jsonl").read_text() == '{"step": 8}\n'
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_one_that_says_what_is_wrong_may_end_last():
+    """What is wrong for all, process 0 says, and the others may be gone before it."""
+    late = ("import os, sys, time\nif os.environ['APT_JAX_PROCESS'] == '0':\n"
+            "    time.sleep(1.5)\n    print('no such folder', flush=True)\nsys.exit(2)")
+    done = subprocess.run([sys.executable, str(HERE.parents[1] / "launch/local.py"), "--cpu",
+                           "--processes=2", "--", sys.executable, "-c", late],
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "[0] no such folder\n"), done.stderr

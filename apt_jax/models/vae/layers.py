@@ -202,7 +202,7 @@ def query_blocks(samples: int, queries: int, keys: int) -> int:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None) -> jax.Array:
     """Attention of one head, a block of queries at a time so that few scores are alive.
 
-    A head of 384 channels is beyond the flash kernels; at 720p this is 1% of the VAE's work.
+    A head of 384 channels is beyond the flash kernels for GPUs; at 720p this is 1% of the VAE's work.
 
     Args: q [N, Q, C]; k, v [N, K, C]; key_mask bool [K] or None. Returns [N, Q, C].
     """
