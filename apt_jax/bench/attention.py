@@ -48,7 +48,7 @@ def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
 
 
 def check_oracle(case: AttentionCase, part: str, memory: int | None = None) -> None:
-    """UserError where the oracle's scores are more than the device's memory (bytes).
+    """UserError where the scores of the oracle, or of `xla`, are more than the device's memory (bytes).
 
     At least float32 scores and their weights in case.dtype lie there at once; three tables where
     they are differentiated.
@@ -73,7 +73,7 @@ def contender(case: AttentionCase, part: str, backend: str, seeds: Sequence[int]
     reason = dispatch.refusal(backend, dispatch.Request.of(*case.abstract()[:3]))
     if reason:
         raise UserError(reason)
-    if backend == "oracle":
+    if backend in dispatch.PLAIN:
         check_oracle(case, part)
     return peers.Contender(ours(case, backend, part), peers.inputs_of(part, inputs()),
                            jax.block_until_ready)

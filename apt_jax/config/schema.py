@@ -14,7 +14,7 @@ import ml_collections
 STAGES = ("pretrain", "consistency", "adversarial")
 INITS = ("", "bundled:base")
 REMATS = ("none", "full", "dots", "attention", "exchange", "offload")
-ATTENTION = ("auto", "oracle", "pallas", "tokamax", "cudnn", "cudnn_fp8", "splash")
+ATTENTION = ("auto", "oracle", "xla", "pallas", "tokamax", "cudnn", "cudnn_fp8", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ FIELDS: tuple[Field, ...] = (
     _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
        "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
-       "products, all but attention, all but attention and its exchange between devices, or all but "
+       "products and attention, all but attention, all but attention and its exchange between devices, or all but "
        "attention with what is kept moved to the host",
        choices=REMATS),
     # -- discriminator

@@ -194,9 +194,9 @@ def _objective(c: ml_collections.ConfigDict) -> None:
              f"objective.adversarial.color = {a.color} changes RGB pixels, and model.in_channels = "
              f"{c.model.in_channels} are none; set it to 0 (translate and cutout work on latents)")
     exact = c.stage == "adversarial" and a.r1 and a.r1_mode == "exact"
-    _require(not exact or c.model.attention in ("auto", "oracle"),
+    _require(not exact or c.model.attention in ("auto", "oracle", "xla"),
              f"model.attention = {c.model.attention!r} cannot be differentiated twice, which "
-             "objective.adversarial.r1_mode = 'exact' needs; use 'auto' or 'oracle'")
+             "objective.adversarial.r1_mode = 'exact' needs; use 'auto', 'oracle' or 'xla'")
     _require(not exact or c.discriminator.matmul == "dtype",
              "discriminator.matmul = 'fp8' cannot be differentiated twice, which "
              "objective.adversarial.r1_mode = 'exact' needs; set one of them back")

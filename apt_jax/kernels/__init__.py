@@ -1,1 +1,3 @@
-"""Attention kernels. The oracle is plain JAX, exact everywhere and differentiable twice."""
+"""Attention kernels, and products of matrices.
+
+The oracle is plain JAX, exact everywhere and differentiable twice."""

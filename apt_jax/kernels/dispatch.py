@@ -23,6 +23,7 @@ from apt_jax.kernels import choice, cudnn_fp8, peers, scope
 from apt_jax.kernels.choice import BACKENDS, Hardware
 from apt_jax.kernels.flash.attention import flash_attention, flash_gradients, rowsum
 from apt_jax.kernels.oracle import oracle
+from apt_jax.kernels.xla import xla
 
 log = logging.getLogger("apt_jax")
 
@@ -33,6 +34,8 @@ FEW_QUERIES = 16
 SMALL_SCORES = 256 * 256
 # In float32 the GPU kernels multiply outside the tensor cores: "auto" takes them to save memory only.
 LARGE_SCORES = 2**28
+# These compute from scores in memory, in plain JAX.
+PLAIN = ("oracle", "xla")
 HALF = (jnp.bfloat16, jnp.float16)
 # So much of its own length a stream is padded by for a kernel's tiles: its padding goes through every
 # product of a layer, where what a kernel adds by itself goes through attention alone.
@@ -67,11 +70,15 @@ def refusal(backend: str, r: Request) -> str | None:
     """Why this kernel cannot serve the request, None if it can."""
     if backend == "oracle":
         return None
-    if r.derivatives > 1:
+    if r.derivatives > 1 and backend != "xla":
         return "it can be differentiated once, and this needs a second derivative"
     if not r.uniform:
         return "q, k and v have different dtypes"
     return _REFUSALS[backend](r)
+
+
+def _xla(r: Request) -> str | None:
+    return None
 
 
 def _pallas(r: Request) -> str | None:
@@ -130,7 +137,7 @@ def _splash(r: Request) -> str | None:
 
 
 _REFUSALS: dict[str, Callable[[Request], str | None]] = {
-    "pallas": _pallas, "tokamax": _tokamax, "cudnn": _cudnn,
+    "xla": _xla, "pallas": _pallas, "tokamax": _tokamax, "cudnn": _cudnn,
     "cudnn_fp8": _cudnn_fp8, "splash": _splash}
 
 
@@ -154,8 +161,11 @@ def select(backend: str, r: Request, *, tell: bool = True) -> str:
 
 
 def _automatic(r: Request) -> str:
-    small = r.queries < FEW_QUERIES or r.queries * r.keys <= SMALL_SCORES
-    if r.hardware.platform == "cpu" or small or r.derivatives > 1:
+    if r.queries < FEW_QUERIES or not r.keys or r.derivatives > 1:
+        return "oracle"
+    if r.hardware.platform == "cpu":
+        return "oracle" if refusal("xla", r) else "xla"
+    if r.queries * r.keys <= SMALL_SCORES:
         return "oracle"
     if r.dtype == jnp.float32 and r.scores <= LARGE_SCORES and r.hardware.platform == "gpu":
         return "oracle"
@@ -258,7 +268,7 @@ def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = N
         return cudnn_fp8.cudnn_fp8(q, k, v, key_mask, emulate=interpret)
     if backend in ("tokamax", "cudnn"):
         return getattr(peers, backend)(q, k, v, key_mask, hidden_last=hidden_last)
-    return oracle(q, k, v, key_mask)
+    return (xla if backend == "xla" else oracle)(q, k, v, key_mask)
 
 
 # -- one block of keys, for those who put a softmax together from its parts ------------------------
@@ -283,7 +293,7 @@ def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> Blocks | None:
     Ask while the network is traced; the functions themselves depend on nothing but their arguments.
     """
     r = Request.of(q, k, v)
-    if select(choice.current().backend, r) in ("oracle", "splash") or refusal("pallas", r):
+    if select(choice.current().backend, r) in (*PLAIN, "splash") or refusal("pallas", r):
         return None
     _record("pallas", r)
     return _blocks(r.hardware.platform == "cpu")

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from apt_jax.kernels.product import dot_general
+
 _FAN_IN = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _ZEROS = nnx.initializers.zeros_init()
 
@@ -18,7 +20,7 @@ def linear(
     zero: start at 0 (modulations and the output layer, so that a new network is the identity).
     """
     return nnx.Linear(
-        d_in, d_out, dtype=dtype, param_dtype=jnp.float32, rngs=rngs,
+        d_in, d_out, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, dot_general=dot_general,
         kernel_init=_ZEROS if zero else _FAN_IN,
     )
 

@@ -31,8 +31,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     # Its input alone; the block is computed twice.
     "full": _policies.nothing_saveable,
-    # Its input and the results of its matrix products.
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    # Its input, the results of its layers' matrix products and what attention returned.
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*ATTENTION)),
     # Its input and what attention returned: its costliest part is not computed twice.
     "attention": _policies.save_only_these_names(*ATTENTION),
     # The same and what context parallelism exchanged for it: nothing travels twice.

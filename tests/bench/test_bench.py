@@ -17,6 +17,7 @@ from apt_jax.bench.report import Results
 from apt_jax.bench.timing import Timing, interleaved, measure
 from apt_jax.cli import main as cli
 from apt_jax.config import load_config
+from apt_jax.kernels import dispatch
 from apt_jax.kernels.choice import BACKENDS
 from apt_jax.models.mmdit import MMDiTConfig
 
@@ -72,7 +73,7 @@ def test_what_is_wrong_with_a_program():
 
 
 def test_every_fast_backend_has_markers_and_every_case_is_whole():
-    assert set(MARKERS) == set(BACKENDS) - {"auto", "oracle"}
+    assert set(MARKERS) == set(BACKENDS) - {"auto", *dispatch.PLAIN}
     for case in CASES.values():
         assert case.flops["forward"] == 4 * (
             case.batch * case.heads * case.queries * case.keys * case.head_dim)

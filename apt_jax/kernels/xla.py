@@ -1,0 +1,76 @@
+"""Plain attention whose gradient starts from what the forward pass returned.
+
+XLA differentiates the oracle by going back through softmax, for which it keeps or computes again the
+[B, heads, Nq, Nk] weights, their maximum and their sum. From the output and the log-sum-exp the
+weights are one exponential of the scores, as in the flash kernels: on a CPU, where passes over the
+scores are most of attention's time, that spares three of them (docs/benches.md). Both carry the
+names that rematerialisation policies keep (nn/stack.py).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from apt_jax.kernels.oracle import zero_without_keys
+
+# Added to the scores of hidden keys: finite, so that a row without a key has no NaN on its way.
+HIDDEN = -1e30
+
+
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim)) v of arrays of one dtype; differentiable in reverse mode,
+
+    more than once too. Args and result as `kernels.attention.attention`. Zeros in a row without a key.
+    """
+    if key_mask is None:
+        return _attend(q, k, v, None)
+    bias = jnp.where(key_mask, 0.0, HIDDEN).astype(_wide(q))[:, None, None, :]  # [B, 1, 1, Nk]
+    return zero_without_keys(_attend(q, k, v, bias), key_mask)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, bias):
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q, k, v, bias):
+    scores = _scores(q, k, bias)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)  # [B, heads, Nq, Nk], not divided by their sum yet
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bhqk,bkhd->bhqd", weights.astype(v.dtype), v, preferred_element_type=_wide(q))
+    out = jnp.swapaxes(out / total, 1, 2).astype(v.dtype)  # [B, Nq, heads, head_dim]
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(top + jnp.log(total), "attention_lse")  # [B, heads, Nq, 1]
+    return out, (q, k, v, bias, out, lse)
+
+
+def _backward(residuals, dout):
+    q, k, v, bias, out, lse = residuals
+    scale, wide = q.shape[-1] ** -0.5, _wide(q)
+    weights = jnp.exp(_scores(q, k, bias) - lse)
+    dv = jnp.einsum("bhqk,bqhd->bkhd", weights.astype(v.dtype), dout)
+    dweights = jnp.einsum("bqhd,bkhd->bhqk", dout, v, preferred_element_type=wide)
+    delta = (dout.astype(wide) * out.astype(wide)).sum(axis=-1)  # [B, Nq, heads]
+    delta = jnp.swapaxes(delta, 1, 2)[..., None]
+    dscores = (weights * (dweights - delta)).astype(q.dtype)
+    dq = jnp.einsum("bhqk,bkhd->bqhd", dscores, k) * scale
+    dk = jnp.einsum("bhqk,bqhd->bkhd", dscores, q) * scale
+    # A mask is no variable: its bias gets no gradient.
+    return dq, dk, dv, None if bias is None else jnp.zeros_like(bias)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
+    q = q * (q.shape[-1] ** -0.5)  # a pass over the queries, not over the scores
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=_wide(q))
+    return scores if bias is None else scores + bias
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    """The dtype of scores and sums: float32, or wider where the arrays are."""
+    return jnp.promote_types(x.dtype, jnp.float32)
