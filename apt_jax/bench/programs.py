@@ -24,7 +24,7 @@ from apt_jax.plan.programs import reference_config, sample_shape, text_length, t
 from apt_jax.serve import draw_stage, served
 
 # These keep what attention returned; under the others the backward pass runs it once more.
-KEEPING = ("none", "attention", "exchange", "offload")
+KEEPING = ("none", "dots", "attention", "exchange", "offload")
 
 
 STEPS = ("D step", "G step")
@@ -164,7 +164,7 @@ def expected_kernels(program: str, config: Any, backend: str) -> dict[str, int]:
         "G step": ((g + d) * (1 + again), g + d),
         "D step": (g + d * (1 + again), d),
     }[program]
-    counts = MARKERS.get("pallas" if ring > 1 else backend, {})  # none of auto and the oracle
+    counts = MARKERS.get("pallas" if ring > 1 else backend, {})  # none of auto and plain JAX
     each = ring + (config.model.family == "wan")  # a cross attention beside it, which needs no ring
     return {marker: each * (forwards * forward + backwards * (gradient - forward))
             for marker, (forward, gradient) in counts.items()}

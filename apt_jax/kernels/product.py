@@ -8,11 +8,13 @@ as x^T dy. On GPUs and TPUs every order is as fast, and the derivative stays jax
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from apt_jax.kernels import choice, scope
 
@@ -27,26 +29,37 @@ def dot_general(x: jax.Array, w: jax.Array, dimensions: Any, **options: Any) -> 
     if (w.ndim == 2 and dimensions == dense and x.dtype == w.dtype and not set_options
             and choice.hardware().platform == "cpu"):
         # On a mesh tokens may lie on an axis of their own: samples and tokens stay apart.
-        return _dense(x, w, scope.current() is None)
+        return _dense(scope.current() is None)(x, w)
     return lax.dot_general(x, w, dimensions, **set_options)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense(x, w, flat):
+@functools.cache
+def _dense(flat: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """x W. flat: dW is one product over all rows, whichever axes they lie on."""
+    @jax.custom_vjp
+    def dense(x, w):
+        return _product(x, w)
+
+    def forward(x, w):
+        # What only the other's gradient needs is not kept where there is none: of a frozen matrix.
+        kept = x.value if w.perturbed else None, w.value if x.perturbed else None
+        return _product(x.value, w.value), kept
+
+    def backward(kept, dy):
+        x, w = kept
+        if isinstance(dy, SymbolicZero):
+            return None, None
+        dx = None if w is None else lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
+        if x is None:
+            return dx, None
+        if flat:
+            x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        rows = tuple(range(x.ndim - 1))
+        return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+    dense.defvjp(forward, backward, symbolic_zeros=True)
+    return dense
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _forward(x, w, flat):
-    return _dense(x, w, flat), (x, w)
-
-
-def _backward(flat, residuals, dy):
-    x, w = residuals
-    dx = lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
-    if flat:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    rows = tuple(range(x.ndim - 1))
-    return dx, lax.dot_general(x, dy, ((rows, rows), ((), ())))
-
-
-_dense.defvjp(_forward, _backward)

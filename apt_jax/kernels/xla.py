@@ -56,18 +56,21 @@ def _backward(residuals, dout):
     delta = (dout.astype(wide) * out.astype(wide)).sum(axis=-1)  # [B, Nq, heads]
     delta = jnp.swapaxes(delta, 1, 2)[..., None]
     dscores = (weights * (dweights - delta)).astype(q.dtype)
-    dq = jnp.einsum("bhqk,bkhd->bqhd", dscores, k) * scale
-    dk = jnp.einsum("bhqk,bqhd->bkhd", dscores, q) * scale
+    dq = jnp.einsum("bhqk,bkhd->bqhd", dscores, k, preferred_element_type=wide) * scale
+    dk = jnp.einsum("bhqk,bqhd->bkhd", dscores, q, preferred_element_type=wide) * scale
     # A mask is no variable: its bias gets no gradient.
-    return dq, dk, dv, None if bias is None else jnp.zeros_like(bias)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _scores(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
-    q = q * (q.shape[-1] ** -0.5)  # a pass over the queries, not over the scores
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=_wide(q))
+    wide, scale = _wide(q), q.shape[-1] ** -0.5
+    if q.dtype == wide:  # a pass over the queries, not over the scores; bfloat16 would round it
+        q, scale = q * scale, 1.0
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
+    scores = scores if scale == 1.0 else scores * scale
     return scores if bias is None else scores + bias
 
 

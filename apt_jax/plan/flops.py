@@ -61,22 +61,24 @@ def count_flops(function: Any, *args: Any) -> Flops:
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def jaxpr_flops(jaxpr: Any, backward: bool = False) -> Flops:
-    """FLOPs of a jaxpr (open or closed). backward: the whole of it belongs to a backward pass."""
+def jaxpr_flops(jaxpr: Any, backward: bool = False, attention: bool = False) -> Flops:
+    """FLOPs of a jaxpr (open or closed). backward, attention: the whole of it belongs to one."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     found = Flops()
     for equation in jaxpr.eqns:
-        _count(equation, found, backward)
+        _count(equation, found, backward, attention)
     return found
 
 
-def _count(equation: Any, found: Flops, backward: bool) -> None:
+def _count(equation: Any, found: Flops, backward: bool, attention: bool) -> None:
     name, params = equation.primitive.name, equation.params
+    # The names of what is called begin anew: a part of attention may not say that it is one.
     names = str(equation.source_info.name_stack)
     backward = backward or TRANSPOSED in names
+    attention = attention or ATTENTION_SCOPE in names
     if name == "dot_general":
         work = _dot(equation)
-        if ATTENTION_SCOPE in names:
+        if attention:
             found.attention += work
         else:
             found.matmul += work
@@ -86,9 +88,9 @@ def _count(equation: Any, found: Flops, backward: bool) -> None:
         found.convolution += work
         found.backward += work if backward else 0.0
     elif name == "scan":
-        found.add(jaxpr_flops(params["jaxpr"], backward), params["length"])
+        found.add(jaxpr_flops(params["jaxpr"], backward, attention), params["length"])
     elif name == "cond":
-        branches = [jaxpr_flops(branch, backward) for branch in params["branches"]]
+        branches = [jaxpr_flops(branch, backward, attention) for branch in params["branches"]]
         found.add(max(branches, key=lambda f: f.total))
     elif name == "while":
         for part in ("cond_jaxpr", "body_jaxpr"):
@@ -97,13 +99,13 @@ def _count(equation: Any, found: Flops, backward: bool) -> None:
     elif name == "shard_map":
         manual = params.get("manual_axes") or params["mesh"].axis_names
         shards = math.prod(params["mesh"].shape[axis] for axis in manual)
-        found.add(jaxpr_flops(params["jaxpr"], backward), shards)
+        found.add(jaxpr_flops(params["jaxpr"], backward, attention), shards)
     elif name == "pallas_call":
         raise UncountedError("a Pallas kernel's loops cannot be counted; trace with the oracle "
                              "attention (model.attention=oracle)")
     else:
         for inner in _inner(params):
-            found.add(jaxpr_flops(inner, backward))
+            found.add(jaxpr_flops(inner, backward, attention))
 
 
 def _inner(params: dict) -> list[Any]:

@@ -33,7 +33,7 @@ from apt_jax.parallel.sharding import abstract_like, infer_shardings
 from apt_jax.train.state import Setup, set_up
 from apt_jax.train.steps import build_steps, microbatches
 
-KEEP_ATTENTION = ("attention", "exchange", "offload")
+KEEP_ATTENTION = ("dots", "attention", "exchange", "offload")
 INFERENCE = "one-step inference"
 STEP_NAMES = {"generator": "G step", "discriminator": "D step"}
 

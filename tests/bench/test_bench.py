@@ -83,6 +83,7 @@ def test_every_fast_backend_has_markers_and_every_case_is_whole():
 @pytest.mark.parametrize("program, remat, wanted", [
     ("one-step inference", "full", (36, 0)),
     ("D step", "full", (108, 36)), ("D step", "attention", (72, 36)),
+    ("D step", "dots", (72, 36)),
     ("G step", "full", (144, 72)), ("G step", "none", (72, 72)),
 ])
 def test_expected_kernels_of_the_8b_programs(program, remat, wanted):
@@ -90,7 +91,7 @@ def test_expected_kernels_of_the_8b_programs(program, remat, wanted):
     forwards, backwards = wanted
     assert programs.expected_kernels(program, config, "pallas") == {
         "apt_flash_forward": forwards, "apt_flash_dkv": backwards, "apt_flash_dq": backwards}
-    if remat == "attention":  # tokamax keeps its log-sum-exp to itself and runs again
+    if remat in ("attention", "dots"):  # tokamax keeps its log-sum-exp to itself and runs again
         forwards += backwards
     assert programs.expected_kernels(program, config, "tokamax") == {
         "mosaic_gpu": forwards + 2 * backwards}

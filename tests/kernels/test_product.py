@@ -14,6 +14,7 @@ from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.kernels.product import dot_general
 from apt_jax.kernels.scope import entered
 from apt_jax.nn.linear import linear
+from apt_jax.nn.stack import REMAT_POLICIES
 
 DIMS = (((2,), (0,)), ((), ()))
 H100 = Hardware("gpu", "NVIDIA H100", 9.0)
@@ -63,6 +64,27 @@ def test_layers_use_it_on_cpus_alone():
 
     assert "custom_vjp" in program()
     assert "custom_vjp" not in program(hardware=H100)
+
+
+def body(product, x, w, v):
+    """Two layers under the remat policy that keeps their products."""
+    def layers(x, w, v):
+        return product(jnp.tanh(product(x, w, DIMS)), v, DIMS)
+
+    return jax.checkpoint(layers, policy=REMAT_POLICIES["dots"], prevent_cse=False)(x, w, v).sum()
+
+
+@pytest.mark.parametrize("variables", [(0, 1, 2), (0,), (1, 2)], ids=["all", "inputs", "matrices"])
+def test_nothing_is_computed_that_jax_would_not(variables):
+    """Kept products are not computed again, and a frozen matrix has no gradient."""
+    x, w, _ = arrays()
+    v = jnp.asarray(np.random.default_rng(4).normal(size=(4, 6)), jnp.float32)
+
+    def products(product):
+        step = jax.grad(lambda *a: body(product, *a), argnums=variables)
+        return str(jax.make_jaxpr(step)(x, w, v)).count("dot_general[")
+
+    assert products(dot_general) == products(lax.dot_general)
 
 
 def test_options_of_lax_are_passed_on():

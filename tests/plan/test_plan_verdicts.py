@@ -98,7 +98,7 @@ def test_kernels_and_flags_are_those_that_the_programs_were_compiled_with():
                       lambda remat: ((lambda: None), ()), {}, 8)
     options = {"xla_cpu_enable_fast_min_max": True}
     compiled = compile_program(program, options)
-    assert compiled.attention == "oracle" and compiled.flags == options
+    assert compiled.attention == "xla" and compiled.flags == options
     with choosing(backend="pallas"):
         again = dataclasses.replace(program, function=jax.jit(lambda q: attention(q, q, q)))
         assert compile_program(again).attention == "pallas"
