@@ -48,7 +48,7 @@ def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
 
 
 def check_oracle(case: AttentionCase, part: str, memory: int | None = None) -> None:
-    """UserError where the scores of the oracle, or of `xla`, are more than the device's memory (bytes).
+    """UserError where plain attention's scores are more than the device's memory (bytes).
 
     At least float32 scores and their weights in case.dtype lie there at once; three tables where
     they are differentiated.

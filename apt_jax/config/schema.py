@@ -83,7 +83,8 @@ FIELDS: tuple[Field, ...] = (
     _f("model.attention", "auto", "the attention kernel; auto: the fastest that hardware and shapes "
        "allow", choices=ATTENTION),
     _f("model.remat", "none", "what the backward pass computes anew: nothing, all, all but matrix "
-       "products and attention, all but attention, all but attention and its exchange between devices, or all but "
+       "products and attention, all but attention, all but attention and its exchange between "
+       "devices, or all but "
        "attention with what is kept moved to the host",
        choices=REMATS),
     # -- discriminator

@@ -2,8 +2,7 @@
 
 Differentiating x W gives dW as a transposed (dy^T x), and XLA folds the transposition into a product
 that contracts the first axis of one operand and the last of the other. Its CPU library has no fast
-case for that: 41 GFLOP/s a core where the other orders run at 100 (docs/benches.md). So dW is written
-as x^T dy. On GPUs and TPUs every order is as fast, and the derivative stays jax's.
+case for that (docs/benches.md says what it cost). So dW is written as x^T dy. On GPUs and TPUs every order is as fast, and the derivative stays jax's.
 """
 
 from __future__ import annotations
