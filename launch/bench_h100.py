@@ -36,7 +36,7 @@ VIDEO_8B = ["--config", "configs/seaweed_8b_video.py", *ONE]
 WAN = ["--config", "configs/wan_1_3b_apt_video.py", *ONE, "--config.data.height=60",
        "--config.data.width=104"]
 # What trains; where tokamax is not installed its rows say so, and the others are measured.
-TRAINING = ["--backends", "tokamax", "cudnn", "pallas"]
+TRAINING = ["--backends", "tokamax", "cudnn", "hopper", "pallas"]
 KERNELS = [*TRAINING, "cudnn_fp8"]
 BOTH = ["--weights", "bfloat16", "fp8"]
 EACH = ["--rows", "1"]

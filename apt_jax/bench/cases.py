@@ -77,12 +77,13 @@ CASES: dict[str, AttentionCase] = {c.name: c for c in (
 # backend -> {what a kernel's line in the compiled program says: how often (forward, gradient)}
 MARKERS: dict[str, dict[str, tuple[int, int]]] = {
     "pallas": {"apt_flash_forward": (1, 1), "apt_flash_dkv": (0, 1), "apt_flash_dq": (0, 1)},
+    "hopper": {"apt_hopper_forward": (1, 1), "apt_hopper_dkv": (0, 1), "apt_hopper_dq": (0, 1)},
     "tokamax": {"mosaic_gpu": (1, 3)},
     "cudnn": {'"__cudnn$fmhaSoftmax"': (1, 1), '"__cudnn$fmhaSoftmaxBackward"': (0, 1)},
     "cudnn_fp8": {'"__cudnn$fmhaSoftmaxF8"': (1, 0)},
     "splash": {"splash_mha_fwd": (1, 1), "splash_mha_dkv": (0, 1), "splash_mha_dq": (0, 1)},
 }
-BACKENDS_OF = {"cuda": ("pallas", "tokamax", "cudnn", "cudnn_fp8"), "tpu": ("splash",)}
+BACKENDS_OF = {"cuda": ("pallas", "hopper", "tokamax", "cudnn", "cudnn_fp8"), "tpu": ("splash",)}
 INFERENCE_ONLY = ("cudnn_fp8",)
 
 

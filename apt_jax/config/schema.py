@@ -14,7 +14,7 @@ import ml_collections
 STAGES = ("pretrain", "consistency", "adversarial")
 INITS = ("", "bundled:base")
 REMATS = ("none", "full", "dots", "attention", "exchange", "offload")
-ATTENTION = ("auto", "oracle", "xla", "pallas", "tokamax", "cudnn", "cudnn_fp8", "splash")
+ATTENTION = ("auto", "oracle", "xla", "pallas", "hopper", "tokamax", "cudnn", "cudnn_fp8", "splash")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from apt_jax.errors import UserError
-from apt_jax.kernels import choice, cudnn_fp8, peers, scope
+from apt_jax.kernels import choice, cudnn_fp8, hopper, peers, scope
 from apt_jax.kernels.choice import BACKENDS, Hardware
 from apt_jax.kernels.flash.attention import flash_attention, flash_gradients, rowsum
 from apt_jax.kernels.oracle import oracle
@@ -94,6 +94,16 @@ def _pallas(r: Request) -> str | None:
     return None
 
 
+def _hopper(r: Request) -> str | None:
+    if r.hardware.platform == "tpu" or r.hardware.platform == "gpu" and r.hardware.capability != 9.0:
+        return f"it is a kernel for Hopper GPUs, and this is a {r.hardware.name}"
+    if r.dtype not in HALF:
+        return f"it has no {r.dtype}; set model.dtype to 'bfloat16'"
+    if r.head_dim not in hopper.HEADS:
+        return f"its heads have {' or '.join(map(str, hopper.HEADS))} channels, not {r.head_dim}"
+    return None
+
+
 def _tokamax(r: Request) -> str | None:
     if r.hardware.platform != "gpu" or r.hardware.capability != 9.0:
         return f"it is a kernel for Hopper GPUs, and this is a {r.hardware.name}"
@@ -137,7 +147,7 @@ def _splash(r: Request) -> str | None:
 
 
 _REFUSALS: dict[str, Callable[[Request], str | None]] = {
-    "xla": _xla, "pallas": _pallas, "tokamax": _tokamax, "cudnn": _cudnn,
+    "xla": _xla, "pallas": _pallas, "hopper": _hopper, "tokamax": _tokamax, "cudnn": _cudnn,
     "cudnn_fp8": _cudnn_fp8, "splash": _splash}
 
 
@@ -223,11 +233,11 @@ class Whole(NamedTuple):
     lengths: bool
 
 
-# How many queries or keys a kernel computes with. Ours and plain JAX take any number; eight-bit
+# How many queries or keys a kernel computes with. 'pallas' and plain JAX take any number; eight-bit
 # attention writes its padding with the rounding, in one pass.
 _TILES: dict[str, Callable[[int], int]] = {
-    "tokamax": lambda count: peers.TOKAMAX_TILE, "cudnn": lambda count: peers.CUDNN_TILE,
-    "splash": peers.splash_tile}
+    "hopper": lambda count: hopper.TILE, "tokamax": lambda count: peers.TOKAMAX_TILE,
+    "cudnn": lambda count: peers.CUDNN_TILE, "splash": peers.splash_tile}
 
 
 def whole(batch: int, queries: int, keys: int, heads: int, head_dim: int, dtype: jnp.dtype) -> Whole:
@@ -248,7 +258,7 @@ def whole(batch: int, queries: int, keys: int, heads: int, head_dim: int, dtype:
         more = -count % _TILES[backend](count) if backend in _TILES else 0
         return count + more if more <= PADDING * count else count
 
-    return Whole(filled(queries), filled(keys), backend in ("tokamax", "cudnn"))
+    return Whole(filled(queries), filled(keys), backend in ("hopper", "tokamax", "cudnn"))
 
 
 @jax.named_scope("attention")  # plan/flops.py tells its products from the others by this name
@@ -262,6 +272,10 @@ def run(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = N
     interpret = r.hardware.platform == "cpu"
     if backend == "pallas":
         return flash_attention(q, k, v, key_mask, interpret=interpret)[0]
+    if backend == "hopper":  # its language is imported where it is asked for
+        from apt_jax.kernels.hopper.attention import hopper as kernel
+
+        return kernel(q, k, v, key_mask, hidden_last=hidden_last, interpret=interpret)
     if backend == "splash":
         return peers.splash(q, k, v, key_mask, hidden_last=hidden_last, interpret=interpret)
     if backend == "cudnn_fp8":

@@ -49,6 +49,20 @@ def visible_first(key_mask: jax.Array) -> Order:
     return Order(order, back, count)
 
 
+def in_front(k: jax.Array, v: jax.Array, key_mask: jax.Array | None, hidden_last: bool
+             ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """k and v with the visible keys in front, and their number, int32 [B], None where all are.
+
+    hidden_last: they are in front already.
+    """
+    if key_mask is None:
+        return k, v, None
+    if hidden_last:
+        return k, v, key_mask.sum(axis=1, dtype=jnp.int32)
+    order = visible_first(key_mask)
+    return reorder(k, order), reorder(v, order), order.count
+
+
 def reorder(x: jax.Array, order: Order) -> jax.Array:
     """x [B, N, ...] in that order."""
     return _reorder(x, order.order, order.back)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from apt_jax.kernels.fit import batched_with, lengths, pad_tokens, reorder, visible_first
+from apt_jax.kernels.fit import batched_with, in_front, lengths, pad_tokens
 from apt_jax.kernels.oracle import zero_without_keys
 
 TOKAMAX_TILE = 128  # its gradients want multiples of 8 keys; whole tiles spare masking inside
@@ -70,13 +70,9 @@ _cudnn.defvjp(_cudnn_forward, lambda pull, gradient: (*pull(gradient), None))
 
 def _in_front(q, k, v, key_mask, tile, hidden_last):
     """k and v with the visible keys in front, and their number, None where all of whole tiles are."""
-    if key_mask is None:
-        count = k.shape[1]
-        return k, v, lengths(k.shape[0], count, q) if count % tile else None
-    if hidden_last:
-        return k, v, key_mask.sum(axis=1, dtype=jnp.int32)
-    order = visible_first(key_mask)
-    return reorder(k, order), reorder(v, order), order.count
+    count = k.shape[1]
+    k, v, visible = in_front(k, v, key_mask, hidden_last)
+    return k, v, lengths(k.shape[0], count, q) if visible is None and count % tile else visible
 
 
 def tokamax(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, *,

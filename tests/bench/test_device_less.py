@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def bench(tmp_path, *arguments: str) -> dict[str, dict]:
 
 
 def gpu_backends() -> list[str]:
-    return ["pallas", "cudnn"] + (["tokamax"] if has("tokamax") else [])
+    return ["pallas", "hopper", "cudnn"] + (["tokamax"] if has("tokamax") else [])
 
 
 @needs_cuda
@@ -58,6 +59,36 @@ def test_attention_compiles_for_h100_by_every_gpu_kernel(tmp_path):
     assert eight["kernels"] == {'"__cudnn$fmhaSoftmaxF8"': 1}
     # q, k and v are written once, in eight bits, and the result once: no copy in between
     assert eight["written_bytes"] < 1.1 * (3 * 1 + 2) * 47_104 * 24 * 128
+
+
+PTXAS = """
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from apt_jax.kernels.hopper.attention import hopper
+from apt_jax.plan.chips import parse_topology
+from apt_jax.plan.devices import describe
+there = SingleDeviceSharding(describe(parse_topology("h100:1x1"))[0])
+for dim in (64, 128):
+    x = jax.ShapeDtypeStruct((1, 47_104, 24, dim), jnp.bfloat16, sharding=there)
+    mask = jax.ShapeDtypeStruct((1, 47_104), jnp.bool_, sharding=there)
+    for masks in ((), (mask,)):
+        def loss(q, k, v, *mask):
+            return hopper(q, k, v, *(mask or (None,)), hidden_last=True).astype(jnp.float32).sum()
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, *masks).compile()
+"""
+
+
+@needs_cuda
+def test_our_hopper_kernels_neither_spill_nor_wait_between_products():
+    """ptxas says where it had to put one product after the other, and what does not fit registers."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", PTXAS], cwd=ROOT, capture_output=True, text=True,
+                          env=env | {"MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_PLATFORMS": "cpu"})
+    said = done.stdout + done.stderr
+    stores = [int(n) for n in re.findall(r"bytes stack frame, (\d+) bytes spill stores", said)]
+    assert len(stores) == 4 * 3, said[-2000:]
+    assert max(stores) <= 8, said  # of 240 registers, dk and dv at 128 channels
+    assert "serialized" not in said
 
 
 @needs_cuda
@@ -130,21 +161,23 @@ for family, fields in own.items():
                   for i in program.computations[name]]
         calls = [i.name + i.rest for i in inside if i.opcode.startswith("custom-call")]
         print("FOUND", family, attention, *sorted({i.opcode for i in inside}), *(
-            name for name in ("mosaic_gpu", "__cudnn$fmhaSoftmax") if name in str(calls)))
+            name for name in ("apt_hopper_forward", "mosaic_gpu", "__cudnn$fmhaSoftmax")
+            if name in str(calls)))
 """
 
 
 @needs_cuda
 def test_no_layer_pads_or_moves_tokens_for_its_kernel():
-    """2,025 video and 125 text tokens are whole tiles of neither tokamax nor (Wan's) cuDNN, and text
-    has a mask: the loop over layers has their kernels and neither a pad nor a gather."""
+    """2,025 video and 125 text tokens are whole tiles of neither tokamax, our Hopper kernel nor (Wan's)
+    cuDNN, and text has a mask: the loop over layers has their kernels and neither a pad nor a gather."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run([sys.executable, "-c", IN_THE_LOOP, *gpu_backends()[1:]], cwd=ROOT, env=env,
                           capture_output=True, text=True)
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert len(found) == 2 * len(gpu_backends()[1:]), done.stdout + done.stderr[-2000:]
     for family, attention, *inside in found:
-        assert {"cudnn": "__cudnn$fmhaSoftmax", "tokamax": "mosaic_gpu"}[attention] in inside
+        assert {"cudnn": "__cudnn$fmhaSoftmax", "tokamax": "mosaic_gpu",
+                "hopper": "apt_hopper_forward"}[attention] in inside
         assert not {"pad", "gather", "scatter"} & set(inside), (family, attention)
 
 

@@ -71,6 +71,7 @@ def test_the_automatic_choice(tokamax, wanted, found, installed):
 
 @pytest.mark.parametrize("backend, hardware, dtype, found", [
     ("tokamax", H100, BF16, (4224, 4224, True)),
+    ("hopper", H100, BF16, (4224, 4224, True)),
     ("cudnn", H100, BF16, (4202, 4098, True)),
     ("auto", H100, BF16, (4224, 4224, True)),
     ("auto", H100, F32, (4201, 4097, False)),  # ours, which takes any number and masks
@@ -123,11 +124,16 @@ def test_streams_are_padded_by_a_thirtysecond_at_most(count, found, tokamax):
     ("cudnn_fp8", request(V5P), "NVIDIA GPU.*TPU v5p"),
     ("cudnn_fp8", request(dim=384), "up to 256 channels, not 384"),
     ("cudnn_fp8", request(CPU, derivatives=2), "differentiated once"),
+    ("hopper", request(A100), "Hopper.*A100"),
+    ("hopper", request(V5P), "Hopper.*TPU v5p"),
+    ("hopper", request(dtype=F32), "no float32.*bfloat16"),
+    ("hopper", request(dim=96), "64 or 128 channels, not 96"),
+    ("hopper", request(derivatives=2), "differentiated once"),
     ("tokamax", request(V100), "Hopper.*Tesla V100"),
     ("tokamax", request(), "not installed.*pip install"),
     ("splash", request(), "for TPUs.*H100"),
     ("splash", request(V5P, dim=40), "multiples of 64"),
-    ("flash3", request(), "not one of auto, oracle, xla, pallas"),
+    ("flash3", request(), "not one of auto, oracle, xla, pallas, hopper"),
 ])
 def test_a_named_kernel_that_cannot_serve_says_why(tokamax, backend, asked, words):
     with pytest.raises(UserError, match=words) as error:
@@ -137,7 +143,7 @@ def test_a_named_kernel_that_cannot_serve_says_why(tokamax, backend, asked, word
 
 def test_a_named_kernel_leaves_few_queries_to_the_plain_path(tokamax):
     tokamax(True)
-    for backend in ("pallas", "cudnn", "cudnn_fp8", "tokamax"):
+    for backend in ("pallas", "hopper", "cudnn", "cudnn_fp8", "tokamax"):
         assert refusal(backend, request()) is None
         assert select(backend, request()) == backend
         assert select(backend, request(queries=1)) == "oracle"

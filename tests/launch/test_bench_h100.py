@@ -43,7 +43,7 @@ def test_every_command_is_understood(group, compiled, monkeypatch):
             assert set(args.backends) <= set(attention.default_backends())
             continue
         validate(load_config(args.config, args.overrides))
-        assert set(args.backends) <= {"tokamax", "cudnn", "pallas"} | (
+        assert set(args.backends) <= {"tokamax", "cudnn", "hopper", "pallas"} | (
             set() if args.what == "train" else set(cases.INFERENCE_ONLY))
         assert set(args.decoders) <= set(pipeline.DECODERS)
 

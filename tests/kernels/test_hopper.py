@@ -1,0 +1,89 @@
+"""Our Hopper kernel by jax's interpreter of Mosaic GPU, against float64: tiles, copies, barriers, masks.
+
+Products, layouts and positions are plain JAX there (`kernels/hopper/machine.py`); that the kernel
+compiles for H100 and does not wait between products is seen by tests/bench/test_device_less.py. The
+interpreter of jax 0.10 takes seconds for a tile, so there are few.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_float64 import attention64, draw
+
+from apt_jax.errors import UserError
+from apt_jax.kernels import dispatch
+from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.kernels.hopper.attention import flash_attention, hopper
+
+
+def near(found, wanted, most=6e-3):
+    """Half a unit of the last place is 2e-3 in bfloat16."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert np.linalg.norm(found - wanted) < most * np.linalg.norm(wanted)
+
+
+def test_masks_and_odd_lengths_with_gradients():
+    """Three tiles of keys in two slots, hidden keys anywhere, a sample without any."""
+    q, k, v, dout, _ = draw((2, 70, 1, 64), 300, jnp.bfloat16)
+    mask = np.random.default_rng(5).random((2, 300)) < 0.9
+    mask[1] = False
+    out, pull = jax.vjp(lambda *a: hopper(*a, jnp.asarray(mask), interpret=True), q, k, v)
+    grads = pull(dout)
+    want_out, _, want = attention64(q, k, v, mask, dout)
+    for x, w in zip((out, *grads), (want_out, *want), strict=True):
+        assert x.dtype == jnp.bfloat16 and x.shape == w.shape
+        near(x[0], w[0])
+        np.testing.assert_array_equal(np.asarray(x[1], np.float32), 0)
+
+
+def test_whole_tiles_of_two_heads_with_the_gradient_of_the_log_sum_exp():
+    """Heads of 128 without a count: what the loop does without any mask."""
+    q, k, v, dout, dlse = draw((1, 128, 2, 128), 128, jnp.float16)
+    (out, lse), pull = jax.vjp(lambda *a: flash_attention(*a, interpret=True), q, k, v)
+    grads = pull((dout, dlse))
+    want_out, want_lse, want = attention64(q, k, v, None, dout, dlse)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-6, rtol=1e-5)
+    for x, w in zip((out, *grads), (want_out, *want), strict=True):
+        near(x, w, 8e-4)
+
+
+def test_hidden_keys_have_no_influence():
+    """The last keys hidden, as a network that orders its text says; nothing of theirs is even read
+    but in the tile that they share with others."""
+    q, k, v, _, _ = draw((1, 128, 1, 64), 256, jnp.bfloat16)
+    seen = jnp.arange(256)[None] < 100
+    run = lambda k, v: hopper(q, k, v, seen, hidden_last=True, interpret=True)  # noqa: E731
+    out = run(k, v)
+    near(out, attention64(q, k, v, seen)[0])
+    hidden = ~seen[:, :, None, None]
+    np.testing.assert_array_equal(
+        run(jnp.where(hidden, 1e4, k).astype(k.dtype), jnp.where(hidden, -1e4, v).astype(v.dtype)), out)
+
+
+def test_dispatch_pads_asks_and_refuses():
+    q, k, v, _, _ = draw((1, 20, 1, 64), 30, jnp.bfloat16)
+    with choosing(backend="hopper"), dispatch.recording() as seen:
+        near(dispatch.run(q, k, v), attention64(q, k, v)[0])
+        assert seen == {"hopper"}
+        with pytest.raises(UserError, match="64 or 128 channels, not 32"):
+            dispatch.run(*(x[..., :32] for x in (q, k, v)))
+        with pytest.raises(UserError, match="no float32; set model.dtype"):
+            dispatch.run(*(x.astype(jnp.float32) for x in (q, k, v)))
+    with choosing(backend="hopper", hardware=Hardware("gpu", "NVIDIA A100", 8.0)):
+        with pytest.raises(UserError, match="for Hopper GPUs, and this is a NVIDIA A100"):
+            dispatch.run(q, k, v)
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, _, _ = draw((1, 128, 1, 64), 128, jnp.bfloat16)
+
+    def squared(q):
+        slope = jax.grad(lambda q: flash_attention(q, k, v, interpret=True)[0].astype(
+            jnp.float32).sum())(q)
+        return (slope.astype(jnp.float32) ** 2).sum()
+
+    with pytest.raises(UserError, match="'hopper' can be differentiated once"):
+        jax.jit(jax.grad(squared)).trace(q)
