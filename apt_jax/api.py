@@ -12,7 +12,9 @@ import base64
 import dataclasses
 import html
 import json
+import operator
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ import ml_collections
 import numpy as np
 
 from apt_jax import media
-from apt_jax.config import base_config, load_json
+from apt_jax.config import base_config, load_kept
+from apt_jax.config.validate import check_kept
 from apt_jax.convert.provenance import history
 from apt_jax.data.metadata import is_text
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_errors
 from apt_jax.eval.generate import (
     Generation,
     Itself,
@@ -43,6 +46,10 @@ from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
 from apt_jax.serve import Server, server_of
 from apt_jax.weights import load_generator, open_generator
+
+
+MOST_SIDE = 16_384  # frames, height or width of a sample: beyond is a slip of the keyboard
+MOST_SAMPLES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +95,21 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
     Raises UserError if there is nothing to load or it does not fit.
     """
     devices = shardings = None
+    is_run = not str(path).startswith("bundled:") and (Path(path) / "checkpoints").is_dir()
+    if weights == "raw" and Path(path).exists() | str(path).startswith("bundled:") and not is_run:
+        raise UserError(f"{path} has one set of weights; 'raw' and 'ema' are those of a run")
     if mesh is not None:
+        if unknown := sorted(set(mesh) - set(base_config().mesh)):
+            raise UserError(f"mesh has no {unknown[0]!r}; its sizes are "
+                            f"{', '.join(base_config().mesh)}")
+        if tiled:
+            raise UserError("tiled decoding runs on one device; leave out tiled or mesh")
         devices, model = make_mesh(mesh), _model_of(path)
         check_model(devices, model, ulysses=mesh.get("ulysses", -1))
         shardings = infer_shardings(make_generator(model).abstract(), devices)
     model, params = load_generator(path, weights, shardings)
+    if base is not None and model["in_channels"] == 3:
+        raise UserError(f"{path} makes pixels, which need no VAE; leave out base = {str(base)!r}")
     return Generator(model, params, _settings(path), source=str(path), weights=weights,
                      base=history(path).base if base is None else base, tiled=tiled,
                      scope=devices and on_mesh(devices, mesh.get("ulysses", -1)))
@@ -101,7 +118,7 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
 def _model_of(path: str | Path) -> Any:
     """config.model of what lies at `path`, before its weights are read."""
     if not str(path).startswith("bundled:") and (Path(path) / "checkpoints").is_dir():
-        return load_json(Path(path) / "config.json").model
+        return load_kept(Path(path) / "config.json").model
     with open_generator(path) as (model, _):
         return model
 
@@ -116,16 +133,21 @@ def _settings(path: str | Path) -> ml_collections.ConfigDict:
     else:
         folder = Path(path)
         if (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").is_file():
-            return load_json(folder / "config.json")
+            return load_kept(folder / "config.json")
     card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = {group: {key: tuple(value) if isinstance(value, list) else value
+                    for key, value in card[group].items()}
+            if isinstance(card[group], dict) else card[group]
+            for group in ("model", "data", "sample") if card.get(group) is not None}
+    check_kept(said, list(said), str(folder / "config.json"))
     config = base_config()
     if (card.get("model") or {}).get("in_channels") != 3:  # latents of a size that is not known
         config.data.height = config.data.width = 0
         config.data.max_text_tokens = 512
     for group in ("data", "sample"):
-        for key, value in (card.get(group) or {}).items():
+        for key, value in said.get(group, {}).items():
             if key in config[group]:
-                config[group][key] = tuple(value) if isinstance(value, list) else value
+                config[group][key] = value
     return config
 
 
@@ -166,6 +188,8 @@ class Generator:
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption."""
         for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise UserError(f"the prompt {prompt!r} is no text; give a string")
             if not is_text(prompt):
                 raise UserError(f"the prompt {prompt!r} holds bytes or half a character that are "
                                 "no UTF-8; type it again")
@@ -218,8 +242,9 @@ class Generator:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("there is no prompt; give at least one")
-        if count < 1:
-            raise UserError(f"count = {count} must be at least 1")
+        if not 1 <= whole("count", count) * len(prompts) <= MOST_SAMPLES:
+            raise UserError(f"count = {count} of {len(prompts)} prompts must be 1 to {MOST_SAMPLES:,} "
+                            "samples; draw more in several calls")
         check_mode(mode, negative=negative)
         captions = tuple(prompt for prompt in prompts for _ in range(count))
         text, mask = self.encode([*prompts, negative])
@@ -242,7 +267,9 @@ class Generator:
         settings = self._resolve(mode, seed, frames, height, width, steps, guidance, time,
                                  fresh_noise)
         shape, decoder = self._shape(settings), self.latents and self.latents.decoder
-        most = (64 if self.latents is None else 1) if batch is None else batch
+        most = (64 if self.latents is None else 1) if batch is None else whole("batch", batch)
+        if whole("timing", timing) < 0:
+            raise UserError(f"timing = {timing} must be at least 0")
         size = min(most, max(1, len(text)))
         generation = self._generation(settings, size)
 
@@ -274,7 +301,14 @@ class Generator:
     def sample_shape(self, **sizes: int | None) -> tuple[int, int, int, int]:
         """(F, H, W, C) that the network makes for frames, height, width in pixels."""
         names = ("frames", "height", "width")
+        if unknown := sorted(set(sizes) - set(names)):
+            raise TypeError(f"sample_shape() takes {', '.join(names)}, not {unknown[0]!r}")
         return self._shape(self._resolve("one_step", 0, *map(sizes.get, names), *[None] * 4))
+
+    def check(self, mode: str, seed: int = 0, **settings: Any) -> None:
+        """UserError where `draw` would refuse these settings, without any work."""
+        names = ("frames", "height", "width", "steps", "guidance", "time", "fresh_noise")
+        self._shape(self._resolve(mode, seed, *map(settings.get, names)))
 
     def _shape(self, settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
         size = tuple(settings[side] for side in ("frames", "height", "width"))
@@ -291,15 +325,16 @@ class Generator:
         sizes = ((max(data.frames), data.height, data.width) if self.latents is None
                  else self.latents.default_size(data))
         settings: dict[str, Any] = {
-            "checkpoint": self.source, "weights": self.weights, "mode": mode, "seed": int(seed),
-            "frames": sizes[0] if frames is None else int(frames),
-            "height": sizes[1] if height is None else int(height),
-            "width": sizes[2] if width is None else int(width),
+            "checkpoint": self.source, "weights": self.weights, "mode": mode,
+            "seed": whole("seed", seed),
+            "frames": sizes[0] if frames is None else whole("frames", frames),
+            "height": sizes[1] if height is None else whole("height", height),
+            "width": sizes[2] if width is None else whole("width", width),
             "shift": float(sample.shift),  # runs from before the field say no rate
             "fps": media.frame_rate(sample.get("fps", 0.0), self.latents is not None),
         }
         if mode == "euler":
-            settings["steps"] = int(sample.steps if steps is None else steps)
+            settings["steps"] = whole("steps", sample.steps if steps is None else steps)
             settings["guidance"] = float(sample.guidance if guidance is None else guidance)
         if mode == "two_step":
             settings["time"] = float(sample.two_step_time if time is None else time)
@@ -308,9 +343,12 @@ class Generator:
         check_sampling(settings)
         for name, patch in zip(("frames", "height", "width"), self.model["patch"]):
             size = settings[name]
-            if size < 1:
+            given = {"frames": frames, "height": height, "width": width}[name] is not None
+            if size < 1 and not given:
                 raise UserError(f"{name} = {size}: the size of a sample is not known; give "
                                 "frames, height and width")
+            if not 1 <= size <= MOST_SIDE:
+                raise UserError(f"{name} = {size} must be 1 to {MOST_SIDE:,}")
             if self.latents is None and size % patch:
                 raise UserError(f"{name} = {size} is not a multiple of the network's patch {patch}")
         return settings
@@ -320,6 +358,16 @@ class Generator:
         known = {"steps": "steps", "shift": "shift", "fresh_noise": "two_step_fresh"}
         options = {name: settings[key] for key, name in known.items() if key in settings}
         return generation_of(self._kind, settings["mode"], batch, tuple(sorted(options.items())))
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number as a plain int. UserError for anything else."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise UserError(f"{name} = {value!r} is no whole number")
 
 
 # -- looking and keeping ---------------------------------------------------------------------------
@@ -342,6 +390,9 @@ def show(samples: Samples, size: int = 128, columns: int = 0) -> Any:
     """
     from PIL import Image
 
+    if whole("columns", columns) < 0:
+        raise UserError(f"columns = {columns} must be at least 0")
+
     if samples.frames.shape[1] == 1:
         sheet = media.grid(samples.frames[:, 0], columns, samples.captions, size)
         return Image.fromarray(sheet)
@@ -357,13 +408,27 @@ def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
 
     Images: NNN_caption.png and grid.png. Clips: NNN_caption.mp4 and .webp, and grid.webp. Either
     way sample.json with the settings, and latents.safetensors (noise, latents) where they were
-    kept. Files are the samples' own size, but MP4 and grids enlarged.
+    kept. Files are the samples' own size, but MP4 and grids enlarged. UserError where they cannot be
+    written.
     """
+    folder = writable(folder)
+    with disk_errors(folder):
+        return _save(samples, folder, size)
+
+
+def writable(folder: str | Path) -> Path:
+    """The folder, made if needed; UserError unless files can be written into it."""
+    if not str(folder):
+        raise UserError("the output folder has no name; give one")
     folder = Path(folder)
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    return folder
+
+
+def _save(samples: Samples, folder: Path, size: int) -> list[Path]:
     clips, fps = samples.frames.shape[1] > 1, samples.settings.get("fps", media.FPS)
     paths, files = [], []
     for i, (frames, caption) in enumerate(zip(samples.frames, samples.captions)):

@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="mobilenet_v2-b0353104.pth")
     parser.add_argument("--fixture", action="store_true", help="write the test fixture as well")
     args = parser.parse_args()
+    if not args.checkpoint.is_file():
+        parser.error(f"there is no file {args.checkpoint}; torchvision's site has it")
     state = load_checkpoint(args.checkpoint)
     tensors = convert(state)
     save_file(tensors, ASSET, metadata={

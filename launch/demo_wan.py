@@ -217,7 +217,12 @@ def main(argv=None) -> int:
         print(f"demo-wan: there is no {missing[0]} here; pip install 'apt_jax[convert,clips]'",
               file=sys.stderr)
         return 2
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"demo-wan: cannot write to {workdir} ({error.strerror}); give another --workdir",
+              file=sys.stderr)
+        return 2
     todo = commands(workdir)
     print("A tiny Wan pipeline with random weights from diffusers through training and back. Most of "
           "the time is\ncompilation.")

@@ -32,8 +32,8 @@ def logits(run: Path, seed: int) -> dict:
     from apt_jax.train.checkpoint import Checkpoints
     from apt_jax.train.state import set_up
 
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} is no run folder; give one that apt-jax train wrote")
+    if not (run / "checkpoints").is_dir() or not any((run / "checkpoints").iterdir()):
+        raise UserError(f"{run} has no checkpoint; give a run folder that apt-jax train wrote")
     config = base_config()  # a run may be older than a field
     config.update(load_json(run / "config.json"))
     config = validate(config)

@@ -1,6 +1,7 @@
 """The Python interface: load, sample, show, save, and `apt-jax sample` on top of it."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -147,6 +148,16 @@ def test_a_run_from_before_the_frame_rate_was_a_field_is_sampled(generator):
     (dict(prompts="a", seed=2**31), "seed = 2147483648 does not fit"),
     (dict(prompts="a", mode="euler", guidance=float("nan")), "guidance = nan is no number"),
     (dict(prompts="a", mode="euler", guidance=float("inf")), "guidance = inf is no number"),
+    (dict(prompts="a", mode="euler", guidance=1e39), "guidance = 1e\\+39 is no number up to"),
+    (dict(prompts="a", mode="euler", steps=10**11), "steps = 100000000000 must be 1 to 100,000"),
+    (dict(prompts="a", frames=10**11), "frames = 100000000000 must be 1 to 16,384"),
+    (dict(prompts="a", frames=-3), "frames = -3 must be 1 to"),
+    (dict(prompts="a", count=10**10), "count = 10000000000 of 1 prompts must be 1 to 1,000,000"),
+    (dict(prompts="a", frames=1.5), "frames = 1.5 is no whole number"),
+    (dict(prompts="a", seed=True), "seed = True is no whole number"),
+    (dict(prompts="a", timing=-1), "timing = -1 must be"),
+    (dict(prompts=[1, 2]), "prompt 1 is no text"),
+    (dict(prompts="a", negative=None), "negative = None|prompt None is no text"),
     (dict(prompts="a", negative="b"), "negative = b belongs to mode 'euler', not 'one_step'"),
     (dict(prompts="a", mode="two_step", negative="b"), "negative = b belongs"),
     (dict(prompts=["a", "b\ud800"]), "holds bytes or half a character"),
@@ -166,6 +177,58 @@ def test_load_errors(tmp_path):
     for path in (tmp_path / "none", tmp_path, "bundled:bas"):
         with pytest.raises(UserError):
             apt_jax.load(path)
+
+
+def test_what_cannot_be_loaded_or_asked_of_it(folder, generator):
+    for options, words in (
+            (dict(weights="raw"), "one set of weights"), (dict(base="nowhere"), "makes pixels"),
+            (dict(mesh={"bogus": 1}), "mesh has no 'bogus'"),
+            (dict(mesh={"context": 1}, tiled=True), "one device")):
+        with pytest.raises(UserError, match=words):
+            apt_jax.load(folder, **options)
+    with pytest.raises(TypeError, match="not 'bogus'"):
+        generator.sample_shape(bogus=3)
+    with pytest.raises(UserError, match="columns = -1"):
+        api.show(generator.sample("a", frames=1), columns=-1)
+
+
+@pytest.mark.parametrize("group, key, value", [
+    ("data", "", 5), ("data", "frames", 4), ("data", "frames", []), ("data", "height", "x"),
+    ("data", "max_text_tokens", 0), ("sample", "steps", "x"), ("sample", "shift", None),
+    ("sample", "fps", -3), ("model", "heads", 0), ("model", "remat", "bogus"),
+    ("model", "dtype", "int8")])
+def test_a_damaged_card_is_one_line(folder, tmp_path, group, key, value):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    card = json.loads((copy / "config.json").read_text())
+    if key:
+        card[group][key] = value
+    else:
+        card[group] = value
+    (copy / "config.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=f"config.json.*{key or group}") as error:
+        apt_jax.load(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model": 5, "data": {}, "sample": {}, "init": {}}',
+                                  '{"model": {"heads": "x"}, "data": {}, "sample": {}, "init": {}}'])
+def test_a_damaged_run_is_one_line(tmp_path, text):
+    (tmp_path / "checkpoints" / "1" / "state").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json.*model"):
+        apt_jax.load(tmp_path)
+
+
+def test_output_that_cannot_be_written_is_one_line(generator, tmp_path):
+    samples = generator.sample("a", frames=1, seed=np.int64(3), batch=np.int64(1))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "there" / "sample.json").mkdir(parents=True)
+    for path in (tmp_path / "file", tmp_path / "there"):
+        with pytest.raises(UserError, match="a file lies where a folder is needed, or the reverse"):
+            apt_jax.save(samples, path)
+    with pytest.raises(UserError, match="no name"):
+        apt_jax.save(samples, "")
+    assert json.loads((apt_jax.save(samples, tmp_path / "new")[-1]).read_text())["seed"] == 3
 
 
 def test_save_and_show_images(generator, tmp_path):

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, writes the files."""
-    from apt_jax.errors import disk_errors
+    from apt_jax.errors import UserError, disk_errors
     from apt_jax.eval.evaluate import (
         check_counts,
         evaluate_generator,
@@ -87,8 +87,15 @@ def run(args: argparse.Namespace) -> int:
 
         generator = api.load(args.checkpoint, args.weights)
         data = generator.config.data
-        shape = (args.frames or max(data.frames), args.height or data.height,
-                 args.width or data.width)
+        shape = tuple(size if asked is None else asked for asked, size in (
+            (args.frames, max(data.frames)), (args.height, data.height), (args.width, data.width)))
+        for flag, asked in (("frames", args.frames), ("height", args.height), ("width", args.width)):
+            if asked is not None and asked < 1:
+                raise UserError(f"--{flag} {asked} must be at least 1")
+        if all(shape):  # 0: the stored size, which the data know; wrong settings before any work
+            generator.check(args.mode, args.seed, frames=shape[0], height=shape[1],
+                            width=shape[2], steps=args.steps, time=args.time,
+                            fresh_noise=args.fresh_noise or None)
         path = args.data or data.path
 
         def split(which: str):

@@ -92,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.source or not args.out:
         raise UserError("--source and --out must not be empty; name two folders")
+    if args.threads < 1 or args.workers < 0:
+        raise UserError(f"--threads {args.threads} must be at least 1, --workers {args.workers} at "
+                        "least 0")
     if args.engine == "local" and (args.workers or args.ray_address):
         raise UserError("--workers and --ray-address are for a Ray cluster; add --engine ray")
     if args.vae is None and (args.config or args.overrides):

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     generator = api.load(args.checkpoint, args.weights, args.base, mesh=mesh_of(args.overrides),
                          tiled=args.tiled)
+    api.writable(args.out)  # before the work
     samples = generator.sample(
         args.prompt, mode, args.seed, count=args.count, frames=args.frames, height=args.height,
         width=args.width, steps=steps, guidance=args.guidance, time=args.time,

@@ -1,6 +1,7 @@
 """Configuration: one schema, config files that change it, overrides, checks, JSON."""
 
 from apt_jax.config.io import config_from_json, config_to_json, load_json, save_json
+from apt_jax.config.kept import load_kept
 from apt_jax.config.load import apply_overrides, load_config, split_overrides
 from apt_jax.config.schema import FIELDS, base_config, describe_fields
 from apt_jax.config.validate import validate
@@ -14,6 +15,7 @@ __all__ = [
     "describe_fields",
     "load_config",
     "load_json",
+    "load_kept",
     "save_json",
     "split_overrides",
     "validate",

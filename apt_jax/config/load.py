@@ -233,6 +233,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (),
     Call `validate` on the result. UserError in one line for a missing file, one without
     get_config, one that raises or exits, and for every wrong override.
     """
+    if isinstance(overrides, str):
+        raise UserError(f"overrides = {overrides!r} is one text; give a list of them")
     file, argument = split_argument(str(path))
     keys = list(BY_KEY if keys is None else keys)
     if file.is_dir():

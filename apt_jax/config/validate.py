@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -72,6 +73,26 @@ def check_value(field: Field, value: Any) -> None:
             sign = "<" if field.open_high else "<="
             good = number < field.high if field.open_high else number <= field.high
             _require(good, f"{field.key} = {value!r} must be {sign} {field.high}")
+
+
+def check_kept(config: Any, groups: Sequence[str], source: str) -> None:
+    """Checks what a run or a weights folder says of itself, which may be older than a field of today.
+
+    config: a table of groups. groups: those that must be there. source: the file, for UserError.
+    Fields that are missing or unknown are passed over; what is known must have its type and range.
+    """
+    for group in groups:
+        _require(hasattr(config.get(group), "keys"),
+                 f"{source} has no table {group!r}; copy the file again from where it was written")
+    try:
+        for field in FIELDS:
+            group, name = field.key.split(".", 1) if "." in field.key else ("", field.key)
+            if group in groups and name in config[group]:
+                check_value(field, config[group][name])
+        frames = config["data"].get("frames", (1,)) if "data" in groups else (1,)
+        _require(len(frames) > 0, "data.frames is empty")
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def _data(c: ml_collections.ConfigDict) -> None:

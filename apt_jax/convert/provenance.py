@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apt_jax.config import load_json
+from apt_jax.config import load_kept
 from apt_jax.errors import UserError
 from apt_jax.weights import (
     CHECKPOINTS,
@@ -65,7 +65,7 @@ def history(path: str | Path) -> History:
         if not folder.exists() and name != str(path):
             missing.append(name)
         elif (folder / CHECKPOINTS).is_dir():
-            config = load_json(folder / CONFIG_FILE)
+            config = load_kept(folder / CONFIG_FILE)
             stages.append(config)
             steps.append(max((int(p.name) for p in (folder / CHECKPOINTS).iterdir()
                               if p.name.isdigit()), default=None))

@@ -12,6 +12,7 @@ import numpy as np
 
 from apt_jax.data.pipeline import load_all, open_dataset
 from apt_jax.errors import UserError
+from apt_jax.eval.frechet import check_enough
 from apt_jax.eval.generate import check_sampling
 from apt_jax.eval.kernel_distance import kernel_distance
 from apt_jax.eval.measure import DIM, Reference, clip_features, floor, measure
@@ -82,6 +83,8 @@ def evaluate_generator(generator, train: Split, held_out: Split | None, *, mode:
     check_counts(count, dim, 1 if batch is None else batch)
     for value in guidance or (1.0,):
         check_sampling({"guidance": value, "seed": seed})
+    n, frames = train.frames.shape[:2]
+    check_enough((count or n) * max(1, frames - 1), dim, "sample frames")
     extract = MobileNetFeatures()
     reference = Reference.build(train.frames, dim, cache_dir, extract)
     trials = []
@@ -111,6 +114,8 @@ def evaluate_generator(generator, train: Split, held_out: Split | None, *, mode:
 def evaluate_samples(samples: SampleSet, real: Split, dim: int = DIM, cache_dir=None) -> dict:
     """Measure an existing sample file against a split of the same shape."""
     check_counts(dim=dim)
+    n, frames = samples.frames.shape[:2]  # of a clip every frame counts, and every pair of them
+    check_enough(n * max(1, frames - 1), dim, "sample frames")
     extract = MobileNetFeatures()
     reference = Reference.build(real.frames, dim, cache_dir, extract)
     entry = measure(samples.frames, reference, extract, "features of the samples")

@@ -35,7 +35,7 @@ class Projection:
 
         Raises UserError where N is below 2 * dim: the components would be noise.
         """
-        _enough(len(features), dim, "reference features")
+        check_enough(len(features), dim, "reference features")
         x = np.asarray(features, np.float64)
         mean = x.mean(0)
         x = x - mean
@@ -94,14 +94,15 @@ class Moments:
     @classmethod
     def of(cls, features: np.ndarray, what: str = "samples") -> "Moments":
         """Moments of features [N, K]; raises UserError where N < 2 K."""
-        _enough(len(features), features.shape[1], what)
+        check_enough(len(features), features.shape[1], what)
         x = np.asarray(features, np.float64)
         mean = x.mean(0)
         x = x - mean
         return cls(mean, x.T @ x / (len(x) - 1), len(features))
 
 
-def _enough(n: int, dim: int, what: str) -> None:
+def check_enough(n: int, dim: int, what: str) -> None:
+    """UserError where n features are too few for moments in `dim` dimensions."""
     if n < 2 * dim:
         raise UserError(
             f"{n} {what} are too few for a Frechet distance in {dim} dimensions; "

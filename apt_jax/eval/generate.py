@@ -33,14 +33,19 @@ def check_mode(mode: str, **given) -> None:
             raise UserError(f"{name} = {value} belongs to mode {OWNERS[name]!r}, not {mode!r}")
 
 
+MOST_STEPS, MOST_GUIDANCE = 100_000, 1e6  # beyond is a slip of the keyboard
+
+
 def check_sampling(settings: Mapping[str, float]) -> None:
     """UserError for a seed, steps, guidance or time, where they are given, that cannot be used."""
     if not -(2**31) <= settings.get("seed", 0) < 2**31:  # programs take it as int32
-        raise UserError(f"seed = {settings['seed']} does not fit; give one from 0 to 2147483647")
-    if settings.get("steps", 1) < 1:
-        raise UserError(f"steps = {settings['steps']} must be at least 1")
-    if not math.isfinite(settings.get("guidance", 1.0)):
-        raise UserError(f"guidance = {settings['guidance']} is no number; give one such as 3.0")
+        raise UserError(f"seed = {settings['seed']} does not fit; give one from {-2**31} to "
+                        f"{2**31 - 1}")
+    if not 1 <= settings.get("steps", 1) <= MOST_STEPS:
+        raise UserError(f"steps = {settings['steps']} must be 1 to {MOST_STEPS:,}")
+    if not abs(settings.get("guidance", 1.0)) <= MOST_GUIDANCE:
+        raise UserError(f"guidance = {settings['guidance']} is no number up to {MOST_GUIDANCE:g}; give "
+                        "one such as 3.0")
     if not 0 < settings.get("time", 0.5) < 1:
         raise UserError(f"time = {settings['time']} must lie between 0 and 1")
 

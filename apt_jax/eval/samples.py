@@ -45,11 +45,12 @@ def load_samples(path: Path | str) -> SampleSet:
     try:
         with np.load(path, allow_pickle=False) as file:
             frames, captions = file["frames"], file["captions"]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"{path} is no sample file ({error}); it needs the arrays frames and "
                         "captions, both without pickles") from None
     if (frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[-1] != 3
-            or 0 in frames.shape[1:] or captions.shape != frames.shape[:1]):
+            or 0 in frames.shape or captions.shape != frames.shape[:1]):
         raise UserError(f"{path} holds frames {frames.dtype} {frames.shape} and captions "
                         f"{captions.shape}; expected uint8 [N, F, H, W, 3] and N captions")
     return SampleSet(frames, [str(text) for text in captions])

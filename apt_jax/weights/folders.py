@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from apt_jax.config import load_json
+from apt_jax.config import load_kept
 from apt_jax.errors import UserError
 from apt_jax.parallel.place import place
 from apt_jax.parallel.sharding import STACKED
@@ -239,7 +239,7 @@ def export_run(run: str | Path, folder: str | Path, *, which: str = "ema", bfloa
     its defaults there.
     """
     model, params = load_generator(run, which)
-    config = load_json(Path(run) / CONFIG_FILE)
+    config = load_kept(Path(run) / CONFIG_FILE)
     described = {"weights": which, "stage": config.stage, "data": plain(config.data),
                  "sample": plain(config.sample), **(card or {})}
     return save_generator(folder, model, params, described, bfloat16=bfloat16)

@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from apt_jax.config import load_json
+from apt_jax.config import load_kept
 from apt_jax.errors import UserError
 from apt_jax.tensor_files import read_table, write_json
 from apt_jax.weights.common import (
@@ -62,7 +62,7 @@ def load_run(folder: Path, which: str, shardings: Any
 
     Arguments and errors as for `load_generator`.
     """
-    config = load_json(folder / CONFIG_FILE)
+    config = load_kept(folder / CONFIG_FILE)
     lora = config.get("lora")
     if lora and lora.rank:
         return config.model, _merged(folder, config, which, shardings)
@@ -79,7 +79,7 @@ def open_run(folder: Path, which: str) -> tuple[ml_collections.ConfigDict, Any]:
 
     The host holds one leaf at a time, but for an adapted run, which is merged whole.
     """
-    config = load_json(folder / CONFIG_FILE)
+    config = load_kept(folder / CONFIG_FILE)
     lora = config.get("lora")
     if lora and lora.rank:
         return config.model, Leaves(flatten(_merged(folder, config, which, None)))
@@ -166,7 +166,7 @@ def adapted_run(path: str | Path, lora: Any = None) -> ml_collections.ConfigDict
     """The config of a run that trained adapters (such as those of `lora`, if given); else None."""
     if not str(path) or str(path).startswith(BUNDLED) or not is_run(Path(path)):
         return None
-    config = load_json(Path(path) / CONFIG_FILE)
+    config = load_kept(Path(path) / CONFIG_FILE)
     here = config.get("lora")
     if not here or not here.rank:
         return None

@@ -100,6 +100,20 @@ def test_wrong_numbers_end_before_anything_is_read(tmp_path, capsys, flags, says
     assert says in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--frames", "0"], "--frames 0 must be at least 1"), (["--height", "17"], "height = 17 is not"),
+    (["--steps", "5"], "steps = 5 belongs to mode 'euler'"),
+    (["--mode", "euler", "--steps", "0"], "steps = 0 must be"),
+    (["--count", "100"], "100 sample frames are too few")])
+def test_wrong_settings_end_before_anything_is_measured(tmp_path, capsys, monkeypatch, flags, says):
+    monkeypatch.setattr("apt_jax.eval.evaluate.MobileNetFeatures",
+                        lambda: pytest.fail("the work began"))
+    assert main(["evaluate", "--checkpoint", "bundled:base", "--frames", "1", "--held-out", "",
+                 "--out", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert says in error.splitlines()[-1] and "Traceback" not in error
+
+
 def test_a_folder_that_cannot_be_is_named_before_the_work(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("apt_jax.api.load", lambda *a: pytest.fail("the work began"))

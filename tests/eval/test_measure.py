@@ -1,6 +1,8 @@
 """The whole measurement on synthetic pictures: identity, monotony, cache, floor, clips."""
 
 import dataclasses
+import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -136,6 +138,13 @@ def test_sample_files_never_unpickle(tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="no sample file"):
         load_samples(tmp_path / "cut.npz")
+    header = io.BytesIO()  # more than there is memory for
+    np.lib.format.write_array_header_1_0(header, {
+        "descr": "|u1", "fortran_order": False, "shape": (10**10, 4, 64, 64, 3)})
+    with zipfile.ZipFile(tmp_path / "claims.npz", "w") as file:
+        file.writestr("frames.npy", header.getvalue() + b"abc")
+    with pytest.raises(UserError, match="no sample file"):
+        load_samples(tmp_path / "claims.npz")
     whole = save_samples(tmp_path / "spoilt.npz", _pictures(3), ["a", "b", "c"])
     data = bytearray(whole.read_bytes())
     data[200:240] = bytes(40)
@@ -143,8 +152,8 @@ def test_sample_files_never_unpickle(tmp_path):
     with pytest.raises(UserError, match="no sample file"):
         load_samples(whole)
     for frames, captions in ((_pictures(2)[..., :1], ["a", "b"]), (_pictures(1), "a"),
-                             (_pictures(1)[:, :, :0], ["a"])):
-        np.savez(tmp_path / "odd.npz", frames=frames, captions=np.array(captions))
+                             (_pictures(1)[:, :, :0], ["a"]), (_pictures(1)[:0], [])):
+        np.savez(tmp_path / "odd.npz", frames=frames, captions=np.array(captions, np.str_))
         with pytest.raises(UserError, match="expected uint8"):
             load_samples(tmp_path / "odd.npz")
     with pytest.raises(UserError, match="one for each"):
