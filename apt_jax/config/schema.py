@@ -133,6 +133,10 @@ FIELDS: tuple[Field, ...] = (
        "part of its height and width; 0 none", low=0, high=0.9),
     _f("objective.adversarial.color", 0.0, "small data, RGB pixels: D sees every sample in other "
        "brightness, saturation and contrast, by up to this; 0 as it is", low=0, high=1),
+    _f("objective.adversarial.mirror", 0.0, "small data: D sees this part of all samples mirrored, left "
+       "and right exchanged; 0 none", low=0, high=0.5, open_high=True),
+    _f("objective.adversarial.backwards", 0.0, "small data: D sees this part of all clips with the last "
+       "frame first; 0 none", low=0, high=0.5, open_high=True),
     # -- optimiser
     _f("optimizer.name", "rmsprop", "rmsprop (the paper's) or adamw", choices=("rmsprop", "adamw")),
     _f("optimizer.learning_rate", 1e-4, "learning rate", low=0, open_low=True),

@@ -1,11 +1,13 @@
-"""What D is shown of a sample: moved, holed, recoloured at random (not in the paper; small data).
+"""What D is shown of a sample: moved, holed, recoloured, mirrored, backwards at random (not in the paper; small data).
 
 A discriminator that sees 1,500 pictures a hundred times learns them by heart, and its gradient stops
 helping G (launch/memorised.py shows it). Differentiable augmentation (Zhao et al. 2020,
 "Differentiable Augmentation for Data-Efficient GAN Training") shows it T(x) and T(G(z)) instead, in
 both steps, with a T drawn anew for each sample: D cannot know pictures by heart, and G, judged
-through T, gains nothing from making T's traces itself. With the paper's millions of samples, leave
-it off.
+through T, gains nothing from making T's traces itself. That holds of a change with two outcomes only
+where one is the rarer (Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data"):
+mirrored half the time, left and right would look alike to D. With the paper's millions of samples,
+leave all of it off.
 """
 
 from __future__ import annotations
@@ -50,14 +52,26 @@ def _coloured(key: jax.Array, x: jax.Array, strength: float) -> jax.Array:
     return mean + (x - mean) * (1 + contrast / 2)
 
 
+def _mirrored(key: jax.Array, x: jax.Array, part: float) -> jax.Array:
+    """x [F, H, W, C], `part` of the time with left and right exchanged, in all frames."""
+    return jnp.where(jax.random.bernoulli(key, part), x[:, :, ::-1], x)
+
+
+def _backwards(key: jax.Array, x: jax.Array, part: float) -> jax.Array:
+    """x [F, H, W, C], `part` of the time with its last frame first."""
+    return jnp.where(jax.random.bernoulli(key, part), x[::-1], x)
+
+
 def shown(keys: jax.Array, x: jax.Array, config) -> jax.Array:
     """T(x): what D sees of samples x [B, F, H, W, C]; x itself where the config asks for nothing.
 
     keys: [B], one per sample. config: config.objective.adversarial; `translate` (largest move, part
-    of the height and width), `cutout` (side of the hole, part of them), `color` (0 to 1; pixels).
+    of the height and width), `cutout` (side of the hole, part of them), `color` (0 to 1; pixels),
+    `mirror` and `backwards` (how much of the time, below a half).
     """
     chosen = [(change, config[name]) for name, change in (
-        ("color", _coloured), ("translate", _moved), ("cutout", _holed)) if config[name]]
+        ("color", _coloured), ("translate", _moved), ("cutout", _holed), ("mirror", _mirrored),
+        ("backwards", _backwards)) if config[name]]
 
     def one(key, sample):
         for number, (change, amount) in enumerate(chosen):

@@ -73,6 +73,24 @@ def test_colours_by_hand(samples):
     assert abs(np.corrcoef(saturations, contrasts)[0, 1]) < 0.25
 
 
+@pytest.mark.parametrize("name, axis", [("mirror", 3), ("backwards", 1)])
+def test_turned_around_so_much_of_the_time(samples, name, axis):
+    out = changed(samples, **{name: 0.3})
+    as_it_was, turned = ((out == x).all(axis=(1, 2, 3, 4))
+                         for x in (samples, np.flip(samples, axis)))
+    assert (as_it_was ^ turned).all()
+    assert abs(turned.mean() - 0.3) < 0.08  # four deviations of 600 draws
+
+
+def test_turned_both_ways_and_moved_each_on_its_own(samples):
+    out = changed(samples, translate=0.125, mirror=0.4, backwards=0.4)
+    moved = changed(samples, translate=0.125)  # which draws the same moves with more changes behind
+    made = [np.flip(moved, axes) for axes in ((), (3,), (1,), (1, 3))]
+    found = np.array([(out == x).all(axis=(1, 2, 3, 4)) for x in made])
+    assert (found.sum(0) == 1).all()
+    np.testing.assert_allclose(found.mean(1), [0.36, 0.24, 0.24, 0.16], atol=0.08)
+
+
 def test_real_twin_and_generated_are_all_moved_before_d_sees_them():
     """The twin is the moved sample plus sigma eps; real and generated move on their own."""
     size, sigma = 256, 0.01
