@@ -19,10 +19,10 @@ __version__ = "0.1.0"
 # public name -> the module that holds it
 _PUBLIC = {
     "load": "apt_jax.api",
-    "show": "apt_jax.api",
-    "save": "apt_jax.api",
+    "show": "apt_jax.samples",
+    "save": "apt_jax.samples",
     "Generator": "apt_jax.api",
-    "Samples": "apt_jax.api",
+    "Samples": "apt_jax.samples",
     "UserError": "apt_jax.errors",
     "base_config": "apt_jax.config",
     "load_config": "apt_jax.config",

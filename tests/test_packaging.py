@@ -59,7 +59,7 @@ LAYERS = (
     {"train", "eval"},
     {"convert"},
     {"objectives", "weights"},
-    {"diffusion", "models", "data"},
+    {"diffusion", "models", "data", "samples"},
     {"nn", "parallel"},
     {"kernels", "media", "tensor_files"},
     {"config"},

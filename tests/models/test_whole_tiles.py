@@ -54,8 +54,9 @@ def kernels(monkeypatch):
         calls.append((implementation, q.shape[1], k.shape[1]))
         return PLAIN(q, k, v, implementation="xla", **lengths)
 
-    def forbidden(*arguments):
-        raise AssertionError("tokens are moved inside a layer")
+    def in_place(k, v, key_mask, hidden_last):
+        assert key_mask is None or hidden_last, "tokens are moved inside a layer"
+        return fit.in_front(k, v, key_mask, hidden_last)
 
     def unchanged(x, multiple):
         assert x.shape[1] % multiple == 0, "tokens are padded inside a layer"
@@ -65,7 +66,7 @@ def kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=plain))
     monkeypatch.setattr(dispatch, "_REFUSALS", dispatch._REFUSALS | dict.fromkeys(
         ("tokamax", "cudnn"), lambda request: None))
-    monkeypatch.setattr(peers, "visible_first", forbidden)
+    monkeypatch.setattr(peers, "in_front", in_place)
     monkeypatch.setattr(peers, "pad_tokens", unchanged)
     monkeypatch.setattr(dispatch, "PADDING", float("inf"))  # these few tokens are far from a tile
     return calls
@@ -142,7 +143,7 @@ def test_so_it_is_where_samples_are_cut_over_devices(kernels, name):
 
 def test_where_tokens_are_cut_every_layer_does_it(kernels, monkeypatch):
     """Devices join pieces of the streams: what is last in one's network is not last for the kernel."""
-    monkeypatch.setattr(peers, "visible_first", fit.visible_first)
+    monkeypatch.setattr(peers, "in_front", fit.in_front)
     monkeypatch.setattr(peers, "pad_tokens", fit.pad_tokens)
     mesh = make_mesh({"replica": 1, "fsdp": 4, "context": 2, "tensor": 1})
     check("mmdit", "tokamax", H100, ContextParallel(mesh))
