@@ -42,7 +42,7 @@ from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
 from apt_jax.samples import Samples, save, show, whole, writable
 from apt_jax.serve import Server, server_of
-from apt_jax.weights import load_generator, open_generator
+from apt_jax.weights import generator_card, load_generator, open_generator
 
 __all__ = ["Generator", "Samples", "load", "save", "show", "writable"]
 
@@ -68,8 +68,7 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
     Raises UserError if there is nothing to load or it does not fit.
     """
     devices = shardings = None
-    is_run = not str(path).startswith("bundled:") and (Path(path) / "checkpoints").is_dir()
-    if weights == "raw" and Path(path).exists() | str(path).startswith("bundled:") and not is_run:
+    if weights == "raw" and generator_card(path):  # a run has none
         raise UserError(f"{path} has one set of weights; 'raw' and 'ema' are those of a run")
     if mesh is not None:
         if unknown := sorted(set(mesh) - set(base_config().mesh)):

@@ -21,10 +21,11 @@ from apt_jax.kernels.hopper.machine import (
     COLUMN,
     COMPUTE,
     COMPUTE_REGISTERS,
-    COPY_REGISTERS,
     ROW,
     Machine,
+    copy_ahead,
     kernel,
+    last_first,
     per_column,
     per_row,
     shared,
@@ -80,23 +81,12 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, rows_ref, count_ref, dq_ref, q_sme
 
     @pl.when(wg == COMPUTE)
     def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-
-        @pl.loop(0, tiles)
-        def _(i):
-            slot = lax.rem(i, jnp.int32(slots))
-
-            @pl.when(i >= slots)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
-
-            here = pl.ds((lax.select(i == 0, tiles, i) - 1) * tile, tile)  # the last one first
+        def copy(i, slot):
+            here = last_first(i, tiles, tile)
             plgpu.copy_gmem_to_smem(k_ref.at[b, here, h], k_smem.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(v_ref.at[b, here, h], v_smem.at[slot], ready.at[slot])
 
-        @pl.loop(jnp.maximum(tiles - slots, 0), tiles)
-        def _(i):
-            plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+        copy_ahead(tiles, slots, [(free, copy)])
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, rows_ref, count_ref, dk_ref, dv_ref, k_smem, v_smem,
@@ -146,24 +136,13 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, rows_ref, count_ref, dk_ref, dv_r
 
     @pl.when(wg == COMPUTE)
     def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-
-        @pl.loop(0, tiles)
-        def _(i):
-            slot = lax.rem(i, jnp.int32(slots))
-
-            @pl.when(i >= slots)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
-
+        def copy(i, slot):
             here = pl.ds(i * tile, tile)
             plgpu.copy_gmem_to_smem(q_ref.at[b, here, h], q_smem.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(dout_ref.at[b, here, h], dout_smem.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(rows_ref.at[b, h, :, here], rows_smem.at[slot], ready.at[slot])
 
-        @pl.loop(max(tiles - slots, 0), tiles)
-        def _(i):
-            plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+        copy_ahead(tiles, slots, [(free, copy)])
 
 
 def backward(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array | None, dout: jax.Array,

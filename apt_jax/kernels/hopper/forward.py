@@ -21,9 +21,10 @@ from apt_jax.kernels.hopper import TILE
 from apt_jax.kernels.hopper.machine import (
     COMPUTE,
     COMPUTE_REGISTERS,
-    COPY_REGISTERS,
     Machine,
+    copy_ahead,
     kernel,
+    last_first,
     per_row,
     shared,
 )
@@ -114,25 +115,12 @@ def _kernel(q_ref, k_ref, v_ref, count_ref, out_ref, lse_ref, q_smem, k_smem, v_
 
     @pl.when(wg == COMPUTE)
     def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        def copies(memory, smem, ready):
+            return lambda i, slot: plgpu.copy_gmem_to_smem(
+                memory.at[b, last_first(i, tiles, tile), h], smem.at[slot], ready.at[slot])
 
-        @pl.loop(0, tiles)
-        def _(i):
-            slot = lax.rem(i, jnp.int32(slots))
-            for memory, smem, ready, free in ((k_ref, k_smem, k_ready, k_free),
-                                              (v_ref, v_smem, v_ready, v_free)):
-                @pl.when(i >= slots)
-                def _(free=free):
-                    plgpu.barrier_wait(free.at[slot])
-
-                at = lax.select(i == 0, tiles, i) - 1
-                plgpu.copy_gmem_to_smem(memory.at[b, pl.ds(at * tile, tile), h], smem.at[slot],
-                                        ready.at[slot])
-
-        @pl.loop(jnp.maximum(tiles - slots, 0), tiles)
-        def _(i):  # no barrier is left half-way
-            for free in (k_free, v_free):
-                plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+        copy_ahead(tiles, slots, [(k_free, copies(k_ref, k_smem, k_ready)),
+                                  (v_free, copies(v_ref, v_smem, v_ready))])
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, count: jax.Array | None, *, tile: int,

@@ -117,6 +117,35 @@ def per_column(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(values, shape, [1])
 
 
+def copy_ahead(tiles: Any, slots: int,
+               streams: Sequence[tuple[Any, Callable[[Any, Any], None]]]) -> None:
+    """What the copying warpgroup does: fills slots of shared memory as they become free.
+
+    tiles: how many there are. streams: (barriers that say a slot is free, copy(i, slot) of tile i).
+    """
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+
+    @pl.loop(0, tiles)
+    def _(i):
+        slot = lax.rem(i, jnp.int32(slots))
+        for free, copy in streams:
+            @pl.when(i >= slots)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[slot])
+
+            copy(i, slot)
+
+    @pl.loop(jnp.maximum(tiles - slots, 0), tiles)
+    def _(i):  # no barrier is left half-way
+        for free, _ in streams:
+            plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+
+
+def last_first(i: Any, tiles: Any, tile: int) -> Any:
+    """The tokens of tile i where the last of `tiles`, which may have hidden keys, is the first."""
+    return pl.ds((lax.select(i == 0, tiles, i) - 1) * tile, tile)
+
+
 def kernel(body: Any, name: str, out_type: Any, grid: dict[str, int], scratch: Sequence[Any],
            machine: Machine) -> Any:
     """A program for each point of the grid; `body` takes input, output and scratch references and finds
