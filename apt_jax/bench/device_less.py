@@ -56,7 +56,8 @@ class Compiled:
         return not self.error
 
 
-# Instructions that write nothing of their own, or whose work is counted elsewhere.
+# Instructions that write nothing of their own, or whose work is counted elsewhere; so do those that
+# start what another waits for, which has the result.
 SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while",
           "call", "conditional", "custom-call", "partition-id", "replica-id", "async", "opt-barrier")
 
@@ -85,10 +86,11 @@ def count_kernels(text: str, markers: Sequence[str], others: Sequence[str] = (),
     counts, result, written = dict.fromkeys([*markers, *others], 0.0), 0, 0.0
     # what is inside a fusion stays in registers
     inside = {i.called["calls"] for body in program.computations.values() for i in body
-              if i.opcode == "fusion" and "calls" in i.called}
+              if i.opcode in ("fusion", "fusion-start") and "calls" in i.called}
     for name, times in program.walk():
         for instruction in program.computations[name]:
-            if name not in inside and not instruction.opcode.startswith(SILENT):
+            silent = instruction.opcode.startswith(SILENT) or instruction.opcode.endswith("-start")
+            if name not in inside and not silent:
                 written += times * instruction.bytes
             if instruction.opcode.startswith("custom-call"):
                 size = max((math.prod(array.shape) for array in instruction.result), default=0)

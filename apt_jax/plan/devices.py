@@ -36,8 +36,10 @@ _NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # By default libtpu describes every core of a v4 as a device; jax runs the two of a chip as one.
 _ONE_DEVICE_A_CHIP = {"v4": {"chip_config_name": "megacore"}}
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-# Autotuning needs the GPU itself; without it Triton matrix products would be chosen blindly.
-CUDA_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+# Autotuning needs the GPU itself; without it Triton matrix products would be chosen blindly. The third
+# is one of parallel/flags/gpu.txt that decides how often a kernel is in a program.
+CUDA_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false",
+              "--xla_gpu_enable_dynamic_slice_fusion=false")
 # For programs that nobody runs: their memory and schedule are fixed before kernels become machine
 # code, and optimising that code takes half of the time.
 UNRUN_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",

@@ -150,10 +150,10 @@ def kernel(body: Any, name: str, out_type: Any, grid: dict[str, int], scratch: S
            machine: Machine) -> Any:
     """A program for each point of the grid; `body` takes input, output and scratch references and finds
     its place by the grid's names and its warpgroup by "wg"."""
-    body.__name__ = name
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=list(scratch), grid=tuple(grid.values()),
         grid_names=tuple(grid), num_threads=COMPUTE + 1, thread_name="wg",
+        kernel_name=name,  # which vmap keeps, and the function's own it does not
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_interpreter() if machine.interpret else False)
 

@@ -1,0 +1,123 @@
+"""Whether the attention kernels compute attention on the accelerator that is here.
+
+    python launch/check_kernels.py                          # every kernel that can run here
+    python launch/check_kernels.py --backends hopper --cases odd vmap --json found.json
+
+Small attentions of kinds that hurt, forward and gradients, against plain JAX in float32. Prints a line
+for each and keeps it in --json at once; status 1 where one is farther away than rounding explains, or
+fails. `apt-jax bench attention` checks the large ones before it times them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from apt_jax.bench.attention_peers import gradient_of  # noqa: E402
+from apt_jax.bench.check import limit, wrong  # noqa: E402
+from apt_jax.bench.report import Results, attempt  # noqa: E402
+from apt_jax.errors import UserError  # noqa: E402
+from apt_jax.kernels import dispatch  # noqa: E402
+from apt_jax.kernels.attention import attention  # noqa: E402
+from apt_jax.kernels.choice import choosing  # noqa: E402
+from apt_jax.kernels.oracle import oracle  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """mask: "" for none, "first" hides the first keys of each sample, "some" every third. ways: of a
+    vmap around it, 0 for none."""
+
+    queries: int
+    keys: int
+    heads: int = 2
+    head_dim: int = 128
+    batch: int = 2
+    mask: str = ""
+    ways: int = 0
+    dtype: str = "bfloat16"
+
+    def arrays(self) -> list[jax.Array]:
+        """q, k, v, a cotangent and, where there is one, the mask."""
+        lead = (self.ways,) * bool(self.ways) + (self.batch,)
+        counts = (self.queries, self.keys, self.keys, self.queries)
+        made = [jax.random.normal(key, (*lead, n, self.heads, self.head_dim)).astype(self.dtype)
+                for key, n in zip(jax.random.split(jax.random.key(7), 4), counts, strict=True)]
+        at = jnp.arange(self.keys)
+        masks = {"first": at >= jnp.arange(1, self.batch + 1)[:, None] * (self.keys // 3),
+                 "some": jnp.broadcast_to(at % 3 > 0, (self.batch, self.keys))}
+        return made + ([masks[self.mask]] if self.mask else [])
+
+
+CASES = {"one tile": Small(128, 128, heads=1, batch=1), "tiles": Small(384, 640),
+         "narrow": Small(384, 640, head_dim=64), "odd": Small(1031, 1031, mask="first"),
+         "some": Small(517, 333, head_dim=64, mask="some"), "vmap": Small(512, 640, ways=3, mask="first"),
+         "half": Small(256, 384, dtype="float16"), "long": Small(8192, 8192, heads=8, batch=1)}
+
+
+def distances(case: Small, backend: str) -> dict[str, float]:
+    """{"out", "dq", "dk", "dv": distance from float32, norm over norm}."""
+    q, k, v, dout, *mask = case.arrays()
+
+    def both(function):
+        def one(q, k, v, dout):
+            return function(q, k, v, *mask), *gradient_of(lambda *a: function(*a, *mask))(q, k, v, dout)
+
+        return jax.jit(jax.vmap(one) if case.ways else one)
+
+    reason = dispatch.refusal(backend, dispatch.Request.of(*(x[0] if case.ways else x
+                                                             for x in (q, k, v))))
+    if reason:
+        raise UserError(reason)
+    with choosing(backend=backend):
+        found = both(attention)(q, k, v, dout)
+    with jax.default_matmul_precision("highest"):
+        want = both(lambda q, k, v, *m: oracle(q, k, v, *m))(
+            *(x.astype(jnp.float32) for x in (q, k, v, dout)))
+    return {name: float(jnp.linalg.norm(f.astype(jnp.float32) - w) / jnp.linalg.norm(w))
+            for name, f, w in zip(("out", "dq", "dk", "dv"), found, want, strict=True)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    known = ("pallas", "hopper", "tokamax", "cudnn", "splash")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="+", choices=known, default=known, metavar="NAME",
+                        help=f"of {', '.join(known)} (default: all that can run here)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME",
+                        help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the distances here")
+    args = parser.parse_args(argv)
+    results = Results(args.json, jax.devices()[0].device_kind,
+                      ["python", "launch/check_kernels.py", *(argv or sys.argv[1:])])
+    failed = 0
+    for backend in args.backends:
+        for name in args.cases:
+            case, start = CASES[name], time.monotonic()
+
+            def made(case: Small = case, backend: str = backend) -> dict:
+                found = distances(case, backend)
+                error = wrong(found, limit(backend, case.dtype))
+                return {"distances": found, **({"error": error} if error else {})}
+
+            row = attempt(made) | {"backend": backend, **dataclasses.asdict(case)}
+            results.add(f"{name}/{backend}", row)
+            failed += "error" in row
+            says = row.get("error") or row.get("skipped") or ", ".join(
+                f"{key} {value:.1e}" for key, value in row["distances"].items())
+            print(f"{name:<10}{backend:<10}{time.monotonic() - start:5.1f} s  "
+                  f"{'FAILED: ' if 'error' in row else 'left out: ' if 'skipped' in row else ''}{says}",
+                  flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
