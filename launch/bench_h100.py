@@ -1,5 +1,7 @@
 """The measurements of docs/benches.md on one H100, in three groups that can be stopped and continued.
 
+    python launch/check_kernels.py               # first: do the kernels compute attention there?
+    python launch/bench_h100.py first            # of each group what matters most, for a short lease
     python launch/bench_h100.py attention        # kernels and one block
     python launch/bench_h100.py inference        # one-step 8B, VAE, whole pipeline
     python launch/bench_h100.py training         # the G and the D step on full-width layers
@@ -44,8 +46,22 @@ PROCESSES = 4  # of a command, where rows break them (or a signal ends them)
 # Full-width layers of G, D, their masters, moments and average that one GPU holds.
 FEW = ["--config.model.depth=4", "--config.discriminator.taps=2,3,4"]
 
-# group -> (name of the file, command), in the order in which they matter
+BRIEF = ["--seconds", "1"]
+LARGE = ["--cases", "8b_720p_joint", "8b_720p_no_mask"]
+
+# group -> (name of the file, command), in the order in which they matter. Rows of `first` are the
+# others' too: whoever has more time measures only what is missing.
 GROUPS: dict[str, list[tuple[str, list[str]]]] = {
+    "first": [
+        ("attention", ["attention", *LARGE, *TRAINING, "torch", *BRIEF]),
+        ("forward_8b", ["forward", *VIDEO_8B, *BOTH, "--backends", "hopper", "tokamax", "--no-peers",
+                        *BRIEF]),
+        ("train_8b", ["train", *VIDEO_8B, *FEW, "--backends", "hopper", "tokamax", "--no-peers",
+                      *EACH, *BRIEF]),
+        ("vae", ["vae", *VIDEO_8B, "--decoders", "chunk 4", "chunk 1", "--no-peers", *BRIEF]),
+        ("pipeline_8b", ["pipeline", *VIDEO_8B, *BOTH, "--backends", "hopper", *BRIEF]),
+        ("forward_8b", ["forward", *VIDEO_8B, "--backends", "hopper", *BRIEF]),  # PyTorch's beside it
+    ],
     "attention": [
         ("attention", ["attention", "--cases", "8b_720p_joint", "8b_720p_no_mask", "16k",
                        "wan_480p_self", "--seconds", "1"]),

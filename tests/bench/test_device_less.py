@@ -261,6 +261,18 @@ def test_cudnn_trains_wans_discriminator(tmp_path):
 
 @needs_cuda
 @pytest.mark.slow
+def test_a_kernel_whose_result_is_kept_for_the_gradient_runs_once(tmp_path):
+    """jax 0.11's XLA ran Mosaic kernels twice in a scan, once to write the result where the gradient
+    finds it; under vmap (D sees three kinds of samples) ours lost their names."""
+    backends = [name for name in gpu_backends() if name not in ("pallas", "cudnn")]
+    rows = bench(tmp_path, "train", *VIDEO_8B, *ONE_GPU, "--config.model.depth=3",
+                 "--config.discriminator.taps=2,3", "--steps", "D step", "--backends", *backends)
+    (row,) = (row for row in rows.values() if row["backend"] == "hopper")
+    assert row["kernels"] == {"apt_hopper_forward": 6, "apt_hopper_dkv": 3, "apt_hopper_dq": 3}
+
+
+@needs_cuda
+@pytest.mark.slow
 def test_training_multiplies_in_eight_bits(tmp_path):
     rows = bench(tmp_path, "train", *VIDEO_8B, *ONE_GPU, "--config.model.depth=2",
                  "--config.discriminator.taps=1,2", "--weights", "fp8", "--backends", "pallas")

@@ -7,15 +7,23 @@ interpreter of jax 0.10 takes seconds for a tile, so there are few.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_float64 import attention64, draw
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
+    reset_gpu_interpret_mode_state,
+)
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
 from apt_jax.kernels.choice import Hardware, choosing
+from apt_jax.kernels.hopper import machine
 from apt_jax.kernels.hopper.attention import flash_attention, hopper
 
 
@@ -61,6 +69,51 @@ def test_hidden_keys_have_no_influence():
     hidden = ~seen[:, :, None, None]
     np.testing.assert_array_equal(
         run(jnp.where(hidden, 1e4, k).astype(k.dtype), jnp.where(hidden, -1e4, v).astype(v.dtype)), out)
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """The interpreter looks for accesses of shared memory that no barrier orders, and prints them."""
+    params = dataclasses.replace(machine._interpreter(), detect_races=True)
+    monkeypatch.setattr(machine, "_interpreter", lambda: params)
+    jax.clear_caches()  # programs of other tests do not look
+    yield params
+    jax.clear_caches()
+
+
+def test_copies_wait_for_those_who_read(races, capsys):
+    """More tiles than slots in all three kernels; the last tile of keys has hidden ones."""
+    q, k, v, dout, _ = draw((1, 256, 1, 64), 384, jnp.bfloat16)
+    seen = jnp.arange(384)[None] < 300
+    out, pull = jax.vjp(lambda *a: hopper(*a, seen, hidden_last=True, interpret=True), q, k, v)
+    want, _, grads = attention64(q, k, v, seen, dout)
+    for x, w in zip((out, *pull(dout)), (want, *grads), strict=True):
+        near(x, w)
+    assert "RACE" not in capsys.readouterr().out
+
+
+def test_a_read_that_waits_for_nothing_is_seen(races, capsys):
+    """The search of the test above finds something where there is something."""
+    def body(x_ref, out_ref, tile, ready):
+        @pl.when(jax.lax.axis_index("wg") == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(x_ref, tile, ready)
+
+        @pl.when(jax.lax.axis_index("wg") == 1)
+        def _():
+            out_ref[...] = tile[...]
+
+    x = jnp.ones((64, 64), jnp.float32)
+    run = plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), num_threads=2,
+                       thread_name="wg", interpret=races,
+                       scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier()])
+    said = ""
+    try:
+        jax.block_until_ready(run(x))
+    except jax.errors.JaxRuntimeError as error:  # jax 0.12 raises what others print
+        said = str(error)
+        reset_gpu_interpret_mode_state()
+    assert "RACE DETECTED" in said + capsys.readouterr().out
 
 
 def test_dispatch_pads_asks_and_refuses():

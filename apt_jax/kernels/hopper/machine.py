@@ -50,7 +50,7 @@ class Machine:
     def products(self, pairs: Sequence[tuple[Any, Any]]) -> list[jax.Array]:
         """a b^T of each pair, float32; a [M, K] and b [N, K] in shared memory, all issued at once."""
         if self.interpret:
-            return [_dot(a[...], b[...].T) for a, b in pairs]
+            return [_dot(a, b.T) for a, b in ((_read(a), _read(b)) for a, b in pairs)]
 
         def run(*accumulators):
             for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
@@ -63,7 +63,7 @@ class Machine:
     def add_product(self, total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
         """total + a b, float32; a [M, K] in registers, b [K, N] in shared memory."""
         if self.interpret:
-            return total + _dot(a, b[...])
+            return total + _dot(a, _read(b))
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
 
     def scores_while(self, q: Any, k: Any, total: jax.Array, b: Any, state: tuple,
@@ -77,7 +77,7 @@ class Machine:
         """
         if self.interpret:
             issued()
-            return total + _dot(state[0], b[...]), meanwhile(_dot(q[...], k[...].T), *state)
+            return total + _dot(state[0], _read(b)), meanwhile(_dot(_read(q), _read(k).T), *state)
 
         def run(refs):
             ref, *kept = refs
@@ -95,6 +95,14 @@ class Machine:
 
         total, *found = pl.run_state(run)((plgpu.ACC.init(total), *state))
         return total, tuple(found)
+
+
+def _read(ref: Any) -> jax.Array:
+    """What a product reads, interpreted. Products read past the caches of ordinary loads, as copies write:
+    the fence says so to the interpreter's search for races."""
+    x = ref[...]
+    plgpu.commit_smem()
+    return x
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

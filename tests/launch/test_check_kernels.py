@@ -1,0 +1,47 @@
+"""launch/check_kernels.py tells kernels that compute attention from those that do not."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("check_kernels", ROOT / "launch" / "check_kernels.py")
+check_kernels = importlib.util.module_from_spec(spec)
+sys.modules["check_kernels"] = check_kernels  # where its dataclass looks for its names
+spec.loader.exec_module(check_kernels)
+
+
+def test_right_kernels_pass_and_absent_ones_are_left_out(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    assert check_kernels.main(["--backends", "hopper", "pallas", "cudnn", "--cases", "one tile",
+                               "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    for name in ("hopper", "pallas"):
+        row = rows[f"one tile/{name}"]
+        assert set(row["distances"]) == {"out", "dq", "dk", "dv"}
+        assert max(row["distances"].values()) < 5e-3 and row["queries"] == 128
+    assert "NVIDIA GPU" in rows["one tile/cudnn"]["skipped"]
+    assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [lambda q, k, v, *mask: v + 0.0 * q,
+                                   lambda q, k, v, *mask: jnp.full_like(q, jnp.nan) * q])
+def test_wrong_kernels_fail(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(check_kernels, "attention", wrong)
+    assert check_kernels.main(["--backends", "pallas", "--cases", "one tile"]) == 1
+    assert "FAILED: out is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", check_kernels.CASES)
+def test_cases_have_a_visible_key_each(name):
+    case = check_kernels.CASES[name]
+    q, k, v, dout, *mask = case.arrays()
+    assert k.shape == v.shape and q.shape == dout.shape
+    assert (q.ndim == 5) == bool(case.ways)
+    for keys in mask:
+        assert keys.shape == (case.batch, case.keys) and bool(keys.any(1).all())
+        assert not bool(keys.all())
