@@ -35,7 +35,7 @@ KINDS = {"image": 1, "video": 4}  # kind -> frames of a sample of the demo
 # Where a base model's card names no best guidance (a base trained just now), these are tried.
 GUIDANCE = (2.0, 3.0, 4.0)
 # Towards t = 1 the second step only repeats the first: what is gained lies in between, if anywhere.
-TWO_STEP_TIMES = (0.25, 0.5, 0.75, 0.9, 0.95)
+TWO_STEP_TIMES = (0.5, 0.75, 0.9, 0.95)
 COUNT = {"image": 0, "video": 0}  # 0: one sample for every training caption
 
 
@@ -79,6 +79,8 @@ def stage_config(name: str, path: str, workdir: Path, pretrain: bool, seed: int,
         config.init.diffusion = base
         before = {"consistency": base, "image": workdir / "consistency", "video": workdir / "image"}
         config.init.generator = str(before[name])
+        if config.init.discriminator:
+            config.init.discriminator = str(before[name])
     return validate(config)
 
 

@@ -106,6 +106,8 @@ FIELDS: tuple[Field, ...] = (
     _f("init.generator", "", "'' from scratch, 'bundled:base', a run folder or a weights folder"),
     _f("init.generator_weights", "ema", "which weights of a run to start from",
        choices=("ema", "raw")),
+    _f("init.discriminator", "", "a run of stage adversarial whose D goes on here; '' (the paper): D "
+                                 "starts from init.diffusion"),
     _f("init.diffusion", "", "original diffusion weights: the teacher, and D's start"),
     # -- objectives
     _f("objective.flow.shift", 1.0, "time shift of the training t", low=0, open_low=True),

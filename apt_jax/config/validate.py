@@ -191,6 +191,14 @@ def _lora(c: ml_collections.ConfigDict) -> None:
 
 
 def _stage(c: ml_collections.ConfigDict) -> None:
+    if c.init.discriminator:
+        _require(c.stage == "adversarial", f"stage {c.stage} has no discriminator, and "
+                 "init.discriminator names a start of one; leave it empty")
+        _require(not c.init.discriminator.startswith("bundled:"),
+                 f"init.discriminator = {c.init.discriminator!r}: no discriminator is bundled; give "
+                 "the folder of an adversarial run, or leave it empty")
+        _require(not c.lora.discriminator, "init.discriminator starts a whole discriminator, and "
+                 "lora.discriminator trains adapters of one; unset one of them")
     for key in ("generator", "diffusion"):
         value = c.init[key]
         if value.startswith("bundled:"):

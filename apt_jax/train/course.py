@@ -28,7 +28,7 @@ FREE = ("name", "data.threads", "data.prefetch", "model.remat", "train.accumulat
 OBJECTIVES = {"pretrain": "flow", "consistency": "consistency", "adversarial": "adversarial"}
 OTHER_OPTIMIZER = {"adamw": ("optimizer.decay",),
                    "rmsprop": ("optimizer.b1", "optimizer.b2", "optimizer.weight_decay")}
-PLACES = ("init.generator", "init.diffusion", "data.path")
+PLACES = ("init.generator", "init.discriminator", "init.diffusion", "data.path")
 # Copies of a run, a data set and a weights folder are told by the first of these that both have.
 MARKS = ("metrics.jsonl", "manifest.json", "config.json")
 

@@ -32,7 +32,7 @@ from apt_jax.parallel.mesh import check_model
 from apt_jax.parallel.sharding import MIN_ELEMENTS, abstract_like, infer_shardings, path_string
 from apt_jax.train import adapters
 from apt_jax.train.optimizers import discriminator_optimizer, generator_optimizer
-from apt_jax.weights import load_generator
+from apt_jax.weights import load_discriminator, load_generator
 
 State = dict[str, Any]
 
@@ -139,7 +139,8 @@ def init_state(config: Any, setup: Setup) -> State:
     The generator starts from init.generator (in the consistency stage, where that is empty, from
     init.diffusion: the student starts as its teacher), or from scratch. The discriminator's
     backbone starts from init.diffusion, the original diffusion weights, never from the distilled
-    ones (Sec. 3.3); its heads are new.
+    ones (Sec. 3.3); its heads are new. Where init.discriminator names a run, its whole discriminator
+    goes on instead, with new moments of its optimiser.
     """
     generator_key, discriminator_key = jax.random.split(jax.random.key(config.seed + 1))
     source, which = adapters.start_source(config)
@@ -155,6 +156,10 @@ def init_state(config: Any, setup: Setup) -> State:
         if adapters.trains_adapters(config, "discriminator"):
             discriminator = adapters.init_trained(config, setup, "discriminator",
                                                   discriminator_key)
+        elif config.init.discriminator:
+            discriminator = load_discriminator(
+                config.init.discriminator, setup.abstract["discriminator"],
+                setup.shardings["discriminator"])
         elif config.init.diffusion:
             diffusion = load_params(config.init.diffusion, "ema", setup)
             start = jax.jit(

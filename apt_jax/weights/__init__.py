@@ -23,6 +23,7 @@ from apt_jax.weights.runs import (
     base_of_adapters,
     init_path,
     load_adapters,
+    load_discriminator,
     record_directory,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "init_path",
     "load_adapters",
     "load_component",
+    "load_discriminator",
     "load_generator",
     "open_generator",
     "read_card",

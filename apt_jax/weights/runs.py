@@ -28,6 +28,8 @@ from apt_jax.weights.common import (
 log = logging.getLogger(__name__)
 
 STARTED_FILE = "started_in.json"  # {"directory": ...}
+# What is asked for -> its name in the state of a run (train/state.py).
+STATES = {"ema": "generator_ema", "raw": "generator", "discriminator": "discriminator"}
 
 
 def record_directory(run: Path, config: Any) -> None:
@@ -37,8 +39,8 @@ def record_directory(run: Path, config: Any) -> None:
     stays where the paths are not found from here.
     """
     here = Path.cwd()
-    names = [name for name in (config.init.generator, config.init.diffusion)
-             if name and not name.startswith(BUNDLED)]
+    names = [name for name in (config.init.generator, config.init.discriminator,
+                               config.init.diffusion) if name and not name.startswith(BUNDLED)]
     if all((here / name).exists() for name in names) or not (run / STARTED_FILE).exists():
         write_json(run / STARTED_FILE, {"directory": str(here)})
 
@@ -67,6 +69,20 @@ def load_run(folder: Path, which: str, shardings: Any
     if lora and lora.rank:
         return config.model, _merged(folder, config, which, shardings)
     return config.model, newest(folder, which, make_abstract(config.model), shardings)
+
+
+def load_discriminator(folder: str | Path, abstract: Any, shardings: Any = None) -> dict[str, Any]:
+    """The discriminator of an adversarial run, whole, like `abstract`; UserError for any other folder.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        raise UserError(f"init.discriminator = {str(folder)!r} is no run folder; give one that "
+                        "apt-jax train wrote in stage adversarial, or leave it empty")
+    config = load_kept(folder / CONFIG_FILE)
+    if config.get("stage") != "adversarial":
+        raise UserError(f"init.discriminator: the run {folder} is of stage {config.get('stage')!r} and "
+                        "has no discriminator; give one of stage adversarial, or leave it empty")
+    return newest(folder, "discriminator", abstract, shardings)
 
 
 def newest(folder: Path, which: str, abstract: Any, shardings: Any = None) -> dict[str, Any]:
@@ -150,7 +166,7 @@ def _read_checkpoint(folder: Path, which: str, abstract: Any, shardings: Any) ->
             sharding=where, global_shape=leaf.shape, dtype=leaf.dtype), abstract, shardings)
     else:
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-    name = "generator_ema" if which == "ema" else "generator"
+    name = STATES[which]
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         state = reader.restore((folder / "state").resolve(), args=ocp.args.PyTreeRestore(
             item={name: abstract}, restore_args={name: args}, partial_restore=True))
