@@ -26,7 +26,7 @@ def get_config(length="short"):
     config.objective.adversarial.translate = 0.125  # as on images
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    config.train.steps = 200 if length == "short" else 1500
+    config.train.steps = 150 if length == "short" else 1500
     if length == "long":
         at_length(config)
         # Most of a clip's quality is its frames', and there are 1,527 pictures beside 606 clips: with
