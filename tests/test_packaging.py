@@ -31,10 +31,14 @@ def test_import_is_quick_and_touches_no_device():
 
 
 def test_importing_everything_starts_no_backend():
-    """All modules together initialise no device: that is left to the first computation."""
+    """All modules together initialise no device: that is left to the first computation. Without PyTorch
+    its own model of the benches is no module."""
     run("import importlib, pkgutil, apt_jax\n"
         "for m in pkgutil.walk_packages(apt_jax.__path__, 'apt_jax.'):\n"
-        "    if m.name != 'apt_jax.__main__': importlib.import_module(m.name)\n"
+        "    try:\n"
+        "        if m.name != 'apt_jax.__main__': importlib.import_module(m.name)\n"
+        "    except ModuleNotFoundError as e:\n"
+        "        assert (m.name, e.name) == ('apt_jax.bench.torch_mmdit', 'torch'), (m.name, e)\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, list(xla_bridge._backends)")
 

@@ -71,8 +71,8 @@ class Place:
 
 def why_not() -> str:
     """What is missing to run a peer here; "" where nothing is."""
-    for name in ("torch", "diffusers"):
-        if importlib.util.find_spec(name) is None:
+    for module, name in (("torch", "PyTorch"), ("diffusers", "diffusers")):
+        if importlib.util.find_spec(module) is None:
             return f"no {name}"
     import torch
 

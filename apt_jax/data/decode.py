@@ -108,7 +108,9 @@ def open_video(file: File):
     """PyAV's container. Tags that are not UTF-8, as in many files, are no reason to refuse it."""
     import av
 
-    return av.open(opened(file), metadata_errors="replace")
+    # From version 19 on it replaces what is not UTF-8 by itself, and has no such argument.
+    old = int(av.__version__.partition(".")[0]) < 19
+    return av.open(opened(file), **({"metadata_errors": "replace"} if old else {}))
 
 
 def bytes_of(file: File) -> int:

@@ -270,7 +270,7 @@ def test_a_peer_without_the_mask_gives_the_same_numbers():
 
 def test_without_a_gpu_a_peer_says_why():
     row = torch_peers.time_peer(lambda: None, torch_peers.Place(), 0.01, None, "cpu")
-    assert row["skipped"] in ("no PyTorch with CUDA", "no torch", "no diffusers")
+    assert row["skipped"] in ("no PyTorch with CUDA", "no PyTorch", "no diffusers")
 
 
 # -- quality -----------------------------------------------------------------------------------------
