@@ -94,7 +94,7 @@ def command(name: str, arguments: list[str], out: Path, cache: Path, device_less
     for option in ("--rows", "--seconds"):  # of what is timed
         place = arguments.index(option) if option in arguments else len(arguments)
         arguments = arguments[:place] + arguments[place + 2:]
-    return [*(a for a in arguments if a != "--no-peers"), "--json",
+    return [*(a for a in arguments if a not in ("--no-peers", "torch")), "--json",
             str(out / f"{name}_h100_compiled.json"), "--device-less", "--topology", "h100:1x1"]
 
 
