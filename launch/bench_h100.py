@@ -1,7 +1,7 @@
 """The measurements of docs/benches.md on one H100, in three groups that can be stopped and continued.
 
     python launch/check_kernels.py               # first: do the kernels compute attention there?
-    python launch/bench_h100.py first            # of each group what matters most, for a short lease
+    python launch/bench_h100.py first            # of each group what matters most
     python launch/bench_h100.py attention        # kernels and one block
     python launch/bench_h100.py inference        # one-step 8B, VAE, whole pipeline
     python launch/bench_h100.py training         # the G and the D step on full-width layers

@@ -81,7 +81,7 @@ def distances(case: Small, backend: str) -> dict[str, float]:
     with choosing(backend=backend):
         found = both(attention)(q, k, v, dout)
     with jax.default_matmul_precision("highest"):
-        want = both(lambda q, k, v, *m: oracle(q, k, v, *m))(
+        want = both(oracle)(
             *(x.astype(jnp.float32) for x in (q, k, v, dout)))
     return {name: float(jnp.linalg.norm(f.astype(jnp.float32) - w) / jnp.linalg.norm(w))
             for name, f, w in zip(("out", "dq", "dk", "dv"), found, want, strict=True)}

@@ -56,6 +56,24 @@ def test_kernels_are_counted_as_often_as_loops_turn():
     assert aside.kernels["apt_flash_dq"] == 1 and aside.result == 32
 
 
+def test_an_asynchronous_fusion_writes_its_result_once():
+    """What starts it names its operand beside its result, and its inside is a fusion's."""
+    text = """HloModule one, is_scheduled=true
+
+%inside (x: bf16[36,8,8]) -> bf16[8,8] {
+  %x = bf16[36,8,8]{2,1,0} parameter(0)
+  ROOT %cut = bf16[8,8]{1,0} slice(%x)
+}
+
+ENTRY %main (a: bf16[36,8,8]) -> bf16[8,8] {
+  %a = bf16[36,8,8]{2,1,0} parameter(0)
+  %start = ((bf16[36,8,8]{2,1,0}), bf16[8,8]{1,0}, s32[]) fusion-start(%a), kind=kLoop, calls=%inside
+  ROOT %done = bf16[8,8]{1,0} fusion-done(%start)
+}
+"""
+    assert count_kernels(text, []).written == 2 * 8 * 8
+
+
 def test_a_kernel_whose_attributes_wrap_does_not_end_its_computation():
     """Splash attention's lines go on below, beginning with two braces."""
     wrapped = HLO.replace('custom_call_target="apt_flash_dq"',
