@@ -5,15 +5,21 @@
 
 Small attentions of kinds that hurt, forward and gradients, against plain JAX in float32. Prints a line
 for each and keeps it in --json at once; status 1 where one is farther away than rounding explains, or
-fails. `apt-jax bench attention` checks the large ones before it times them.
+fails. Each kernel has a process of its own and --limit seconds: one that hangs, or breaks the device,
+holds up no other, and the row that it stood in says so. The same command goes on with what is missing.
+`apt-jax bench attention` checks the large ones before it times them.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import os
+import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +31,7 @@ import jax.numpy as jnp  # noqa: E402
 from apt_jax.bench.attention_peers import gradient_of  # noqa: E402
 from apt_jax.bench.check import limit, wrong  # noqa: E402
 from apt_jax.bench.report import Results, attempt  # noqa: E402
+from apt_jax.bench.rows import DeviceLost, make_rows  # noqa: E402
 from apt_jax.errors import UserError  # noqa: E402
 from apt_jax.kernels import dispatch  # noqa: E402
 from apt_jax.kernels.attention import attention  # noqa: E402
@@ -87,6 +94,41 @@ def distances(case: Small, backend: str) -> dict[str, float]:
             for name, f, w in zip(("out", "dq", "dk", "dv"), found, want, strict=True)}
 
 
+def todo(backend: str, cases: list[str]) -> Iterator[tuple[str, str, functools.partial]]:
+    """What `make_rows` makes: (name, no config, what makes the row)."""
+    def made(case: Small) -> dict:
+        found = distances(case, backend)
+        error = wrong(found, limit(backend, case.dtype))
+        return {"distances": found, **({"error": error} if error else {})}
+
+    for name in cases:
+        case = CASES[name]
+        yield f"{name}/{backend}", "", functools.partial(
+            lambda case: attempt(lambda: made(case)) | {"backend": backend,
+                                                        **dataclasses.asdict(case)}, case)
+
+
+def tell(name: str, row: dict) -> None:
+    says = row.get("error") or row.get("skipped") or ", ".join(
+        f"{key} {value:.1e}" for key, value in row["distances"].items())
+    kind = "FAILED: " if "error" in row else "left out: " if "skipped" in row else ""
+    print(f"{name:<20} {kind}{says}", flush=True)
+
+
+def check(backend: str, cases: list[str], file: Path | None, command: list[str]) -> int:
+    """One kernel, in this process. Returns 1 where a case failed."""
+    results = Results(file, jax.devices()[0].device_kind, command)
+    rows = list(todo(backend, cases))
+    for name, config, _ in rows:
+        if results.has(name, config):
+            tell(name, results.rows[name])
+    try:
+        return 1 if make_rows(rows, results, tell) else 0
+    except DeviceLost as error:
+        print(error, flush=True)
+        return 1
+
+
 def main(argv: list[str] | None = None) -> int:
     known = ("pallas", "hopper", "tokamax", "cudnn", "splash")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,27 +137,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME",
                         help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the distances here")
+    parser.add_argument("--limit", type=float, default=180.0, metavar="S",
+                        help="seconds for each kernel, compiling included (default: 180)")
     args = parser.parse_args(argv)
-    results = Results(args.json, jax.devices()[0].device_kind,
-                      ["python", "launch/check_kernels.py", *(argv or sys.argv[1:])])
+    given = list(sys.argv[1:] if argv is None else argv)
+    if len(args.backends) == 1:
+        return check(args.backends[0], args.cases, args.json,
+                     ["python", "launch/check_kernels.py", *given])
     failed = 0
-    for backend in args.backends:
-        for name in args.cases:
-            case, start = CASES[name], time.monotonic()
-
-            def made(case: Small = case, backend: str = backend) -> dict:
-                found = distances(case, backend)
-                error = wrong(found, limit(backend, case.dtype))
-                return {"distances": found, **({"error": error} if error else {})}
-
-            row = attempt(made) | {"backend": backend, **dataclasses.asdict(case)}
-            results.add(f"{name}/{backend}", row)
-            failed += "error" in row
-            says = row.get("error") or row.get("skipped") or ", ".join(
-                f"{key} {value:.1e}" for key, value in row["distances"].items())
-            print(f"{name:<10}{backend:<10}{time.monotonic() - start:5.1f} s  "
-                  f"{'FAILED: ' if 'error' in row else 'left out: ' if 'skipped' in row else ''}{says}",
-                  flush=True)
+    with tempfile.TemporaryDirectory() as programs:  # plain JAX's are compiled by the first alone
+        env = {"JAX_COMPILATION_CACHE_DIR": programs,
+               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
+        for backend in args.backends:
+            command = [sys.executable, __file__, "--backends", backend, "--cases", *args.cases]
+            command += ["--json", str(args.json)] if args.json else []
+            try:
+                failed |= subprocess.run(command, env=env, timeout=args.limit).returncode != 0
+            except subprocess.TimeoutExpired:
+                print(f"{backend}: no end within {args.limit:g} s; the process was ended", flush=True)
+                failed = 1
     return 1 if failed else 0
 
 

@@ -18,7 +18,8 @@ from jax.sharding import SingleDeviceSharding
 from apt_jax.bench import programs
 from apt_jax.bench.attention import ours
 from apt_jax.bench.attention_peers import inputs_of
-from apt_jax.bench.case import SETS, Case, random_like
+from apt_jax.bench.arrays import random_like
+from apt_jax.bench.case import SETS, Case
 from apt_jax.bench.cases import MARKERS, AttentionCase
 from apt_jax.bench.programs import tokens
 from apt_jax.bench.report import config_digest, row_name

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from apt_jax.bench.arrays import random_like
 from apt_jax.bench.attention import peak_of
 from apt_jax.bench.device_less import Compiled, complaint, count_kernels
-from apt_jax.bench.memory import memory, memory_stats
+from apt_jax.bench.memory import memory_stats, peak, planned
 from apt_jax.bench.profile import CALLS, profiled
 from apt_jax.bench.report import in_a_line
 from apt_jax.bench.tables import Pair
@@ -25,6 +24,7 @@ from apt_jax.plan.devices import elsewhere
 
 FP8 = "__cublas$lt$matmul$f8"  # how a compiled program for NVIDIA's GPUs names its eight-bit products
 SETS = 3  # of inputs, which calls take in turns
+LONG = 0.5  # seconds of a call of which one is traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,39 +93,19 @@ def compile_case(case: Case, device: Any, label: str) -> Compiled:
         seconds=time.perf_counter() - start, selected=sorted(selected), tables=tables)
 
 
-def random_like(args: Any, seed: int = 0) -> Any:
-    """Random arrays for abstract ones: normal times 0.02, moments of optimisers positive, integers
-    1 + seed, booleans true."""
-    def fill(path: Any, leaf: Any) -> jax.Array:
-        positive = "_opt" in jax.tree_util.keystr(path)
-        key = jax.random.key(leaf.size % 1009 + 1009 * seed)
-        return _filler(leaf.shape, leaf.dtype, leaf.sharding, positive)(key, seed)
-
-    return jax.tree_util.tree_map_with_path(fill, args)
-
-
-@functools.lru_cache(maxsize=1024)
-def _filler(shape: tuple[int, ...], dtype: Any, sharding: Any, positive: bool) -> Any:
-    """One program for all leaves of a shape: a training state has hundreds, of a few shapes."""
-    def make(key: jax.Array, seed: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(dtype, jnp.floating):
-            return jnp.full(shape, 1 + seed, dtype)
-        x = 0.02 * jax.random.normal(key, shape, jnp.float32)
-        return (jnp.abs(x) if positive else x).astype(dtype)
-
-    return jax.jit(make, out_shardings=sharding)
-
-
 def time_case(case: Case, device: str, seconds: float, trace: Path | None = None) -> dict[str, Any]:
     """Compiles a case for this machine and times it on SETS of random inputs; a row.
 
     selected: the kernels that attention got. planned_bytes: what the compiler asks for; peak_bytes:
-    see `memory`. trace: a folder for a profile, for "device_seconds" and "costliest" (`profiled`).
+    see `memory.peak`. trace: a folder for a profile, for "device_seconds" and "costliest" (`profiled`).
     """
+    # What can fail without having run comes first, and no time of a device is lost with it.
+    flops = case.flops() if case.flops else None
     before = memory_stats()
     with dispatch.recording() as selected:
         lowered = case.function.lower(*case.args)
     compiled = lowered.compile()
+    asked = planned(compiled)
     fixed = random_like(case.args[:case.weights])
     inputs = [random_like(case.args[case.weights:], seed) for seed in range(SETS)]
     devices = {d for leaf in jax.tree.leaves(fixed) for d in leaf.sharding.device_set}
@@ -149,11 +129,10 @@ def time_case(case: Case, device: str, seconds: float, trace: Path | None = None
 
         wait = jax.block_until_ready
     timing = measure(call, inputs, wait, seconds=seconds, apart=apart)
-    found = profiled(call, inputs, wait, trace, calls=1 if apart else CALLS)
+    found = profiled(call, inputs, wait, trace, calls=1 if apart or timing.median > LONG else CALLS)
     return {**dataclasses.asdict(timing), "backend": case.backend, "selected": sorted(selected),
             "samples_per_call": case.samples,
-            **rates(case.flops() if case.flops else None, timing.median, device),
-            **memory(compiled, before), **found}
+            **rates(flops, timing.median, device), **peak(asked, before), **found}
 
 
 def rates(flops: float | None, seconds: float, device: str) -> dict[str, Any]:

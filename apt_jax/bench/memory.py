@@ -20,19 +20,23 @@ def device_memory() -> int:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def memory(compiled: Any, before: Mapping[str, int]) -> dict[str, Any]:
-    """Bytes of one device: what the program asks for, the most that it had in use, and the first over
-    the second.
+def planned(compiled: Any) -> int | None:
+    """Bytes of one device that a program asks for; None where the compiler does not say."""
+    found = compiled.memory_analysis()
+    return (found.argument_size_in_bytes + found.output_size_in_bytes
+            + found.temp_size_in_bytes - found.alias_size_in_bytes) if found else None
+
+
+def peak(asked: int | None, before: Mapping[str, int]) -> dict[str, Any]:
+    """Bytes of one device: what the program asks for (`planned`), the most that it had in use, and the
+    first over the second.
 
     before: `memory_stats` before anything of this case was made. A device reports the peak of the
     whole process: where this case did not raise it, its own is not known (None). What was in use
     before is not the case's.
     """
-    found = compiled.memory_analysis()
-    planned = (found.argument_size_in_bytes + found.output_size_in_bytes
-               + found.temp_size_in_bytes - found.alias_size_in_bytes) if found else None
-    peak = memory_stats().get("peak_bytes_in_use")
-    rose = peak is not None and peak > before.get("peak_bytes_in_use", 0)
-    own = peak - before.get("bytes_in_use", 0) if rose else None
-    return {"planned_bytes": planned, "peak_bytes": own,
-            "planned_over_peak": planned / own if planned and own else None}
+    most = memory_stats().get("peak_bytes_in_use")
+    rose = most is not None and most > before.get("peak_bytes_in_use", 0)
+    own = most - before.get("bytes_in_use", 0) if rose else None
+    return {"planned_bytes": asked, "peak_bytes": own,
+            "planned_over_peak": asked / own if asked and own else None}

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from apt_jax.bench.case import SETS, Case, random_like
+from apt_jax.bench.arrays import random_like
+from apt_jax.bench.case import LONG, SETS, Case
 from apt_jax.bench.cases import MARKERS
-from apt_jax.bench.memory import memory, memory_stats
-from apt_jax.bench.profile import profiled
+from apt_jax.bench.memory import memory_stats, peak, planned
+from apt_jax.bench.profile import CALLS, profiled
 from apt_jax.bench.programs import forward_case
 from apt_jax.bench.report import row_name
 from apt_jax.bench.timing import measure
@@ -113,7 +114,7 @@ def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3,
 
     latency: from token ids in host memory to frames done on the device. per_second: samples where
     `queued` calls are started before the first is waited for. peak_bytes: of all three stages and
-    their weights (`memory.memory`); planned_bytes: of the draw alone. trace: a folder for a profile
+    their weights (`memory.peak`); planned_bytes: of the draw alone. trace: a folder for a profile
     of whole calls.
     """
     before = memory_stats()
@@ -136,18 +137,22 @@ def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3,
     def whole(ids, mask, seed):
         return decode(draw(encode(ids, mask), mask, seed))
 
-    def time(call, inputs, apart=False):
-        return measure(call, inputs, jax.block_until_ready, seconds=seconds, apart=apart)
+    def time(call, inputs, **how):  # everything has run by then: no more of it to warm up
+        return measure(call, inputs, jax.block_until_ready, seconds=seconds, warmup=0, **how)
 
     def several(*first):
         return [whole(*first) for _ in range(queued)]
 
     drawn = [(encode(ids, mask), mask, seed) for ids, mask, seed in sets]
     latents = [(draw(*inputs),) for inputs in drawn]
+    jax.block_until_ready(decode(*latents[0]))
     row = dataclasses.asdict(time(whole, sets, apart=True))  # queued calls hide the host's part
+    # A whole call takes seconds, and `several` three of them: few samples, for hosts that are lent.
     row["stages"] = {"encode": time(encode, [one[:2] for one in sets]).median,
-                     "draw": time(draw, drawn).median, "decode": time(decode, latents).median}
-    row["per_second"] = queued / time(several, sets).median
-    row |= memory(compiled["draw"], before) | {"planned_over_peak": None}  # not of the same
-    row |= profiled(whole, sets, jax.block_until_ready, trace)
+                     "draw": time(draw, drawn, least=3).median,
+                     "decode": time(decode, latents, least=3).median}
+    row["per_second"] = queued / time(several, sets, least=2).median
+    row |= peak(planned(compiled["draw"]), before) | {"planned_over_peak": None}  # not of the same
+    row |= profiled(whole, sets, jax.block_until_ready, trace,
+                    calls=1 if row["median"] > LONG else CALLS)
     return {**row, "backend": cases["draw"].backend, "selected": sorted(selected)}

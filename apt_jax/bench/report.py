@@ -127,7 +127,10 @@ def deciding(device: str) -> tuple[str, ...]:
 
 def _wheels(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """NVIDIA's libraries of which two machines have different versions. One that only one of them
-    has (PyTorch brings some) is none, but for the assembler, the driver and what jax found."""
+    has (PyTorch brings some) is none, but for the assembler, the driver and what jax found; nor is a
+    driver's patch (580.159.03 and 580.159.04), which machines of one kind differ by."""
+    old, new = ({name: version.split(".")[0] if name == "driver" else version
+                 for name, version in each.items()} for each in (old, new))
     both = set(old) & set(new)
     alone = {name for name in set(old) ^ set(new)
              if name in ("driver", "loaded") or name.startswith("nvidia-cuda-nvcc")}
@@ -169,6 +172,13 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of rows whole, or leaves it as it was."""
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
 def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """make()'s row; one with "skipped" where a kernel or package refuses in words; one with
     "error", the traceback printed, where anything else is raised: that is made again next time."""
@@ -194,10 +204,12 @@ class Results:
 
     Where the device or what is under all rows is another (`changes`), no row counts: a line says
     why, and the first new row moves the file to NAME.before.json. Raises UserError for a file of
-    anything else.
+    anything else. keep: rows of other revisions of the sources count too.
     """
 
-    def __init__(self, path: str | Path | None, device: str, command: Sequence[str] | None = None):
+    def __init__(self, path: str | Path | None, device: str, command: Sequence[str] | None = None,
+                 keep: bool = False):
+        self.keep = keep
         self.path = Path(path) if path else None
         self.head = environment(device)
         self.command = shlex.join(command or ["apt-jax", *sys.argv[1:]])
@@ -228,9 +240,10 @@ class Results:
     def _current(self, name: str, config: str) -> bool:
         row = self.rows.get(name, {})
         packages = self._packages(row.get("packages", {}))
-        return (row.get("revision"), row.get("flags", ""), row.get("config", ""),
+        revision = row.get("revision") if self.keep else self.head["revision"]
+        return bool(row) and (row.get("revision"), row.get("flags", ""), row.get("config", ""),
                 row.get("packages", {})) == (
-            self.head["revision"], self.head["flags"], config, packages)
+            revision, self.head["flags"], config, packages)
 
     def _packages(self, names: Iterable[str]) -> dict[str, str | None]:
         return {name: self.head["versions"].get(name) for name in names}
@@ -251,10 +264,7 @@ class Results:
         if self._before:
             self.path.replace(self._before)
             self._before = None
-        part = self.path.with_name(f".{self.path.name}.tmp")
-        content = {**self.head, "rows": self.rows}
-        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        write(self.path, {**self.head, "rows": self.rows})
 
 
 def _beside(path: Path) -> Path:

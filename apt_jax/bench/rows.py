@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from apt_jax.bench.report import Results
+from apt_jax.bench.report import Results, read, write
 
 # (name, digest of the config, what makes the row: `report.attempt` inside)
 Todo = Iterable[tuple[str, str, Callable[[], dict[str, Any]]]]
@@ -68,3 +69,17 @@ def device_works() -> bool:
         return float(jax.device_put(jnp.float32(1), jax.devices()[0]) + 1) == 2
     except RuntimeError:  # jax's own errors are such; anything else is a bug and is shown
         return False
+
+
+def cut_off(path: Path) -> set[str]:
+    """Names of a file's rows in which a process ended; none where there is no file."""
+    rows = read(path)["rows"] if path.is_file() else {}
+    return {name for name, row in rows.items() if row.get("error") == CUT_OFF}
+
+
+def forget(path: Path, names: Collection[str]) -> None:
+    """Takes rows out of a file: they are missing then, and come in their turn."""
+    if names:
+        found = read(path)
+        found["rows"] = {name: row for name, row in found["rows"].items() if name not in names}
+        write(path, found)

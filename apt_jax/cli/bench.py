@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=0, metavar="N",
         help="block, forward, train, vae, pipeline: leave with status 76 after N new rows where others "
              "are missing; with 1 each row's process is its own, and so is its peak of memory")
+    add("--keep-rows", action="store_true",
+        help="attention, block, forward, train, vae, pipeline: rows in --json that other sources made "
+             "count too; each says which")
     add("--device-less", action="store_true",
         help="all but fp8 and cpu: compile for --topology, run nothing")
     add("--config", metavar="FILE[:ARG]", default="",
@@ -109,6 +112,7 @@ WHOLE = ("block", "forward", "train", "vae", "pipeline")
 MEANT_FOR = {
     "device_less": ("attention", *WHOLE), "topology": ("attention", *WHOLE),
     "profile": ("attention", *WHOLE, "cpu"), "config": WHOLE, "rows": WHOLE,
+    "keep_rows": ("attention", *WHOLE),
     "weights": ("block", "forward", "train", "pipeline"),
     "backends": ("attention", "block", "forward", "train", "pipeline"), "cases": ("attention",),
     "steps": ("train",), "decoders": ("vae", "pipeline"),
@@ -223,7 +227,7 @@ def _device_less(args: argparse.Namespace) -> int:
         _config(args)
     devices = describe(topology)
     backends = _some(args.backends, BACKENDS_OF[topology.chip.kind], "--backends")
-    results = Results(_path(args), f"{topology.text} (compiled only)")
+    results = Results(_path(args), f"{topology.text} (compiled only)", keep=args.keep_rows)
     if args.what == "attention":
         def keep(row) -> None:
             results.add(f"{row.case}/{row.part}/{row.backend}",
@@ -241,7 +245,7 @@ def _device_less(args: argparse.Namespace) -> int:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    _share_memory()
+    _share_memory("torch" in (args.backends or ["torch"]))
     import jax
 
     from apt_jax.bench import attention
@@ -250,7 +254,7 @@ def _attention(args: argparse.Namespace) -> int:
 
     cases = [CASES[name] for name in _some(args.cases, CASES, "--cases")]
     backends = _some(args.backends, attention.default_backends(), "--backends")
-    results = Results(_path(args), jax.devices()[0].device_kind)
+    results = Results(_path(args), jax.devices()[0].device_kind, keep=args.keep_rows)
     return _status(lambda: attention.run(cases, backends, results, seconds=args.seconds or 2.0,
                                          profile=args.profile))
 
@@ -268,15 +272,16 @@ def _status(make: Callable[[], int]) -> int:
         return AGAIN
 
 
-def _share_memory() -> None:
-    """Before jax starts: it takes memory as it needs it, since PyTorch needs some too, and may take
-    nearly all; of its own it stops at three quarters."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+def _share_memory(beside: bool) -> None:
+    """Before jax starts: it may take nearly all of a GPU's memory (of its own it stops at three
+    quarters), beside PyTorch as it needs it and alone at once. What it takes piece by piece leaves
+    gaps: a training state of 21 GiB held 32 of them, and no 44 in one piece were left of 80."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if beside else "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 
 
 def _timed(args: argparse.Namespace) -> int:
-    _share_memory()
+    _share_memory(args.what != "pipeline" and not (args.no_peers or args.as_trained))
     import jax
 
     from apt_jax.bench.report import Results
@@ -285,7 +290,8 @@ def _timed(args: argparse.Namespace) -> int:
     backends = args.backends or ["auto"]
     plan = _plan(args, jax.devices(), backends)
     kind = jax.devices()[0].device_kind
-    return _status(lambda: time_all(plan, kind, Results(_path(args), kind)))
+    results = Results(_path(args), kind, keep=args.keep_rows)
+    return _status(lambda: time_all(plan, kind, results))
 
 
 def _fp8(args: argparse.Namespace) -> int:

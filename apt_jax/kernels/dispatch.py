@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -97,6 +98,8 @@ def _pallas(r: Request) -> str | None:
 def _hopper(r: Request) -> str | None:
     if r.hardware.platform == "tpu" or r.hardware.platform == "gpu" and r.hardware.capability != 9.0:
         return f"it is a kernel for Hopper GPUs, and this is a {r.hardware.name}"
+    if r.hardware.platform == "cpu" and len(os.sched_getaffinity(0)) < 2:
+        return "on a CPU an interpreter runs it, which waits for ever on one core; give it two"
     if r.dtype not in HALF:
         return f"it has no {r.dtype}; set model.dtype to 'bfloat16'"
     if r.head_dim not in hopper.HEADS:
@@ -104,11 +107,25 @@ def _hopper(r: Request) -> str | None:
     return None
 
 
+@functools.cache
+def _no_tokamax() -> str | None:
+    """Why tokamax cannot be used; None where it can. Installed is not enough: some versions lack a
+    package that they import, or do not run with this jax."""
+    if importlib.util.find_spec("tokamax") is None:
+        return "tokamax is not installed; run: pip install 'apt_jax[tokamax]'"
+    try:
+        importlib.import_module("tokamax")
+    except Exception as error:
+        return (f"tokamax cannot be imported ({type(error).__name__}: {error}); install what it lacks, "
+                "or uninstall it")
+    return None
+
+
 def _tokamax(r: Request) -> str | None:
     if r.hardware.platform != "gpu" or r.hardware.capability != 9.0:
         return f"it is a kernel for Hopper GPUs, and this is a {r.hardware.name}"
-    if importlib.util.find_spec("tokamax") is None:
-        return "tokamax is not installed; run: pip install 'apt_jax[tokamax]'"
+    if reason := _no_tokamax():
+        return reason
     if r.dtype not in HALF:
         return f"it has no {r.dtype}; set model.dtype to 'bfloat16'"
     if r.head_dim % 32 or r.head_dim > 256:

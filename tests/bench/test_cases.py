@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apt_jax import api
-from apt_jax.bench import block, case, pipeline, programs, quality, run, torch_peers
+from apt_jax.bench import arrays, block, case, pipeline, programs, quality, run, torch_peers
 from apt_jax.bench.report import Results, config_digest, row_name
 from apt_jax.cli import main as cli
 from apt_jax.config import load_config
@@ -84,7 +84,7 @@ def test_a_step_that_donates_its_state_is_handed_it_on():
         return {"generator_opt": state["generator_opt"] + x, "steps": state["steps"] + 1}, x.sum()
 
     state = {"generator_opt": x, "steps": jax.ShapeDtypeStruct((), np.int32, sharding=here)}
-    assert (case.random_like(state)["generator_opt"] >= 0).all()  # a second moment
+    assert (arrays.random_like(state)["generator_opt"] >= 0).all()  # a second moment
     made = case.Case("toy", "D step", "auto", jax.jit(step, donate_argnums=0), (state, x),
                      lambda: 1e9, donates=True)
     row = case.time_case(made, "NVIDIA H100", 0.01)

@@ -38,12 +38,15 @@ def request(hardware=H100, *, queries=4096, keys=4096, dim=128, dtype=BF16, deri
 
 @pytest.fixture
 def tokamax(monkeypatch):
-    """Sets whether tokamax looks installed."""
+    """Sets whether tokamax looks installed and can be imported."""
     def installed(yes):
         monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: yes or None)
+        monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: None)
+        dispatch._no_tokamax.cache_clear()
 
     installed(False)
-    return installed
+    yield installed
+    dispatch._no_tokamax.cache_clear()
 
 
 @pytest.mark.parametrize("wanted, found, installed", [
@@ -139,6 +142,23 @@ def test_a_named_kernel_that_cannot_serve_says_why(tokamax, backend, asked, word
     with pytest.raises(UserError, match=words) as error:
         select(backend, asked)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokamax_that_lacks_a_package_is_none(tokamax, monkeypatch):
+    """0.0.17 imports xprof: installed without it, "auto" takes the next kernel."""
+    def fails(name):
+        raise ModuleNotFoundError("No module named 'xprof'")
+
+    tokamax(True)
+    monkeypatch.setattr(dispatch.importlib, "import_module", fails)
+    assert "No module named 'xprof'" in refusal("tokamax", request())
+    assert select("auto", request()) == "pallas"
+
+
+def test_an_interpreter_that_would_wait_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch.os, "sched_getaffinity", lambda _: {0})
+    assert "give it two" in refusal("hopper", request(CPU))
+    assert refusal("hopper", request()) is None
 
 
 def test_a_named_kernel_leaves_few_queries_to_the_plain_path(tokamax):

@@ -1,16 +1,19 @@
 """The groups of measurements for an H100: every command is one that the CLI takes."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
-from apt_jax.bench import attention, cases, pipeline, run
+from apt_jax.bench import attention, cases, pipeline, rows, run
 from apt_jax.bench.report import row_name
 from apt_jax.cli import bench
 from apt_jax.cli.main import parse_command
@@ -24,7 +27,7 @@ spec.loader.exec_module(bench_h100)
 
 
 def commands(group, device_less=False):
-    return [bench_h100.command(name, arguments, Path("out"), Path("cache"), device_less)
+    return [bench_h100.command(name, arguments, Path("out"), Path("cache"), device_less=device_less)
             for name, arguments in bench_h100.GROUPS[group]]
 
 
@@ -72,62 +75,121 @@ def test_no_two_commands_of_a_file_are_the_same_rows(monkeypatch):
 
 @pytest.fixture
 def flags(monkeypatch):
-    """What XLA would answer; asking it takes a process."""
-    monkeypatch.setattr(check, "known_value", lambda platform, hosts, say: f"--xla_{platform}={hosts}")
+    """What XLA and nvidia-smi would answer; asking XLA takes a process."""
+    monkeypatch.setattr(check, "known_value", lambda platform, hosts, say:
+                        f"--xla_{platform}={hosts} --xla_gpu_enable_latency_hiding_scheduler=true")
+    monkeypatch.setattr(bench_h100, "gpu_name", lambda: "h200")
 
 
-def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch, flags):
-    ran, lines = [], []
+def replaced(monkeypatch, statuses):
+    """`run` gives these instead of running; the list of what it was asked."""
+    asked = []
+
+    def run(line, env, end, patience, file):
+        asked.append((line, env, end, file))
+        return next(statuses)
+
+    monkeypatch.setattr(bench_h100, "run", run)
+    return asked
+
+
+def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch, flags, tmp_path):
     for name in list(os.environ):  # a user's own are kept
         if name.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")):
             monkeypatch.delenv(name)
-
-    def run(line, cwd, env, timeout):
-        ran.append((line[3:5], timeout))
-        lines.append((line, env))
-        if len(ran) == 2:
-            raise subprocess.TimeoutExpired(line, timeout)
-        return subprocess.CompletedProcess(line, 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert bench_h100.main(["inference", "--minutes", "0.5"]) == 75
-    assert [what for what, _ in ran] == [["bench", "forward"], ["bench", "vae"]]
-    assert all(0 < seconds <= 30 for _, seconds in ran)
-    assert bench_h100.main(["training", "--out", "elsewhere"]) == 0 and len(ran) == 5
-    line, env = lines[-1]
-    assert Path(line[line.index("--json") + 1]) == Path("elsewhere/train_wan_h100.json").resolve()
-    assert env["JAX_COMPILATION_CACHE_DIR"] == str(Path("elsewhere/.cache/programs").resolve())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu=own --xla_other=1")
+    out = ["--out", str(tmp_path)]
+    asked = replaced(monkeypatch, iter([0, None]))
+    now = time.monotonic()
+    assert bench_h100.main(["inference", "--minutes", "0.5", *out]) == 75
+    assert [line[3:5] for line, *_ in asked] == [["bench", "forward"], ["bench", "vae"]]
+    assert all(29 < end - now < 40 for _, _, end, _ in asked)
+    asked = replaced(monkeypatch, itertools.repeat(0))
+    assert bench_h100.main(["training", *out, "--keep-rows"]) == 0 and len(asked) == 3
+    line, env, _, file = asked[-1]
+    assert file == tmp_path.resolve() / "train_wan_h200.json" and str(file) in line
+    assert "--keep-rows" in line and "--keep-rows" not in commands("training")[0]
+    assert env["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path.resolve() / ".cache/programs")
     assert env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0" and "PATH" in env
-    # What README tells users to export, in front of what they did.
-    assert env["XLA_FLAGS"] == f"--xla_gpu=1 {os.environ['XLA_FLAGS']}"
-    assert bench_h100.main(["training", "--device-less"]) == 0
-    assert lines[-1][1]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
-    monkeypatch.setattr(subprocess, "run",
-                        lambda line, **_: subprocess.CompletedProcess(line, 1))
-    assert bench_h100.main(["training"]) == 1
+    # What README tells users to export, but for one GPU, and each flag once: the user's own wins.
+    assert env["XLA_FLAGS"] == f"{bench_h100.ALONE} --xla_gpu=own --xla_other=1"
+    assert bench_h100.main(["training", "--device-less", *out]) == 0
+    line, env, *_ = asked[-1]
+    assert env["XLA_FLAGS"] == "--xla_gpu=own --xla_other=1"
+    assert str(tmp_path.resolve() / "train_wan_h100_compiled.json") in line
+    replaced(monkeypatch, itertools.repeat(1))
+    assert bench_h100.main(["training", *out]) == 1
 
 
-def test_a_row_that_breaks_its_process_holds_up_no_other(monkeypatch, flags):
+def test_a_row_that_the_clock_cut_off_is_missing_and_did_not_fail(monkeypatch, flags, tmp_path):
+    """One that hung before stands as failed, and is tried last."""
+    file = tmp_path / "forward_8b_h200.json"
+    hung, made = {"error": rows.CUT_OFF}, {"median": 1.0}
+    file.write_text(json.dumps({"rows": {"hung": hung, "made": made}}))
+
+    def run(line, env, end, patience, file):
+        found = json.loads(file.read_text())
+        found["rows"]["under way"] = hung
+        file.write_text(json.dumps(found))
+
+    monkeypatch.setattr(bench_h100, "run", run)
+    assert bench_h100.main(["inference", "--out", str(tmp_path)]) == 75
+    assert json.loads(file.read_text())["rows"] == {"hung": hung, "made": made}
+
+
+def ended(path):
+    """Whether a command line in /proc is the one that should have ended."""
+    try:
+        return path.read_bytes() == b"sleep\0" + b"77\0"
+    except OSError:  # it ended just now
+        return False
+
+
+def test_a_process_that_hangs_is_ended(tmp_path, capsys):
+    """By its silence, with the processes that it started; one that keeps rows may go on."""
+    file, env = tmp_path / "rows.json", dict(os.environ)
+
+    def run(program, seconds=60.0, patience=1.0):
+        return bench_h100.run([sys.executable, "-c", program], env, time.monotonic() + seconds,
+                              patience, file)
+
+    sleeps = f"import subprocess; open({str(file)!r}, 'w').close(); subprocess.run(['sleep', '77'])"
+    assert run(sleeps) == bench_h100.SILENT and "nothing for 1 s" in capsys.readouterr().out
+    assert run(sleeps, seconds=0.5) is None
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if ended(path)]
+    keeps = (f"import pathlib, time\nfor i in range(4):\n pathlib.Path({str(file)!r}).write_text('')\n"
+             " time.sleep(0.5)")
+    assert run(keeps, patience=1.5) == 0
+    assert run("raise SystemExit(7)") == 7
+
+
+def test_files_are_named_by_the_gpu(monkeypatch):
+    for said, name in (("NVIDIA H100 80GB HBM3\n", "h100"), ("NVIDIA H200\nNVIDIA H200\n", "h200"),
+                       ("NVIDIA A100-SXM4-80GB", "nvidia_a100_sxm4_80gb")):
+        monkeypatch.setattr(subprocess, "run", lambda *_, said=said, **__:
+                            subprocess.CompletedProcess("", 0, stdout=said))
+        assert bench_h100.gpu_name() == name
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
+    with pytest.raises(SystemExit, match="names no GPU here; --device-less"):
+        bench_h100.gpu_name()
+
+
+def test_a_row_that_breaks_its_process_holds_up_no_other(monkeypatch, flags, tmp_path):
     """The command goes on in another process; four of them at most."""
-    codes = iter([75, -6, 0, 1, *[75] * 4, 0])
-    ran = []
-    monkeypatch.setattr(subprocess, "run", lambda line, **_: (
-        ran.append(line[4]), subprocess.CompletedProcess(line, next(codes)))[1])
-    assert bench_h100.main(["inference"]) == 1
-    assert ran == ["forward"] * 3 + ["vae"] + ["pipeline"] * 4 + ["forward"]
+    asked = replaced(monkeypatch, iter([75, -6, 0, 1, *[75] * 4, 0]))
+    assert bench_h100.main(["inference", "--out", str(tmp_path)]) == 1
+    assert [line[4] for line, *_ in asked] == (
+        ["forward"] * 3 + ["vae"] + ["pipeline"] * 4 + ["forward"])
 
 
-def test_each_training_step_has_a_process_of_its_own(monkeypatch, flags):
+def test_each_training_step_has_a_process_of_its_own(monkeypatch, flags, tmp_path):
     """As many processes as there are rows; one that breaks is no row of them."""
     assert all(c[c.index("--rows") + 1] == "1" for c in commands("training"))
     assert not any("--rows" in c for c in commands("training", device_less=True))
     assert any("--seconds" in c for c in commands("attention"))
     assert not any("--seconds" in c for c in commands("attention", device_less=True))
-    codes = iter([*[bench_h100.MORE] * 9, -9, 0, 75, bench_h100.MORE, 0, 0])
-    ran = []
-    monkeypatch.setattr(subprocess, "run", lambda line, **_: (
-        ran.append(line), subprocess.CompletedProcess(line, next(codes)))[1])
-    assert bench_h100.main(["training"]) == 0 and len(ran) == 15
+    asked = replaced(monkeypatch, iter([*[bench_h100.MORE] * 9, -9, 0, 75, bench_h100.MORE, 0, 0]))
+    assert bench_h100.main(["training", "--out", str(tmp_path)]) == 0 and len(asked) == 15
 
 
 PERFORMANCE = ROOT / "docs/results/performance"
@@ -135,7 +197,7 @@ PERFORMANCE = ROOT / "docs/results/performance"
 
 def committed(pattern: str):
     found = [(path.name, json.loads(path.read_text()))
-             for path in sorted(PERFORMANCE.glob(pattern))]
+             for path in sorted(PERFORMANCE.glob(pattern)) if ".before" not in path.name]
     assert found
     return found
 
@@ -143,10 +205,12 @@ def committed(pattern: str):
 def test_committed_rows_say_how_they_came_about():
     for name, content in committed("*.json"):
         assert content["device"] and content["cpu"] and content["versions"]["jax"], name
-        assert "jax-cuda12-plugin" in content["versions"] or "h100" not in name
+        assert "h100" not in name or {"jax-cuda12-plugin", "jax-cuda13-plugin"} & set(
+            content["versions"]), name
         for row in content["rows"].values():
             command = shlex.split(row["command"])
-            assert command[:2] in (["apt-jax", "bench"], ["python", "launch/ask_cudnn.py"]), name
+            assert command[:2] in (["apt-jax", "bench"], ["python", "launch/ask_cudnn.py"],
+                                   ["python", "launch/check_kernels.py"]), name
             assert Path(command[command.index("--json") + 1]).name == name
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +26,24 @@ def test_right_kernels_pass_and_absent_ones_are_left_out(tmp_path, capsys):
         assert set(row["distances"]) == {"out", "dq", "dk", "dv"}
         assert max(row["distances"].values()) < 5e-3 and row["queries"] == 128
     assert "NVIDIA GPU" in rows["one tile/cudnn"]["skipped"]
-    assert "left out" in capsys.readouterr().out
+    assert check_kernels.main(["--backends", "cudnn", "--cases", "one tile", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("left out") == 1  # the other processes wrote to the terminal themselves
+
+
+def test_a_kernel_that_hangs_holds_up_no_other(tmp_path, monkeypatch, capsys):
+    file, ran = tmp_path / "found.json", []
+
+    def run(command, env, timeout):
+        ran.append(command[command.index("--backends") + 1])
+        if ran[-1] == "hopper":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    command = ["--backends", "hopper", "pallas", "--limit", "5", "--json", str(file)]
+    assert check_kernels.main(command) == 1 and ran == ["hopper", "pallas"]
+    assert "hopper: no end within 5 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [lambda q, k, v, *mask: v + 0.0 * q,
