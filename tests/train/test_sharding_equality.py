@@ -18,8 +18,9 @@ from apt_jax.train.steps import build_update
 
 STEPS = 5
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
-# The others run under `make test-mesh`.
-ALWAYS = [("wan", (2, 2, 2, 1))]
+# Every axis, and the plain data-parallel and sharded meshes; the others run under `make test-mesh`.
+ALWAYS = [("wan", (2, 2, 2, 1)), ("mmdit", (8, 1, 1, 1)), ("mmdit", (2, 4, 1, 1)),
+          ("mmdit", (1, 8, 1, 1))]
 ONE = (1, 1, 1, 1)
 
 
