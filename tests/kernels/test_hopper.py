@@ -58,6 +58,22 @@ def test_whole_tiles_of_two_heads_with_the_gradient_of_the_log_sum_exp():
         near(x, w, 8e-4)
 
 
+@pytest.mark.parametrize("queries, keys, batch", [(1, 131, 1), (257, 389, 1), (197, 197, 2)],
+                         ids=["one query", "primes", "text behind video"])
+def test_heads_of_128_in_bfloat16(queries, keys, batch):
+    """The 8B preset's: one query, prime lengths with more tiles than slots, and joint text and video
+    where each sample hides the last of its words."""
+    q, k, v, dout, _ = draw((batch, queries, 1, 128), keys, jnp.bfloat16)
+    mask = None
+    if batch > 1:
+        mask = np.ones((batch, keys), bool)
+        mask[0, -2:], mask[1, -5:] = False, False
+    out, pull = jax.vjp(lambda *a: hopper(*a, mask, interpret=True), q, k, v)
+    want, _, grads = attention64(q, k, v, mask, dout)
+    for x, w in zip((out, *pull(dout)), (want, *grads), strict=True):
+        near(x, w)
+
+
 def test_hidden_keys_have_no_influence():
     """The last keys hidden, as a network that orders its text says; nothing of theirs is even read
     but in the tile that they share with others."""
