@@ -64,8 +64,13 @@ class Place:
             torch.set_default_dtype(old)
 
     def run(self, module: Any) -> Any:
+        """The module as it should run: layers that repeat are compiled once for all of them, as
+        diffusers offers it, where the whole model would take PyTorch minutes."""
         import torch
 
+        if self.compiled and getattr(module, "_repeated_blocks", None):
+            module.compile_repeated_blocks()
+            return module
         return torch.compile(module) if self.compiled else module
 
 

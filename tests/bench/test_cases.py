@@ -122,7 +122,7 @@ def test_the_pipeline_goes_from_ids_to_frames(monkeypatch):
     assert cases["draw"].args[3].shape == (1, 4, 16)  # the encoder's width, not the config's
     asked = []
     measure = pipeline.measure
-    monkeypatch.setattr(pipeline, "measure", lambda *a, **k: (asked.append(k["apart"]),
+    monkeypatch.setattr(pipeline, "measure", lambda *a, **k: (asked.append(k.get("apart", False)),
                                                               measure(*a, **k))[1])
     row = pipeline.time_pipeline(cases, seconds=0.01)
     assert asked[0] and not any(asked[1:])  # a latency is that of a call alone
@@ -266,6 +266,18 @@ def test_a_peer_without_the_mask_gives_the_same_numbers():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(diffusers, "QwenImageTransformer2DModel", Older)
         assert torch_peers.inputs(config, place, 2)["txt_seq_lens"] == [words, words]
+
+
+def test_pytorch_compiles_a_layer_once_for_all_of_them(monkeypatch):
+    torch = pytest.importorskip("torch")
+    whole = []
+    monkeypatch.setattr(torch, "compile", lambda module: whole.append(module) or module)
+    made = SimpleNamespace(_repeated_blocks=["Block"], compile_repeated_blocks=lambda: whole.append(1))
+    assert torch_peers.Place("cpu").run(made) is made and whole == [1]
+    alone = SimpleNamespace()
+    torch_peers.Place("cpu").run(alone)
+    torch_peers.Place("cpu", compiled=False).run(made)
+    assert whole == [1, alone]
 
 
 def test_without_a_gpu_a_peer_says_why():
