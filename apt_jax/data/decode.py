@@ -20,6 +20,9 @@ from apt_jax.data.buckets import crop_box
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 MEDIA = PICTURES + VIDEOS
+# Pictures and videos too, but not read: such a file is listed and not passed over as a stranger.
+UNREAD = (".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".avi", ".m4v", ".wmv",
+          ".flv", ".mpg", ".mpeg")
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
