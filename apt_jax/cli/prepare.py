@@ -129,7 +129,11 @@ def run(args: argparse.Namespace) -> int:
         again = tried_again(out)
     if again:
         print(f"{again} of them could not be read just now; give the same command again to try")
-    print(f"train on it with --config.data.path={out}")
+    if "train" in result.splits:
+        print(f"train on it with --config.data.path={out}")
+    else:
+        print("none of it is in the split 'train', all that was to be is left out; mend those files "
+              "or add others before you train on it")
     return 0
 
 

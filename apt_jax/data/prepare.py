@@ -19,7 +19,7 @@ import shutil
 import tqdm
 
 from apt_jax.data import manifest, report, sources
-from apt_jax.data.cutting import Plan, plan_latents, plan_pixels
+from apt_jax.data.cutting import Plan, plan_latents, plan_pixels, some_train
 from apt_jax.data.engines import Engine, open_engine
 from apt_jax.data.reasons import Skipped
 from apt_jax.data.settings import Settings
@@ -174,7 +174,7 @@ def _scan(running: Engine, items, settings, codec, progress_file, progress):
             skipped.append(Skipped(item.name, found))
         else:
             plans += found
-    return plans, skipped
+    return some_train(plans), skipped
 
 
 def _jobs(plans: list[Plan], shard_records: int) -> list[Job]:

@@ -173,7 +173,7 @@ def _some(root, items, skipped):
 
 
 def _walk(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[str], list[Skipped]]:
-    """Names of all media, also unread, and archives under root, and the folders that were not searched."""
+    """Names of all media (read or not) and archives under root, and folders not searched."""
     names, skipped = [], []
     wanted = (*MEDIA, *UNREAD, *ARCHIVES, *_COMPRESSED)
     real_ignore = os.path.realpath(ignore)

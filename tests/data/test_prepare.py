@@ -214,6 +214,16 @@ def test_a_lower_rate_thins_the_frames(tmp_path):
     assert record.fps == pytest.approx(10)
 
 
+def test_some_group_is_left_to_train_on(tmp_path):
+    """Of few files the hash may hold out all; a data set without 'train' would be of no use."""
+    source = tiny.image_folder(tmp_path / "in", 2)
+    result = run(source, tmp_path / "out", dataclasses.replace(SETTINGS, holdout=0.999999))
+    assert result.splits == {"train": 1, "holdout": 1}
+    tiny.write_table(source, [(f"p00{i}.png", "x", "one group") for i in range(2)])
+    result = run(source, tmp_path / "one", dataclasses.replace(SETTINGS, holdout=0.999999))
+    assert result.splits == {"train": 2}
+
+
 def test_nothing_usable(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
