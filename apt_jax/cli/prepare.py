@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames from the middle of a clip at --fps, or spread over all of it "
              "(default: consecutive)")
     add("--fps", type=float, metavar="RATE",
-        help="frames a second of consecutive sampling; 0 is the file's own rate (default: 0)")
+        help="frames a second of consecutive sampling, not of even; 0 is the file's own rate (default: 0)")
     add("--holdout", type=float, metavar="PART",
         help="part of the groups kept in the split 'holdout' (default: 0.05)")
     add("--quality", type=int, default=90, metavar="Q", help="WebP quality, 1 to 100 (default: 90)")

@@ -244,8 +244,14 @@ def test_images_are_left_out_where_only_clips_are_wanted(tmp_path):
     {"sampling": "odd"}, {"shard_records": 0}, {"max_tokens": 1}, {"notices": ("/no/file",)},
 ])
 def test_settings_are_checked(tmp_path, change):
-    with pytest.raises(UserError, match="prepare:"):
+    with pytest.raises(UserError, match="prepare:.*; give "):
         run(tmp_path, tmp_path / "out", dataclasses.replace(SETTINGS, **change))
+
+
+def test_a_rate_for_even_sampling_is_refused(tmp_path):
+    settings = dataclasses.replace(SETTINGS, sampling="even", fps=8.0)
+    with pytest.raises(UserError, match="fps = 8 has no meaning with sampling = even"):
+        run(tmp_path, tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize("change", [{"sizes": ((16384, 16),)}, {"frames": (1, 1_100_000)}])

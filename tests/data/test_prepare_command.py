@@ -64,8 +64,9 @@ def test_killed_and_repeated_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("more, words", [
     (["--sizes", "big"], "WIDTHxHEIGHT"),
     (["--background", "whitish"], "--background"),
-    (["--holdout", "1"], "holdout"),
-    (["--frames", "0"], "frames"),
+    (["--holdout", "1"], "holdout = 1.0 is not allowed; give from 0 to less than 1"),
+    (["--frames", "0"], "frames = 0 is not allowed; give one length or more, each from 1"),
+    (["--max-tokens", "1"], "max_tokens = 1 is not allowed; give from 2 to 512"),
 ])
 def test_wrong_flags_are_one_line(tmp_path, more, words, capsys):
     from apt_jax.cli.main import main
