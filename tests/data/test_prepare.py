@@ -224,6 +224,43 @@ def test_some_group_is_left_to_train_on(tmp_path):
     assert result.splits == {"train": 2}
 
 
+def test_another_data_set_says_what_differs(tmp_path):
+    source = tiny.image_folder(tmp_path / "in", 2)
+    (source / "broken.png").write_bytes(b"rubbish")
+    (source / "broken.txt").write_text("x")
+    run(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds another data set \(quality 90 there, 80 now\); cho"):
+        run(source, tmp_path / "out", dataclasses.replace(SETTINGS, quality=80))
+    tiny.save_image(source / "more.png")
+    (source / "more.txt").write_text("one more")
+    with pytest.raises(UserError, match=r"\(3 files there, 4 now\)"):
+        run(source, tmp_path / "out")
+    (source / "more.png").unlink()
+    (source / "broken.txt").write_text("y")
+    with pytest.raises(UserError, match="other files, captions or groups"):
+        run(source, tmp_path / "out")
+
+
+def test_the_source_is_not_the_output(tmp_path):
+    source = tiny.image_folder(tmp_path / "in", 1)
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UserError, match="both the source and the output"):
+        run(source, tmp_path / "link")
+    assert len(list(source.iterdir())) == 2
+
+
+def test_empty_captions_and_strong_enlargements_are_told(tmp_path, caplog):
+    source = tiny.image_folder(tmp_path / "in", 2)
+    (source / "metadata.jsonl").unlink()
+    tiny.save_image(source / "p001.png", 0, 1, 1)
+    (source / "p000.txt").write_text(" \n")
+    (source / "p001.txt").write_text("a dot")
+    run(source, tmp_path / "out")
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 of 2 files had an empty caption (the first: p000.png)",
+        "1 of 2 files had to be enlarged more than 4 times (the first: p001.png, 1x1 to 16x16)"]
+
+
 def test_nothing_usable(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
