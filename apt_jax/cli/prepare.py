@@ -132,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
     if "train" in result.splits:
         print(f"train on it with --config.data.path={out}")
     else:
-        print("none of it is in the split 'train', all that was to be is left out; mend those files "
-              "or add others before you train on it")
+        print("no file of the split 'train' could be used, so there is nothing to train on; mend "
+              "those files or add others")
     return 0
 
 
