@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames from the middle of a clip at --fps, or spread over all of it "
              "(default: consecutive)")
     add("--fps", type=float, metavar="RATE",
-        help="frames a second of consecutive sampling; 0 is the file's own rate (default: 0)")
+        help="frames a second of consecutive sampling, not of even; 0 is the file's own rate (default: 0)")
     add("--holdout", type=float, metavar="PART",
         help="part of the groups kept in the split 'holdout' (default: 0.05)")
     add("--quality", type=int, default=90, metavar="Q", help="WebP quality, 1 to 100 (default: 90)")
@@ -129,7 +129,11 @@ def run(args: argparse.Namespace) -> int:
         again = tried_again(out)
     if again:
         print(f"{again} of them could not be read just now; give the same command again to try")
-    print(f"train on it with --config.data.path={out}")
+    if "train" in result.splits:
+        print(f"train on it with --config.data.path={out}")
+    else:
+        print("no file of the split 'train' could be used, so there is nothing to train on; mend "
+              "those files or add others")
     return 0
 
 

@@ -13,13 +13,15 @@ EXAMPLES = """\
   apt-jax train --config configs/demo_image.py --workdir runs/image
   apt-jax train --config configs/demo_image.py --workdir runs/no_r1 \\
       --config.objective.adversarial.r1=false --config.init.generator=runs/consistency
+  apt-jax train --config configs/emoji_64.py:pretrain --workdir runs/emoji_64/pretrain
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `apt-jax train`."""
-    parser.add_argument("--config", required=True, metavar="FILE",
-                        help="config file with get_config(), e.g. configs/demo_image.py")
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]",
+                        help="config file with get_config(), e.g. configs/demo_image.py; an ARG goes to "
+                             "get_config(ARG), e.g. configs/emoji_64.py:image")
     parser.add_argument("--workdir", required=True, metavar="DIR",
                         help="run folder; made if missing, continued if it holds checkpoints")
     parser.add_argument("--quiet", action="store_true", help="no progress output")

@@ -51,10 +51,11 @@ FIELDS: tuple[Field, ...] = (
     _f("data.height", 16, "pixels; 0 keeps the stored size", low=0),
     _f("data.width", 16, "pixels; 0 keeps the stored size", low=0),
     _f("data.frame_stride", 1, "take every n-th stored frame of a clip", low=1),
-    _f("data.max_text_tokens", 16, "caption tokens kept; longer captions are cut", low=1),
+    _f("data.max_text_tokens", 16, "caption tokens kept; longer captions are cut", low=2,
+       high=4096),
     _f("data.caption_dropout", 0.1, "part of captions replaced by the empty one", low=0, high=1),
-    _f("data.threads", 2, "reader threads per process; 0 reads in line", low=0),
-    _f("data.prefetch", 2, "batches prepared ahead of the step", low=0),
+    _f("data.threads", 2, "reader threads per process; 0 reads in line", low=0, high=1024),
+    _f("data.prefetch", 2, "batches prepared ahead of the step", low=0, high=1024),
     # -- generator (and the discriminator's backbone)
     _f("model.family", "mmdit", "text and video in two joined streams, or Wan's cross attention",
        choices=("mmdit", "wan")),
@@ -153,12 +154,12 @@ FIELDS: tuple[Field, ...] = (
        "linearly (1: constant, as in the paper)", low=0, high=1),
     # -- loop
     _f("train.steps", 1000, "updates (adversarial: one D and one G step each)", low=1),
-    _f("train.batch_size", 64, "samples of one update over all devices", low=1),
+    _f("train.batch_size", 64, "samples of one update over all devices", low=1, high=2**20),
     _f("train.clip_batch_size", 0, "the same for clips (more than one frame); 0 takes batch_size",
-       low=0),
+       low=0, high=2**20),
     _f("train.accumulate", 1, "micro-batches of one update; 0: one sample at a time for each group "
        "of devices that shares one. What does not divide is filled up with samples that do not "
-       "count", low=0),
+       "count", low=0, high=2**20),
     _f("train.ema_decay", 0.995, "decay of the averaged generator", low=0, high=1),
     _f("train.ema_from_step", 0, "the average follows the weights exactly up to this step", low=0),
     _f("train.log_every", 10, "steps between log lines", low=1),
@@ -189,8 +190,8 @@ FIELDS: tuple[Field, ...] = (
     _f("sample.two_step_time", 0.5, "t between the two steps", low=0, high=1, open_low=True,
        open_high=True),
     _f("sample.two_step_fresh", False, "fresh noise for the second step instead of the same"),
-    _f("sample.fps", 0.0, "frames a second of clips that are written, those of the training data; "
-       "0: 8, and 16 where a VAE makes the frames", low=0),
+    _f("sample.fps", 0.0, "frames a second of clips that are written, those of the training data, "
+       "0.1 to 1000; 0: 8, and 16 where a VAE makes the frames", low=0, high=1000),
 )
 
 BY_KEY: dict[str, Field] = {field.key: field for field in FIELDS}

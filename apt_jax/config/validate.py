@@ -22,7 +22,7 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for field in FIELDS:
         check_value(field, get_key(config, field.key))
     for rule in (_data, _model, _family, _discriminator, _matmul, _lora, _stage, _objective, _train,
-                 _mesh):
+                 _mesh, _sample):
         rule(config)
     return config
 
@@ -101,6 +101,8 @@ def _data(c: ml_collections.ConfigDict) -> None:
     if c.data.path.startswith("bundled:"):
         _require(c.data.path == "bundled:emoji",
                  f"data.path = {c.data.path!r} is not bundled, did you mean 'bundled:emoji'?")
+        _require(c.data.max_text_tokens <= 512, f"data.max_text_tokens = {c.data.max_text_tokens} is "
+                 "more than the 512 that the text encoder of 'bundled:emoji' takes; use 2 to 512")
     _require(len(c.data.frames) > 0, "data.frames is empty; name at least one clip length, "
                                      "for images (1,)")
     _require(len(set(c.data.frames)) == len(c.data.frames),
@@ -251,3 +253,9 @@ def _mesh(c: ml_collections.ConfigDict) -> None:
     _require(len(free) <= 1 or free == ["replica", "fsdp"],
              f"{' and '.join(f'mesh.{key}' for key in free)} are "
                              f"{'both' if len(free) == 2 else 'all'} -1; only one can be the rest")
+
+
+def _sample(c: ml_collections.ConfigDict) -> None:
+    # What the files that hold clips can say: a frame of 0.001 to 10 seconds.
+    _require(c.sample.fps == 0 or c.sample.fps >= 0.1,
+             f"sample.fps = {c.sample.fps} must be 0 (8, or 16 with a VAE) or lie in 0.1 to 1000")

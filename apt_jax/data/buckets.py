@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from apt_jax.errors import UserError
 
@@ -61,5 +61,14 @@ def crop_box(height: int, width: int, to_height: int, to_width: int) -> tuple[fl
 
 def choose_split(group: str, holdout: float) -> str:
     """'holdout' for about that part of all groups, by a hash of the group's name; else 'train'."""
+    return "holdout" if _place(group) < holdout * 2**64 else "train"
+
+
+def last_held_out(groups: Iterable[str]) -> str:
+    """The group that `choose_split` keeps in 'train' the longest as holdout grows."""
+    return max(groups, key=_place)
+
+
+def _place(group: str) -> int:
     digest = hashlib.sha256(b"apt_jax split:" + group.encode()).digest()
-    return "holdout" if int.from_bytes(digest[:8], "big") < holdout * 2**64 else "train"
+    return int.from_bytes(digest[:8], "big")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from apt_jax.errors import UserError
 from apt_jax.models import minilm
 
 log = logging.getLogger("apt_jax")
@@ -43,9 +44,13 @@ class TextEncoder:
         return lambda ids, mask: np.asarray(forward(params, ids, mask))
 
     def tokenize(self, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token ids with [CLS] and [SEP], at most max_tokens; a cut is logged and keeps [SEP]."""
+        """Token ids with [CLS] and [SEP], at most max_tokens; a cut is logged and keeps [SEP].
+
+        UserError for a max_tokens that is not in 2 to 512.
+        """
         if not 2 <= max_tokens <= _LENGTHS[-1]:
-            raise ValueError(f"max_tokens must be in 2..{_LENGTHS[-1]}, got {max_tokens}")
+            raise UserError(f"captions of {max_tokens} tokens: the text encoder {self.name} takes 2 "
+                            f"to {_LENGTHS[-1]}; set data.max_text_tokens (of a data set: max_tokens)")
         ids = [e.ids for e in self._tokenizer.encode_batch(list(captions))]
         long = [i for i, row in enumerate(ids) if len(row) > max_tokens]
         if long:

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from apt_jax.data.buckets import choose_frames, choose_size, choose_split, even_frames
+from apt_jax.data.buckets import (
+    choose_frames,
+    choose_size,
+    choose_split,
+    even_frames,
+    last_held_out,
+)
 from apt_jax.data.settings import Settings
 from apt_jax.data.sources import Item
 
@@ -82,6 +88,15 @@ def plan_latents(item: Item, row: dict, settings: Settings) -> list[Plan] | str:
         starts = windows(available, count, most)
     return [Plan(item, bucket, (), wanted_rate if count > 1 else 0.0, start / wanted_rate)
             for start in starts]
+
+
+def some_train(plans: list[Plan]) -> list[Plan]:
+    """The plans with one group moved to 'train' where all would be held out, as of few files."""
+    if not plans or any(plan.bucket[0] == "train" for plan in plans):
+        return plans
+    group = last_held_out(plan.item.group for plan in plans)
+    return [dataclasses.replace(plan, bucket=("train", *plan.bucket[1:]))
+            if plan.item.group == group else plan for plan in plans]
 
 
 def windows(available: int, count: int, most: int = 0) -> list[int]:

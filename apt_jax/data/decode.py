@@ -20,13 +20,16 @@ from apt_jax.data.buckets import crop_box
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 MEDIA = PICTURES + VIDEOS
+# Pictures and videos too, but not read: such a file is listed and not passed over as a stranger.
+UNREAD = (".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".avi", ".m4v", ".wmv",
+          ".flv", ".mpg", ".mpeg")
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """What a file holds: frames (1 = an image), size as displayed, frames a second (0 = image),
-    and how many seconds a moving one lasts."""
+    """What a file holds: frames (1 = an image), size as displayed, frames a second (0 = image; the
+    average where they change), and how many seconds a moving one lasts."""
 
     frames: int
     height: int
@@ -133,7 +136,8 @@ def is_video(file: File) -> bool:
 
 
 def probe(path: File) -> Media:
-    """Look at a file without decoding more than it must. Raises whatever the decoder raises."""
+    """Look at a file without decoding more than it must: of an animation all frames, each has a
+    duration of its own. Raises whatever the decoder raises."""
     media = _probe_video(path) if is_video(path) else _probe_picture(path)
     if min(media.frames, media.height, media.width) < 1:
         raise ValueError(f"{media.frames} frames of {media.width}x{media.height}: nothing to see")
@@ -207,11 +211,31 @@ def _probe_picture(path: File) -> Media:
             if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # stored on its side
                 width, height = height, width
             return Media(1, height, width, 0.0)
-        # The duration of a frame is known only once the frame is loaded; the first stands for all.
-        image.seek(0)
+        milliseconds = sum(_durations(image))
+        return Media(frames, height, width, 1000.0 * frames / milliseconds, milliseconds / 1000)
+
+
+def frame_times(file: File) -> np.ndarray:
+    """When each frame of an animation begins, and the last one ends: seconds, float64 [frames + 1].
+
+    [0, 0] for an image. Raises what the decoder raises where a frame is damaged.
+    """
+    with Image.open(opened(file), formats=_FORMATS) as image:
+        still = getattr(image, "n_frames", 1) == 1
+        return np.cumsum([0.0] + ([0.0] if still else _durations(image))) / 1000
+
+
+def _durations(image: Image.Image) -> list[float]:
+    """Milliseconds of each frame of an animation; 0 stands for 100, as for browsers.
+
+    A frame says how long it stays only once it is loaded; so a file that is cut short is found, too.
+    """
+    found = []
+    for number in range(image.n_frames):
+        image.seek(number)
         image.load()
-        milliseconds = image.info.get("duration") or 100
-        return Media(frames, height, width, 1000.0 / milliseconds, frames * milliseconds / 1000)
+        found.append(image.info.get("duration") or 100)
+    return found
 
 
 def read_picture(path: File, wanted: Sequence[int], background):

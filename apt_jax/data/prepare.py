@@ -12,6 +12,7 @@ import collections
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -19,7 +20,7 @@ import shutil
 import tqdm
 
 from apt_jax.data import manifest, report, sources
-from apt_jax.data.cutting import Plan, plan_latents, plan_pixels
+from apt_jax.data.cutting import Plan, plan_latents, plan_pixels, some_train
 from apt_jax.data.engines import Engine, open_engine
 from apt_jax.data.reasons import Skipped
 from apt_jax.data.settings import Settings
@@ -38,6 +39,10 @@ from apt_jax.data.work import (
 )
 from apt_jax.data.worker import Codec, Encoder, Job
 from apt_jax.errors import UserError, disk_error, disk_errors
+
+log = logging.getLogger("apt_jax")
+
+_STRONG = 4  # times that a file grows before it is remarked on: little of what is seen is its own
 
 __all__ = ["REPORT", "SKIPPED", "WORK", "Codec", "Encoder", "Settings", "prepare"]
 
@@ -68,6 +73,9 @@ def prepare(
     """
     settings.check(latents=codec is not None)
     source, out = pathlib.Path(source), pathlib.Path(out)
+    if os.path.realpath(source) == os.path.realpath(out):
+        raise UserError(f"{out} is both the source and the output, and shards would lie among the "
+                        "media; give the output a folder of its own")
     with disk_errors(source, "read"):
         items, skipped = sources.find_items(source, out)
     if encoder is None:
@@ -76,15 +84,16 @@ def prepare(
         encoder = TextEncoder()
     made = _made(items, settings, encoder, codec)
     with disk_errors(out):
-        work = open_work(out, made, restart)
+        work = open_work(out, made, restart, len(items) + len(skipped))
     if work is None:
         return manifest.load(out)
 
     clock = report.Clock()
+    told = _Remarks()
     running = open_engine(engine, source, out, settings, encoder, codec, threads=threads,
                           workers=workers, address=address)
     try:
-        plans, unfit = _scan(running, items, settings, codec, work / SCAN, progress)
+        plans, unfit = _scan(running, items, settings, codec, work / SCAN, progress, told)
         clock.lap("looking")
         shards, broken, stats = _write_shards(
             running, _jobs(plans, settings.shard_records), out, work, made, progress)
@@ -125,7 +134,32 @@ def prepare(
                         "the frames") from None
     finally:
         running.close()
+    told.log(len(items))
     return result
+
+
+class _Remarks:
+    """Files that are used though they may not be what was meant; told at the end."""
+
+    def __init__(self):
+        self.uncaptioned: list[str] = []
+        self.enlarged: list[str] = []
+
+    def look(self, item, row: dict, plan: Plan) -> None:
+        """Remember a file that becomes this plan."""
+        if not item.caption:
+            self.uncaptioned.append(item.name)
+        _, _, height, width = plan.bucket
+        if max(height / row["height"], width / row["width"]) > _STRONG:
+            size = f"{row['width']}x{row['height']} to {width}x{height}"
+            self.enlarged.append(f"{item.name}, {size}")
+
+    def log(self, files: int) -> None:
+        """A line each; files: of how many."""
+        for names, what in ((self.uncaptioned, "an empty caption"),
+                            (self.enlarged, f"to be enlarged more than {_STRONG} times")):
+            if names:
+                log.warning("%d of %d files had %s (the first: %s)", len(names), files, what, names[0])
 
 
 def _copy_notices(settings: Settings, out: pathlib.Path) -> tuple[str, ...]:
@@ -148,7 +182,7 @@ def _made(items, settings: Settings, encoder: Encoder, codec: Codec | None) -> d
     return json.loads(json.dumps(value))  # tuples become lists, as they come back from a file
 
 
-def _scan(running: Engine, items, settings, codec, progress_file, progress):
+def _scan(running: Engine, items, settings, codec, progress_file, progress, told: _Remarks):
     """Probe every file; returns (plans, skipped). progress_file keeps the results, a line each."""
     known = read_rows(progress_file)
     fresh = [item for item in items if item.name not in known]
@@ -174,7 +208,8 @@ def _scan(running: Engine, items, settings, codec, progress_file, progress):
             skipped.append(Skipped(item.name, found))
         else:
             plans += found
-    return plans, skipped
+            told.look(item, row, found[0])
+    return some_train(plans), skipped
 
 
 def _jobs(plans: list[Plan], shard_records: int) -> list[Job]:

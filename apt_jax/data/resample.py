@@ -44,11 +44,12 @@ def read_clip(
 
 
 def _picture(file, times: np.ndarray, background) -> Iterator[Image.Image]:
-    media = decode.probe(file)
-    if media.frames == 1:
+    known = decode.frame_times(file)
+    if len(known) == 2:
         yield from decode.read_picture(file, [0], background)
         return
-    numbers = np.minimum((times * media.fps + _EARLY).astype(int), media.frames - 1).tolist()
+    early = _EARLY * np.diff(known).min()  # of the shortest, so that none is passed over
+    numbers = (np.searchsorted(known[:-1] - early, times, side="right") - 1).tolist()
     distinct = sorted(set(numbers))
     found = dict(zip(distinct, decode.read_picture(file, distinct, background)))
     for number in numbers:

@@ -51,26 +51,30 @@ class Settings:
 
     def check(self, latents: bool = False) -> None:
         """UserError for a value that makes no sense."""
+        tokens = 4096 if latents else 512
         ranges = {
-            "sizes": bool(self.sizes) and all(min(s) > 0 for s in self.sizes),
-            "frames": bool(self.frames) and min(self.frames) > 0,
-            "sampling": self.sampling in ("even", "consecutive"),
-            "fps": 0 <= self.fps < math.inf,
-            "holdout": 0 <= self.holdout < 1,
-            "quality": 1 <= self.quality <= 100,
-            "max_tokens": 2 <= self.max_tokens <= (4096 if latents else 512),
-            "shard_records": self.shard_records > 0,
-            "clips": self.clips >= 0,
-            "min_fps": 0 <= self.min_fps < math.inf,
-            "max_enlarge": self.max_enlarge == 0 or 1 <= self.max_enlarge < math.inf,
-            "text_dtype": self.text_dtype in TEXT_DTYPES,
-            "encode_batch": self.encode_batch > 0,
+            "sizes": (bool(self.sizes) and all(min(s) > 0 for s in self.sizes),
+                      "one size or more, of sides from 1"),
+            "frames": (bool(self.frames) and min(self.frames) > 0,
+                       "one length or more, each from 1 (an image)"),
+            "sampling": (self.sampling in ("even", "consecutive"), "even or consecutive"),
+            "fps": (0 <= self.fps < math.inf, "0 (the file's own rate) or more"),
+            "holdout": (0 <= self.holdout < 1, "from 0 to less than 1"),
+            "quality": (1 <= self.quality <= 100, "from 1 to 100"),
+            "max_tokens": (2 <= self.max_tokens <= tokens, f"from 2 to {tokens}"),
+            "shard_records": (self.shard_records > 0, "1 or more"),
+            "clips": (self.clips >= 0, "0 (all) or more"),
+            "min_fps": (0 <= self.min_fps < math.inf, "0 or more"),
+            "max_enlarge": (self.max_enlarge == 0 or 1 <= self.max_enlarge < math.inf,
+                            "0 (any) or from 1"),
+            "text_dtype": (self.text_dtype in TEXT_DTYPES, " or ".join(TEXT_DTYPES)),
+            "encode_batch": (self.encode_batch > 0, "1 or more"),
         }
-        for key, fine in ranges.items():
+        for key, (fine, allowed) in ranges.items():
             if not fine:
-                raise UserError(
-                    f"prepare: {key} = {getattr(self, key)!r} is not allowed; see --help"
-                )
+                value = getattr(self, key)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"prepare: {key} = {shown} is not allowed; give {allowed}")
         names = [pathlib.Path(notice).name for notice in self.notices]
         if len(set(names)) < len(names) or set(names) & {"manifest.json", "skipped.jsonl",
                                                          "report.json"}:
@@ -86,6 +90,9 @@ class Settings:
             if field.name in LATENT_ONLY and getattr(self, field.name) != field.default:
                 raise UserError(f"prepare: {field.name} belongs to latents; give --vae and "
                                 "--text-encoder, or leave it out")
+        if self.sampling == "even" and self.fps:
+            raise UserError(f"prepare: fps = {self.fps:g} has no meaning with sampling = even, which "
+                            "spreads the frames over all of a clip; leave one of them out")
         for count in self.frames:
             for height, width in self.sizes:
                 check_size(count, height, width)

@@ -13,7 +13,7 @@ import pathlib
 import stat
 
 from apt_jax.data import archives, tables
-from apt_jax.data.decode import MEDIA, File, Member
+from apt_jax.data.decode import MEDIA, UNREAD, File, Member
 from apt_jax.data.metadata import TABLES, is_text, read_table
 from apt_jax.data.reasons import Skipped, passes
 from apt_jax.errors import UserError, disk_error, disk_errors
@@ -64,7 +64,7 @@ def find_items(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[Item], li
     names, skipped = _walk(root, ignore)
     real_root = os.path.realpath(root)
     items, containers = [], []
-    for name in sorted({*listed, *(n for n in names if n.lower().endswith(MEDIA))}):
+    for name in sorted({*listed, *(n for n in names if n.lower().endswith(MEDIA + UNREAD))}):
         found = _item(root, name, listed.get(name), real_root)
         items.append(found) if isinstance(found, Item) else skipped.append(Skipped(name, found))
     for name in sorted(n for n in names if n.lower().endswith(ARCHIVES)):
@@ -166,14 +166,16 @@ def _some(root, items, skipped):
     if not items:
         first = f"{skipped[0].name}: {skipped[0].reason}" if skipped else ""
         reason = f"; the first of {len(skipped)} left out: {first}" if skipped else ""
-        raise UserError(f"{root} holds no captioned image or video{reason}; add metadata.jsonl")
+        formats = ", ".join(suffix[1:] for suffix in MEDIA)
+        raise UserError(f"{root} holds no captioned image or video{reason}; give {formats} with "
+                        "captions in metadata.jsonl or in a .txt beside each file")
     return items, skipped
 
 
 def _walk(root: pathlib.Path, ignore: pathlib.Path) -> tuple[list[str], list[Skipped]]:
-    """Names of all media and archives under root, and the folders that were not searched."""
+    """Names of all media (read or not) and archives under root, and folders not searched."""
     names, skipped = [], []
-    wanted = (*MEDIA, *ARCHIVES, *_COMPRESSED)
+    wanted = (*MEDIA, *UNREAD, *ARCHIVES, *_COMPRESSED)
     real_ignore = os.path.realpath(ignore)
 
     def relative(path: str) -> str:

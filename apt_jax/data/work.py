@@ -35,8 +35,12 @@ _ABANDONED = 600.0  # seconds after which a partial shard is nobody's
 _MEDIA_KEYS = tuple(decode.Media.__dataclass_fields__)
 
 
-def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | None:
-    """The folder for unfinished work, or None if `out` is already finished with these settings."""
+def open_work(out: pathlib.Path, made: dict, restart: bool, files: int = 0) -> pathlib.Path | None:
+    """The folder for unfinished work, or None if `out` is already finished with these settings.
+
+    files: how many there are, with those left out. UserError, which says what differs, where `out`
+    holds other ones.
+    """
     work = out / WORK
     if restart:
         _clear(out)
@@ -46,7 +50,10 @@ def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | No
         except UserError as error:
             raise UserError(f"{error}: add --restart") from None
         if whole.made != made:
-            raise UserError(f"{out} holds another data set; choose another folder or add --restart")
+            # Pixels have a record or an entry for each file.
+            then = sum(whole.splits.values()) + whole.skipped if whole.kind == "pixels" else 0
+            raise UserError(f"{out} holds another data set ({_differs(whole.made, made, then, files)}"
+                            "); choose another folder or add --restart")
         if not (work / _AGAIN).is_file():
             shutil.rmtree(work, ignore_errors=True)
             return None
@@ -56,13 +63,29 @@ def open_work(out: pathlib.Path, made: dict, restart: bool) -> pathlib.Path | No
     begun = _settings(saved)
     if begun is not None and begun != made and any(work.glob("*.arrayrecord.json")):
         raise UserError(
-            f"{out} was begun with other files or settings; repeat those, choose another folder "
-            "or add --restart"
+            f"{out} was begun with other files or settings ({_differs(begun, made)}); repeat those, "
+            "choose another folder or add --restart"
         )
     if begun is None or begun.get("files_sha256") != made["files_sha256"]:
         (work / SCAN).unlink(missing_ok=True)  # what was seen may be of other files
     write_text(saved, json.dumps(made))
     return work
+
+
+def _differs(then: dict, now: dict, files_then: int = 0, files_now: int = 0) -> str:
+    """What two preparations were asked differently, the files' names first."""
+    found = []
+    for key in sorted({*then, *now}, key=lambda key: key != "files_sha256"):
+        if then.get(key) == now.get(key):
+            continue
+        if key != "files_sha256":
+            old, new = (str(value.get(key))[:60] for value in (then, now))
+            found.append(f"{key} {old} there, {new} now")
+        elif files_then and files_then != files_now:
+            found.append(f"{files_then} files there, {files_now} now")
+        else:
+            found.append("other files, captions or groups")
+    return "; ".join(found)
 
 
 def _settings(path: pathlib.Path) -> dict | None:

@@ -67,6 +67,7 @@ def test_train_help_lists_every_config_field(capsys):
     out = capsys.readouterr().out
     for field in FIELDS:
         assert f"--config.{field.key} " in out and field.help in out
+    assert "FILE[:ARG]" in out and "emoji_64.py:image" in out
 
 
 def test_what_the_package_logs_is_shown_once(capsys, caplog, monkeypatch):

@@ -52,7 +52,7 @@ def test_defaults_are_the_papers_clips():
 @pytest.mark.parametrize("override, words", [
     ("--config.clip=1", "did you mean 'clips'"),
     ("--config.frames=a", "whole numbers"),
-    ("--config.holdout=2", "must be <= 1"),
+    ("--config.holdout=2", "must be < 1"),
     ("--config.text_dtype=float32", "bfloat16, int8"),
 ])
 def test_wrong_overrides_are_refused(override, words):

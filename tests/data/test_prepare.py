@@ -214,6 +214,53 @@ def test_a_lower_rate_thins_the_frames(tmp_path):
     assert record.fps == pytest.approx(10)
 
 
+def test_some_group_is_left_to_train_on(tmp_path):
+    """Of few files the hash may hold out all; a data set without 'train' would be of no use."""
+    source = tiny.image_folder(tmp_path / "in", 2)
+    result = run(source, tmp_path / "out", dataclasses.replace(SETTINGS, holdout=0.999999))
+    assert result.splits == {"train": 1, "holdout": 1}
+    tiny.write_table(source, [(f"p00{i}.png", "x", "one group") for i in range(2)])
+    result = run(source, tmp_path / "one", dataclasses.replace(SETTINGS, holdout=0.999999))
+    assert result.splits == {"train": 2}
+
+
+def test_another_data_set_says_what_differs(tmp_path):
+    source = tiny.image_folder(tmp_path / "in", 2)
+    (source / "broken.png").write_bytes(b"rubbish")
+    (source / "broken.txt").write_text("x")
+    run(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds another data set \(quality 90 there, 80 now\); cho"):
+        run(source, tmp_path / "out", dataclasses.replace(SETTINGS, quality=80))
+    tiny.save_image(source / "more.png")
+    (source / "more.txt").write_text("one more")
+    with pytest.raises(UserError, match=r"\(3 files there, 4 now\)"):
+        run(source, tmp_path / "out")
+    (source / "more.png").unlink()
+    (source / "broken.txt").write_text("y")
+    with pytest.raises(UserError, match="other files, captions or groups"):
+        run(source, tmp_path / "out")
+
+
+def test_the_source_is_not_the_output(tmp_path):
+    source = tiny.image_folder(tmp_path / "in", 1)
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UserError, match="both the source and the output"):
+        run(source, tmp_path / "link")
+    assert len(list(source.iterdir())) == 2
+
+
+def test_empty_captions_and_strong_enlargements_are_told(tmp_path, caplog):
+    source = tiny.image_folder(tmp_path / "in", 2)
+    (source / "metadata.jsonl").unlink()
+    tiny.save_image(source / "p001.png", 0, 1, 1)
+    (source / "p000.txt").write_text(" \n")
+    (source / "p001.txt").write_text("a dot")
+    run(source, tmp_path / "out")
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 of 2 files had an empty caption (the first: p000.png)",
+        "1 of 2 files had to be enlarged more than 4 times (the first: p001.png, 1x1 to 16x16)"]
+
+
 def test_nothing_usable(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
@@ -234,8 +281,14 @@ def test_images_are_left_out_where_only_clips_are_wanted(tmp_path):
     {"sampling": "odd"}, {"shard_records": 0}, {"max_tokens": 1}, {"notices": ("/no/file",)},
 ])
 def test_settings_are_checked(tmp_path, change):
-    with pytest.raises(UserError, match="prepare:"):
+    with pytest.raises(UserError, match="prepare:.*; give "):
         run(tmp_path, tmp_path / "out", dataclasses.replace(SETTINGS, **change))
+
+
+def test_a_rate_for_even_sampling_is_refused(tmp_path):
+    settings = dataclasses.replace(SETTINGS, sampling="even", fps=8.0)
+    with pytest.raises(UserError, match="fps = 8 has no meaning with sampling = even"):
+        run(tmp_path, tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize("change", [{"sizes": ((16384, 16),)}, {"frames": (1, 1_100_000)}])

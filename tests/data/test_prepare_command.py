@@ -64,8 +64,9 @@ def test_killed_and_repeated_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("more, words", [
     (["--sizes", "big"], "WIDTHxHEIGHT"),
     (["--background", "whitish"], "--background"),
-    (["--holdout", "1"], "holdout"),
-    (["--frames", "0"], "frames"),
+    (["--holdout", "1"], "holdout = 1.0 is not allowed; give from 0 to less than 1"),
+    (["--frames", "0"], "frames = 0 is not allowed; give one length or more, each from 1"),
+    (["--max-tokens", "1"], "max_tokens = 1 is not allowed; give from 2 to 512"),
 ])
 def test_wrong_flags_are_one_line(tmp_path, more, words, capsys):
     from apt_jax.cli.main import main
@@ -74,6 +75,21 @@ def test_wrong_flags_are_one_line(tmp_path, more, words, capsys):
     assert main([*command(source, tmp_path / "out")[3:], *more]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
+
+
+def test_a_data_set_that_lost_its_training_files_says_so(tmp_path, capsys):
+    from apt_jax.cli.main import main
+    from apt_jax.data.buckets import choose_split
+
+    source, groups = tiny.image_folder(tmp_path / "in", 2), [f"group {i}" for i in range(40)]
+    split = {choose_split(group, 0.2): group for group in groups}
+    tiny.save_image(source / "cut.jpg")
+    whole = (source / "cut.jpg").read_bytes()
+    (source / "cut.jpg").write_bytes(whole[:-60])  # its header still says how large it is
+    tiny.write_table(source, [("cut.jpg", "x", split["train"]), ("p001.png", "x", split["holdout"])])
+    assert main(command(source, tmp_path / "out", "--quiet")[3:]) == 0
+    said = capsys.readouterr().out
+    assert "no file of the split 'train' could be used" in said and "train on it with" not in said
 
 
 def test_the_folder_may_be_the_output_of_nothing(tmp_path, capsys):

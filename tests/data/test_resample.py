@@ -89,6 +89,20 @@ def test_animations_have_times_too(tmp_path, name):
     assert numbers(tmp_path / name, 0.3, 20, 5) == [3, 3, 4, 4, 5]
 
 
+@pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.png"])
+def test_animations_whose_frames_stay_for_different_times(tmp_path, name):
+    """A second, then nine tenths: one rate for all would show the first frame's for ten seconds."""
+    tiny.save_animation(tmp_path / name, 10, duration=[1000] + [100] * 9)
+    media = decode.probe(tmp_path / name)
+    assert (media.frames, media.seconds) == (10, pytest.approx(1.9))
+    assert media.fps == pytest.approx(10 / 1.9)
+    assert numbers(tmp_path / name, 0, 5, 9) == [0, 0, 0, 0, 0, 1, 3, 5, 7]
+    assert numbers(tmp_path / name, 0.95, 20, 4) == [0, 1, 1, 2]
+    clips = Settings(sizes=((16, 16),), frames=(1, 9), fps=10.0, clips=0, holdout=0.0)
+    found = plan_latents(Item("a", "", "a"), dataclasses.asdict(media), clips)
+    assert [(p.bucket[1], p.start) for p in found] == [(9, 0.0), (9, 1.0)]  # 19 frames in all
+
+
 def test_images_and_rotated_films(tmp_path):
     tiny.save_image(tmp_path / "a.png", 3)
     np.testing.assert_array_equal(

@@ -45,6 +45,20 @@ def test_missing_and_unknown_files_are_listed(tmp_path):
     assert skipped["c.png"] == "no such file" and "not one of" in skipped["b.pdf"]
 
 
+def test_pictures_of_formats_that_are_not_read_are_listed(tmp_path):
+    touch(tmp_path, "a.bmp", "b.TIFF", "c.avi", "notes.pdf")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a picture")
+    with pytest.raises(UserError) as caught:  # what to do about it, not captions that are there
+        find(tmp_path)
+    assert "of 3 left out: a.bmp: not one of .png" in str(caught.value)
+    assert "give png, jpg, jpeg, webp, gif, mp4, webm, mov, mkv with" in str(caught.value)
+    touch(tmp_path, "d.png")
+    (tmp_path / "d.txt").write_text("x")
+    items, skipped = find(tmp_path)
+    assert list(items) == ["d.png"] and set(skipped) == {"a.bmp", "b.TIFF", "c.avi"}
+
+
 @pytest.mark.parametrize("name", [
     "../a.png", "/etc/a.png", "x/../../a.png", "C:\\a.png", ".", "a\0b",
 ])
