@@ -92,6 +92,18 @@ def _takes_config(parser: argparse.ArgumentParser) -> bool:
     return any("--config" in action.option_strings for action in parser._actions)
 
 
+def _field_of(flag: str, command: str) -> str:
+    """The config field that a flag was meant for by its last part (--steps: train.steps), or ''.
+
+    Of several that of the command's own group, else the first.
+    """
+    from apt_jax.config.schema import BY_KEY
+
+    leaf = flag.removeprefix("--").replace("-", "_")
+    keys = [key for key in BY_KEY if key.rsplit(".", 1)[-1] == leaf]
+    return next((key for key in keys if key == f"{command}.{leaf}"), keys[0] if keys else "")
+
+
 def parse_command(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, object]:
     """Parses a subcommand's flags into (args, module). UserError for anything left over."""
     from apt_jax.config.load import nearest, split_overrides
@@ -111,7 +123,10 @@ def parse_command(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespa
         first = unknown[0]
         if first.startswith("-"):
             flag = first.split("=", 1)[0]
-            raise UserError(f"unknown flag {flag!r}{nearest(flag, flags)}")
+            meant = _field_of(flag, name) if _takes_config(parser) and not hasattr(
+                module, "describe_config") else ""
+            raise UserError(f"unknown flag {flag!r}" + (
+                f", did you mean '--config.{meant}'?" if meant else nearest(flag, flags)))
         raise UserError(f"unexpected argument {first!r}; see 'apt-jax {name} --help'")
     args.overrides = overrides
     return args, module

@@ -97,6 +97,10 @@ def test_version(capsys):
 @pytest.mark.parametrize("arguments, words", [
     (["trian"], ["'trian'", "'train'"]),
     (["--hepl"], ["'--hepl'", "'--help'"]),
+    (["train", "--config", "a.py", "--workdir", "b", "--steps", "3"],
+     ["'--steps'", "'--config.train.steps'"]),
+    (["train", "--config", "a.py", "--workdir", "b", "--batch-size=3"],
+     ["'--batch-size'", "'--config.train.batch_size'"]),
     (["train", "--workdir", "runs/x"], ["--config", "apt-jax train --help"]),
     (["train", "--config", "configs/none.py", "--workdir", "runs/x"], ["does not exist"]),
     (["train", "--config", "configs/demo_image.py", "--workdri", "runs/x", "--workdir", "runs/x"],
