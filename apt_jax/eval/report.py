@@ -83,7 +83,7 @@ def _lead(study: Study) -> str:
         parts = ["How the samples of a model compare with the data"] * bool(study.evaluations)
         parts += ["the curves of its training" if parts else "The curves of a training run"] * bool(
             study.runs)
-        return " and ".join(parts) + "."
+        return ", and ".join(parts) + "."
     kinds = [name.lower() for kind, name in KINDS.items()
              if kind in study.summary or study.samples.get(kind)]
     what = " and ".join(kinds) or "samples"
