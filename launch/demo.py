@@ -116,8 +116,7 @@ def check_runs(configs: dict, workdir: Path) -> None:
 class Limit:
     """The time that one call has; training ends then as a scheduler would end it, by SIGTERM."""
 
-    def __init__(self, minutes: float):
-        """minutes: 0 for none."""
+    def __init__(self, minutes: float):  # 0: none
         self._end = time.monotonic() + 60 * minutes if minutes else math.inf
 
     def over(self) -> bool:
@@ -191,8 +190,7 @@ class Measured:
         self._found["seconds"] = self.seconds
         _write(self._path, self._found)
 
-    def done(self) -> None:
-        """All of it is in the summary."""
+    def done(self) -> None:  # all of it is in the summary
         self._path.unlink(missing_ok=True)
 
 
@@ -296,7 +294,7 @@ def write_pictures(workdir: Path) -> None:
         captions = sets["apt_1"].captions
         chosen = np.linspace(0, len(captions) - 1, 12).round().astype(int)  # spread, not picked
         clips = np.concatenate([sets[name].frames[chosen] for name in rows])
-        labels = [f"{rows[name] if i == 0 else ''}" for name in rows for i in range(len(chosen))]
+        labels = [rows[name] if i == 0 else "" for name in rows for i in range(len(chosen))]
         sheet = media.clip_grid(clips, columns=len(chosen), labels=labels, size=80)
         if kind == "image":
             media.save_png(workdir / "image.png", sheet[0])
