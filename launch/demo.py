@@ -36,6 +36,7 @@ KINDS = {"image": 1, "video": 4}  # kind -> frames of a sample of the demo
 GUIDANCE = (2.0, 3.0, 4.0)
 # Towards t = 1 the second step only repeats the first: what is gained lies in between, if anywhere.
 TWO_STEP_TIMES = (0.5, 0.75, 0.9, 0.95)
+GO_ON = "the same command goes on"
 COUNT = {"image": 0, "video": 0}  # 0: one sample for every training caption
 
 
@@ -115,8 +116,7 @@ def check_runs(configs: dict, workdir: Path) -> None:
 class Limit:
     """The time that one call has; training ends then as a scheduler would end it, by SIGTERM."""
 
-    def __init__(self, minutes: float):
-        """minutes: 0 for none."""
+    def __init__(self, minutes: float):  # 0: none
         self._end = time.monotonic() + 60 * minutes if minutes else math.inf
 
     def over(self) -> bool:
@@ -155,6 +155,7 @@ def train_all(configs: dict, workdir: Path, limit: Limit) -> dict[str, float] | 
     seconds = {}
     for number, (name, config) in enumerate(configs.items(), 1):
         if limit.over():
+            print(f"{workdir}: the time is up before the {name} stage; {GO_ON}", file=sys.stderr)
             return None
         print(f"[{number}/{len(configs) + 1}] {name}: {config.train.steps} updates", flush=True)
         with limit.training():
@@ -189,8 +190,7 @@ class Measured:
         self._found["seconds"] = self.seconds
         _write(self._path, self._found)
 
-    def done(self) -> None:
-        """All of it is in the summary."""
+    def done(self) -> None:  # all of it is in the summary
         self._path.unlink(missing_ok=True)
 
 
@@ -215,6 +215,8 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int, batch: 
     from apt_jax.eval.mobilenet import MobileNetFeatures
     from apt_jax.eval.samples import save_samples
 
+    if limit.over():
+        return None
     data, frames = config.data, max(config.data.frames)
     split = evaluate.load_split(data.path, "train", frames, data.height, data.width,
                                 data.max_text_tokens)
@@ -227,32 +229,37 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int, batch: 
     def entry(name: str, weights: list[tuple], trials: list[dict], mode: str) -> bool:
         """Try every setting with all weights, keep the best by FD, and write its samples; False
         when the time is up."""
-        known = measured.get(f"{kind}/{name}")
-        if known and (folder / f"{name}.npz").is_file():
+        file, key = folder / f"{name}.npz", f"{kind}/{name}"
+        known = measured.get(key)
+        if known and file.is_file():
             entries[name] = known
             return True
-        if limit.over():
-            return False
-        generators = [api.load(*where) for where in weights]
-        results = []
-        for generator, trial in itertools.product(generators, trials):
+        # Of an entry that was stopped the file holds the best so far.
+        results = file.is_file() and measured.get(f"{key}, tried") or []
+        generators = {}
+        for where, trial in list(itertools.product(weights, trials))[len(results):]:
+            if limit.over():
+                return False
+            generator = generators.get(where) or generators.setdefault(where, api.load(*where))
             samples, used = evaluate.draw(generator, split, COUNT[kind], f"{kind} {name}",
                                           mode=mode, seed=seed, batch=max(1, batch // frames),
                                           **trial)
             result = measure(samples.frames, reference, extract)
             result["seconds"] = used["sampling_seconds"]
-            result |= {key: used[key] for key in ("guidance", "steps", "time") if key in used}
-            result["weights"] = used["weights"]
-            results.append((result, samples))
-        best, samples = min(results, key=lambda r: r[0]["fd"])
-        if len(generators) > 1:  # the same run's two: the one that was not chosen
-            best["other_fd"] = max(r["fd"] for r, _ in results)
+            result |= {field: used[field] for field in ("guidance", "steps", "time", "weights")
+                       if field in used}
+            if all(result["fd"] < other["fd"] for other in results):
+                save_samples(file, samples.frames, samples.captions)
+            results.append(result)
+            measured.put(f"{key}, tried", results)
+        best = dict(min(results, key=lambda r: r["fd"]))
+        if len(weights) > 1:  # the same run's two: the one that was not chosen
+            best["other_fd"] = max(r["fd"] for r in results)
         if len(trials) > 1:
             knob = next(iter(trials[0]))
-            best["sweep"] = [{knob: r[knob], "fd": r["fd"]} for r, _ in results]
-        save_samples(folder / f"{name}.npz", samples.frames, samples.captions)
+            best["sweep"] = [{knob: r[knob], "fd": r["fd"]} for r in results]
         entries[name] = best
-        measured.put(f"{kind}/{name}", best)
+        measured.put(key, best)
         print(f"  {kind} {name}: FD {best['fd']:.1f}", flush=True)
         return True
 
@@ -287,7 +294,7 @@ def write_pictures(workdir: Path) -> None:
         captions = sets["apt_1"].captions
         chosen = np.linspace(0, len(captions) - 1, 12).round().astype(int)  # spread, not picked
         clips = np.concatenate([sets[name].frames[chosen] for name in rows])
-        labels = [f"{rows[name] if i == 0 else ''}" for name in rows for i in range(len(chosen))]
+        labels = [rows[name] if i == 0 else "" for name in rows for i in range(len(chosen))]
         sheet = media.clip_grid(clips, columns=len(chosen), labels=labels, size=80)
         if kind == "image":
             media.save_png(workdir / "image.png", sheet[0])
@@ -298,6 +305,7 @@ def write_pictures(workdir: Path) -> None:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"demo: {message}; see --help\n")  # one line
     parser.add_argument("--workdir", type=Path, help="default: runs/FAMILY")
     parser.add_argument("--family", choices=FAMILIES, default="demo",
                         help="configs/: demo (16 px) or emoji_64 (64 px, for a GPU; it pre-trains)")
@@ -307,6 +315,8 @@ def main(argv=None) -> int:
     parser.add_argument("--limit", type=float, default=0.0, metavar="MINUTES",
                         help="stop then, saved, with status 1; the same command goes on (0: none)")
     args, overrides = parser.parse_known_args(argv)
+    if not 0 <= args.limit < math.inf:
+        parser.error(f"--limit {args.limit:g} is no number of minutes; give 8, or 0 for none")
 
     from apt_jax.errors import UserError, disk_errors
 
@@ -317,6 +327,9 @@ def main(argv=None) -> int:
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # training ends by itself, saved; the rest keeps what it measured
+        print(f"demo: interrupted; {GO_ON}", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -347,7 +360,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             found = measure_kind(kind, configs[kind], workdir, base, args.seed,
                                  FAMILIES[args.family].batch, measured, limit)
             if found is None:
-                print(f"{workdir}: the time is up while measuring; the same command goes on",
+                print(f"{workdir}: the time is up while measuring; {GO_ON}",
                       file=sys.stderr)
                 return 1
             summary[kind], facts[kind] = found

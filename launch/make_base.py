@@ -72,6 +72,18 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
 
+    from apt_jax.errors import UserError, disk_errors
+
+    try:
+        with disk_errors(args.run, "read"):
+            return make(args)
+    except UserError as error:
+        print(f"make_base: {error}", file=sys.stderr)
+        return 2
+
+
+def make(args: argparse.Namespace) -> int:
+    """Measures, exports, writes the card; 0."""
     from apt_jax.config import load_json
     from apt_jax.data.pipeline import open_dataset
     from apt_jax.models.presets import make_generator

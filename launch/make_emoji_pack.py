@@ -15,11 +15,13 @@ import argparse
 import json
 import pathlib
 import re
+import sys
 import tarfile
 
 from PIL import Image
 
 from apt_jax.data.prepare import Settings, prepare
+from apt_jax.errors import UserError, disk_errors
 
 IMAGES = "lobehub-fluent-emoji-3d-1.1.0.tgz"
 CLIPS = [f"lobehub-fluent-emoji-anim-{i}-1.0.0.tgz" for i in (1, 2, 3, 4)]
@@ -70,7 +72,11 @@ def base(points: tuple[int, ...]) -> str:
 
 def english_names() -> dict[tuple[int, ...], str]:
     """Code points -> the emoji's English name in plain words; flags get 'flag of'."""
-    import emoji
+    try:
+        import emoji
+    except ModuleNotFoundError:
+        raise UserError("emoji is not installed and gives the captions; run: pip install "
+                        "emoji==2.16.0") from None
 
     names = {}
     for text, entry in emoji.EMOJI_DATA.items():
@@ -107,12 +113,23 @@ def unpack(tarball: pathlib.Path, folder: pathlib.Path, names: dict, animated: b
             }
 
 
-def main() -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tarballs", type=pathlib.Path, required=True, help="folder of the .tgz")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder to unpack into")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the data set")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        with disk_errors(args.tarballs, "read"):
+            make(args)
+    except UserError as error:
+        print(f"make_emoji_pack: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make(args: argparse.Namespace) -> None:
+    """Unpacks, prepares, and prints what the data set holds."""
     table = args.work / "metadata.jsonl"
     if not table.is_file():
         names = english_names()
@@ -135,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,15 +2,17 @@
 
 FD-MobileNetV2 and sharpness on training captions, beside what real data scores against itself; KID
 with a bootstrap interval on held-out captions. Several --guidance values are a sweep: the best is
-reported and every value is in the JSON. Writes evaluation.json and samples.npz into --out.
+reported and every value is in the JSON. Writes evaluation.json and samples.npz into --out, of a
+sweep after every value. A part that the data are too few for is null, and a line says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import sys
 from pathlib import Path
+
+from apt_jax.errors import UserError, disk_errors
 
 EXAMPLES = """\
   apt-jax evaluate --checkpoint runs/image --out runs/image/evaluation
@@ -19,6 +21,11 @@ EXAMPLES = """\
   apt-jax evaluate --samples runs/demo/samples/image/apt_1.npz
 """
 
+# Flags that say how samples are drawn, and their defaults; with --samples nothing is drawn.
+DRAWING = {"mode": "one_step", "steps": None, "guidance": None, "time": None, "fresh_noise": None,
+           "weights": "ema", "held_out": "holdout", "frames": None, "height": None, "width": None,
+           "count": 0, "seed": 0, "batch": 64}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `apt-jax evaluate`."""
@@ -26,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--checkpoint", metavar="PATH",
                       help="a run folder, a weights folder, or bundled:base")
     what.add_argument("--samples", metavar="FILE",
-                      help="measure this npz (frames uint8 [N, F, H, W, 3], captions) instead")
-    parser.add_argument("--mode", choices=("one_step", "two_step", "euler"), default="one_step",
+                      help="measure this npz (frames uint8 [N, F, H, W, 3], captions) instead; "
+                           "only --data, --split, --dim and --out go with it")
+    parser.add_argument("--mode", choices=("one_step", "two_step", "euler"),
                         help="how to sample (default: one_step)")
     parser.add_argument("--steps", type=int, metavar="N",
                         help="of euler (default: the config's, 25)")
@@ -35,23 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of euler; repeat for a sweep (default: the config's)")
     parser.add_argument("--time", type=float, metavar="T",
                         help="two_step: the time between the steps (default: the config's)")
-    parser.add_argument("--fresh-noise", action="store_true",
+    parser.add_argument("--fresh-noise", action="store_true", default=None,
                         help="two_step: new noise for the second step")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
+    parser.add_argument("--weights", choices=("ema", "raw"),
                         help="averaged or raw weights of a run (default: ema)")
     parser.add_argument("--data", metavar="PATH",
                         help="prepared data set (default: the checkpoint's, or bundled:emoji)")
     parser.add_argument("--split", default="train", help="split for FD (default: train)")
-    parser.add_argument("--held-out", default="holdout", metavar="SPLIT",
+    parser.add_argument("--held-out", metavar="SPLIT",
                         help="split for KID; '' leaves it out (default: holdout)")
     parser.add_argument("--frames", type=int, metavar="F",
                         help="1 is an image (default: as trained)")
     parser.add_argument("--height", type=int, metavar="H", help="pixels (default: as trained)")
     parser.add_argument("--width", type=int, metavar="W", help="pixels (default: as trained)")
-    parser.add_argument("--count", type=int, default=0, metavar="N",
+    parser.add_argument("--count", type=int, metavar="N",
                         help="samples for FD (default: 0, one for every caption of the split)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--batch", type=int, default=64, metavar="B",
+    parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
+    parser.add_argument("--batch", type=int, metavar="B",
                         help="samples per forward pass (default: 64)")
     parser.add_argument("--dim", type=int, default=128, metavar="D",
                         help="principal components of the FD; FDs of different D do not compare "
@@ -60,18 +68,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where evaluation.json and samples.npz go (default: runs/evaluation)")
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Fills in the defaults of what was not given; UserError for a flag that would say nothing."""
+    for name, default in DRAWING.items():
+        given = getattr(args, name)
+        if args.samples and given not in (None, ""):  # --held-out '' is what is done anyway
+            raise UserError(f"--{name.replace('_', '-')} says how samples are drawn, and those of "
+                            "--samples are measured as they are; drop it, or give --checkpoint")
+        if given is None:
+            setattr(args, name, default)
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, writes the files."""
-    from apt_jax.errors import UserError, disk_errors
+    from apt_jax.eval import evaluations
     from apt_jax.eval.evaluate import (
         check_counts,
         evaluate_generator,
         evaluate_samples,
-        format_result,
+        load_held_out,
         load_split,
     )
     from apt_jax.eval.samples import load_samples, save_samples
+    from apt_jax.eval.table import format_result
 
+    settle(args)
     check_counts(args.count, args.dim, args.batch)
     out = Path(args.out)
     with disk_errors(out):  # before the work of minutes
@@ -79,9 +100,10 @@ def run(args: argparse.Namespace) -> int:
     if args.samples:
         samples = load_samples(args.samples)
         frames, height, width = samples.frames.shape[1:4]
-        real = load_split(args.data or "bundled:emoji", args.split, frames, height, width)
+        path = args.data or "bundled:emoji"
+        real = load_split(path, args.split, frames, height, width)
         result = evaluate_samples(samples, real, args.dim)
-        name = Path(args.samples).stem
+        result |= {"samples": args.samples, "data": {"path": path, "split": args.split}}
     else:
         from apt_jax import api
 
@@ -95,25 +117,35 @@ def run(args: argparse.Namespace) -> int:
         if all(shape):  # 0: the stored size, which the data know; wrong settings before any work
             generator.check(args.mode, args.seed, frames=shape[0], height=shape[1],
                             width=shape[2], steps=args.steps, time=args.time,
-                            fresh_noise=args.fresh_noise or None)
+                            fresh_noise=args.fresh_noise)
         path = args.data or data.path
+        real = load_split(path, args.split, *shape, max_text_tokens=data.max_text_tokens)
+        held_out, why = load_held_out(path, args.held_out, *shape,
+                                      max_text_tokens=data.max_text_tokens)
+        source = {"data": {"path": path, "split": args.split, "held_out": args.held_out}}
+        kept = None  # the samples that are written
 
-        def split(which: str):
-            return load_split(path, which, *shape, max_text_tokens=data.max_text_tokens)
+        def keep(found, samples):
+            nonlocal kept
+            with disk_errors(out):
+                if samples is not kept:
+                    save_samples(out / evaluations.SAMPLES, samples.frames, samples.captions)
+                    kept = samples
+                evaluations.write_result(out, found | source)
 
-        result, samples = evaluate_generator(
-            generator, split(args.split), split(args.held_out) if args.held_out else None,
-            mode=args.mode, guidance=args.guidance or (), count=args.count, seed=args.seed,
-            dim=args.dim, steps=args.steps, time=args.time,
-            fresh_noise=args.fresh_noise or None, batch=args.batch)
-        result["data"] = {"path": path, "split": args.split, "held_out": args.held_out}
-        name = args.mode
-        with disk_errors(out):
-            save_samples(out / "samples.npz", samples.frames, samples.captions)
+        try:
+            result, _ = evaluate_generator(
+                generator, real, held_out, mode=args.mode, guidance=args.guidance or (),
+                count=args.count, seed=args.seed, dim=args.dim, steps=args.steps, time=args.time,
+                fresh_noise=args.fresh_noise, batch=args.batch, keep=keep, left_out=why)
+        except KeyboardInterrupt:
+            if kept is not None:
+                print(f"apt-jax: what was measured so far is in {out / evaluations.FILE}",
+                      file=sys.stderr)
+            raise
+        result |= source
     with disk_errors(out):
-        partial = out / f"evaluation.json.{os.getpid()}.tmp"
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, out / "evaluation.json")
-    print(format_result(result, name))
-    print(f"wrote {out / 'evaluation.json'}")
+        file = evaluations.write_result(out, result)
+    print(format_result(result, evaluations.label(result)))
+    print(f"wrote {file}")
     return 0

@@ -4,7 +4,6 @@ Everything is inline (PNG and animated WebP as data URIs, SVG curves, CSS); the 
 network and no script, and reads in light and dark. Parts that are missing are named on it.
 """
 
-import base64
 import html
 import json
 import os
@@ -15,33 +14,44 @@ from string import Template
 import numpy as np
 
 from apt_jax import media
-from apt_jax.errors import disk_errors
-from apt_jax.eval import report_curves
+from apt_jax.errors import UserError, disk_errors
+from apt_jax.eval import report_curves, report_evaluations
 from apt_jax.eval.measure import clip_features
 from apt_jax.eval.nearest import nearest
 from apt_jax.eval.progress import duration
+from apt_jax.eval.report_pictures import CELL, image, spread
 from apt_jax.eval.samples import SampleSet
 from apt_jax.eval.study import COLUMNS, ENTRIES, KINDS, Study, gates, notes, read_study
 from apt_jax.eval.table import HEADINGS, rows, used_columns
 
+TITLE = "One step instead of twenty-five"
 PROMPTS = {"image": 14, "video": 8}  # rows of the side-by-side
 NEAREST = {"image": 10, "video": 5}  # rows of the memorisation check
-FPS = 6.0
-CELL = 128  # displayed pixels of a frame's shorter side
 
 
-def write_report(directory: Path | str, title: str = "One step instead of twenty-five") -> Path:
+def write_report(directory: Path | str, title: str = "") -> Path:
     """Write DIRECTORY/report.html from what is in the directory and return its path.
 
-    Raises UserError where there is no such directory; whatever else is missing is named on the
-    page.
+    title: "" is TITLE for what the demo makes, else the folder's name.
+    Raises UserError where there is no such directory and where it has nothing to show; whatever
+    else is missing is named on the page.
     """
     study = read_study(directory)
+    if study.empty:
+        # Of a file that is there and damaged the line says more than that nothing else is there.
+        damage = [text for text in study.missing if "damaged" in text or "no sample file" in text]
+        raise UserError(damage[0] if damage else (
+            f"{study.directory} has nothing to show: no summary.json of make demo, no "
+            "metrics.jsonl of apt-jax train, no evaluation.json of apt-jax evaluate; give a folder "
+            "that one of them wrote"))
+    title = title or (TITLE if study.demo else study.directory.resolve().name)
     sections = [("result", "Result", _result(study))]
     for kind, name in KINDS.items():
         if study.samples.get(kind):
             sections.append((kind, name, _side_by_side(study, kind) + _nearest(study, kind)
                              + _overview(study, kind)))
+    if any(found.samples for found in study.evaluations):
+        sections.append(("samples", "Samples", report_evaluations.pictures(study.evaluations)))
     if study.runs:
         sections.append(("curves", "Training curves", report_curves.section(study.runs)))
     sections.append(("method", "How it was measured", _method()))
@@ -69,6 +79,11 @@ def write_report(directory: Path | str, title: str = "One step instead of twenty
 
 
 def _lead(study: Study) -> str:
+    if not study.demo:
+        parts = ["How the samples of a model compare with the data"] * bool(study.evaluations)
+        parts += ["the curves of its training" if parts else "The curves of a training run"] * bool(
+            study.runs)
+        return ", and ".join(parts) + "."
     kinds = [name.lower() for kind, name in KINDS.items()
              if kind in study.summary or study.samples.get(kind)]
     what = " and ".join(kinds) or "samples"
@@ -117,6 +132,7 @@ def _result(study: Study) -> str:
     parts += [_table(study.summary[kind], name) for kind, name in KINDS.items()
               if isinstance(study.summary.get(kind), dict)]
     parts += [f'<p class="soft">{html.escape(note)}</p>' for note in notes(study.summary)]
+    parts += [report_evaluations.table(found) for found in study.evaluations]
     seconds = study.summary.get("seconds")
     if isinstance(seconds, dict) and seconds:
         stages = " · ".join(f"{html.escape(key.replace('_', ' '))} {duration(value)}"
@@ -169,6 +185,8 @@ def _details(study: Study) -> str:
                 parts.append(_fold(f"{run.name}: {what}", json.dumps(document, indent=2)))
     if study.summary:
         parts.append(_fold("summary.json", json.dumps(study.summary, indent=2)))
+    parts += [_fold(f"{found.name}: evaluation.json", json.dumps(found.result, indent=2))
+              for found in study.evaluations]
     return "\n".join(parts) or "<p>None found.</p>"
 
 
@@ -180,24 +198,6 @@ def _fold(name: str, text: str) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-def _image(clip: np.ndarray, alt: str, size: int = CELL, style: str = "frame") -> str:
-    """<img> of uint8 [F, H, W, 3]: a PNG, or an animated WebP where it moves.
-
-    size: displayed pixels of the shorter side. style: its CSS class.
-    """
-    height, width = clip.shape[1:3]
-    scale = size / min(height, width)
-    if len(clip) > 1:
-        # Small frames show every pixel; larger ones need not, and a page should stay a few MB.
-        quality = 0 if min(height, width) < 48 else 88
-        kind, data = "webp", media.webp_bytes(clip, FPS, quality)
-    else:
-        kind, data = "png", media.png_bytes(clip[0])
-    return (f'<img class="{style}" width="{round(width * scale)}" height="{round(height * scale)}" '
-            f'alt="{html.escape(alt, quote=True)}" '
-            f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}">')
-
-
 def _same_row(samples: SampleSet, index: int, caption: str) -> np.ndarray | None:
     """The clip for a caption: at the same index where captions agree, else the caption's first."""
     if index < len(samples.captions) and samples.captions[index] == caption:
@@ -205,10 +205,6 @@ def _same_row(samples: SampleSet, index: int, caption: str) -> np.ndarray | None
     if caption in samples.captions:
         return samples.frames[samples.captions.index(caption)]
     return None
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return [int(i) for i in np.unique(np.linspace(0, total - 1, min(count, total)).round())]
 
 
 def _leader(found: dict[str, SampleSet]) -> str:
@@ -223,13 +219,13 @@ def _side_by_side(study: Study, kind: str) -> str:
     if not captions:
         return '<p class="missing">The sample files are empty.</p>'
     lines = []
-    for index in _spread(len(captions), PROMPTS[kind]):
+    for index in spread(len(captions), PROMPTS[kind]):
         cells = []
         for name, text in columns.items():
             clip = _same_row(found[name], index, captions[index])
             cells.append("<td>" + (
                 f'<span class="blank" style="width:{CELL}px;height:{CELL}px"></span>'
-                if clip is None else _image(clip, f"{captions[index]}, {text}")) + "</td>")
+                if clip is None else image(clip, f"{captions[index]}, {text}")) + "</td>")
         lines.append(f"<tr><td>{html.escape(captions[index])}</td>{''.join(cells)}</tr>")
     heads = "".join(f'<th{" class=main" if name == "apt_1" else ""}>{text}</th>'
                     for name, text in columns.items())
@@ -246,18 +242,18 @@ def _nearest(study: Study, kind: str) -> str:
     if "apt_1" not in found or "data" not in found or not found["apt_1"].captions:
         return '<p class="missing">Nearest training pictures need apt_1.npz and data.npz.</p>'
     samples, data = found["apt_1"], found["data"]
-    chosen = _spread(len(samples.frames), NEAREST[kind])
+    chosen = spread(len(samples.frames), NEAREST[kind])
     features = clip_features(data.frames, label="nearest training pictures").mean(1)
     index, distance = nearest(clip_features(samples.frames[chosen]).mean(1), features, k=4)
     lines = []
     for row, sample in enumerate(chosen):
         cells = "".join(
             f'<td{" class=gap" if k == 0 else ""}>'
-            f"{_image(data.frames[i], data.captions[i])}"
+            f"{image(data.frames[i], data.captions[i])}"
             f'<span class="distance">{html.escape(data.captions[i])}<br>{d:.1f}</span></td>'
             for k, (i, d) in enumerate(zip(index[row], distance[row])))
         lines.append(f"<tr><td>{html.escape(samples.captions[sample])}</td>"
-                     f"<td>{_image(samples.frames[sample], samples.captions[sample])}</td>"
+                     f"<td>{image(samples.frames[sample], samples.captions[sample])}</td>"
                      f"{cells}</tr>")
     heads = "".join(f'<th{" class=gap" if k == 0 else ""}>{text}</th>' for k, text in enumerate(
         ["nearest", "second", "third", "fourth"][:index.shape[1]]))
@@ -275,12 +271,12 @@ def _overview(study: Study, kind: str) -> str:
     if "apt_1" not in study.samples[kind]:
         return ""
     samples = study.samples[kind]["apt_1"].frames
-    chosen = samples[_spread(len(samples), 96 if kind == "image" else 40)]
+    chosen = samples[spread(len(samples), 96 if kind == "image" else 40)]
     if not len(chosen):
         return ""
     sheet = media.clip_grid(chosen, columns=min(16 if kind == "image" else 10, len(chosen)))
     size = min(sheet.shape[1:3]) * media.factor_for(chosen, 64)
-    image = _image(sheet, "many APT samples", size, "sheet")
+    picture = image(sheet, "many APT samples", size, "sheet")
     return (f"<details><summary>{len(chosen)} samples of APT in one step, spread over the "
             "set</summary>"
-            f"<p>{image}</p></details>")
+            f"<p>{picture}</p></details>")

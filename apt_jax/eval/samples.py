@@ -41,7 +41,8 @@ def load_samples(path: Path | str) -> SampleSet:
     """Read what `save_samples` wrote. Raises UserError for anything else; never unpickles."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no sample file {path}; write one with apt-jax sample or evaluate")
+        raise UserError(f"no sample file {path}; apt-jax evaluate --checkpoint writes one, "
+                        "samples.npz")
     try:
         with np.load(path, allow_pickle=False) as file:
             frames, captions = file["frames"], file["captions"]

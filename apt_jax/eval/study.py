@@ -3,8 +3,10 @@
     summary.json               {"image": {entry: {...}}, "video": {...}, "data", "seed", "seconds"}
     samples/{image,video}/     NAME.npz: the samples behind each entry; data.npz: the real frames
     RUN/                       metrics.jsonl, config.json, versions.json of each training run
+    RUN/evaluation/            evaluation.json, samples.npz of `apt-jax evaluate`
 
-Everything but the directory itself may be missing or damaged (a run in progress, a tiny test, a
+The folder of one run and that of one evaluation are read as well: what lies in RUN/ above then lies
+in the directory itself. Everything but the directory itself may be missing or damaged (a run in progress, a tiny test, a
 full disk): it is then named in `Study.missing`, never guessed.
 """
 
@@ -15,6 +17,9 @@ from pathlib import Path
 
 from apt_jax.config import config_from_json
 from apt_jax.errors import UserError, disk_errors
+from apt_jax.eval.evaluations import FILE as EVALUATION
+from apt_jax.eval.evaluations import Evaluation, read_evaluation
+from apt_jax.eval.json_checks import check_number, finite, need
 from apt_jax.eval.samples import SampleSet, load_samples
 
 KINDS = {"image": "Images", "video": "Clips"}
@@ -94,13 +99,23 @@ class Run:
 
 @dataclass
 class Study:
-    """A study's parts as far as they are there; `missing` names the rest, one line each."""
+    """A study's parts as far as they are there; `missing` names the rest, one line each.
+
+    demo: whether it is, or is becoming, what launch/demo.py makes, not one run or evaluation.
+    """
 
     directory: Path
     summary: dict
     samples: dict[str, dict[str, SampleSet]]
     runs: list[Run]
+    evaluations: list[Evaluation] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    demo: bool = True
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing at all to show."""
+        return not (self.summary or any(self.samples.values()) or self.runs or self.evaluations)
 
 
 def gates(summary: dict) -> list[Gate]:
@@ -164,70 +179,63 @@ def read_summary(directory: Path | str) -> dict:
     """summary.json of a directory. Raises UserError where it is missing or not as the demo's is."""
     path = Path(directory) / "summary.json"
     if not path.is_file():
-        raise UserError(f"{directory} has no summary.json; run make demo or apt-jax evaluate first")
+        raise UserError(f"{directory} has no summary.json, which make demo (launch/demo.py) writes "
+                        "when it is done; run it to its end, or give its work directory")
     try:
         with disk_errors(path, "read"):
             summary = json.loads(path.read_text(encoding="utf-8"))
         _check(summary)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from None
+        raise UserError(f"{path} is damaged ({error}); delete it and run launch/demo.py again") from None
     return summary
 
 
 def _check(summary) -> None:
     """Raises ValueError naming the first part of a summary that tables could not show."""
-    _need(summary, dict, "it holds no JSON object")
-    _need(summary.get("length", ""), str, "length is no text")
-    _need(summary.get("seed"), int | str | None, "seed is no number")
-    _need(summary.get("data"), dict | str | None, "data is no object")
-    for stage, value in _need(summary.get("seconds", {}), dict, "seconds is no object").items():
-        _number(value, f"seconds.{stage}")
+    need(summary, dict, "it holds no JSON object")
+    need(summary.get("length", ""), str, "length is no text")
+    need(summary.get("seed"), int | str | None, "seed is no number")
+    need(summary.get("data"), dict | str | None, "data is no object")
+    for stage, value in need(summary.get("seconds", {}), dict, "seconds is no object").items():
+        check_number(value, f"seconds.{stage}")
     for kind in KINDS:
         if kind not in summary:
             continue
-        for name, entry in _need(summary[kind], dict, f"{kind} is no object").items():
+        for name, entry in need(summary[kind], dict, f"{kind} is no object").items():
             if name not in ENTRIES:
                 continue
-            _need(entry, dict, f"{kind}.{name} is no object")
+            need(entry, dict, f"{kind}.{name} is no object")
             for key in NUMBERS:
-                _number(entry.get(key), f"{kind}.{name}.{key}")
+                check_number(entry.get(key), f"{kind}.{name}.{key}")
             if "halves" in entry:
                 what = f"{kind}.{name}.halves"
-                if len(_need(entry["halves"], list, f"{what} is no list")) != 2:
+                if len(need(entry["halves"], list, f"{what} is no list")) != 2:
                     raise ValueError(f"{what} are not two")
                 for half in entry["halves"]:
-                    _number(_need(half, int, f"{what} are no counts"), what)
-
-
-def _need(value, kind, complaint: str):
-    if not isinstance(value, kind):
-        raise ValueError(complaint)
-    return value
-
-
-def _number(value, what: str) -> None:
-    if value is not None and not _finite(value):
-        raise ValueError(f"{what} is no number")
-
-
-def _finite(value) -> bool:
-    """A number that can be shown and drawn: not NaN, infinite or beyond a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+                    check_number(need(half, int, f"{what} are no counts"), what)
 
 
 def read_study(directory: Path | str) -> Study:
     """Read all parts. Raises UserError only where the directory itself is missing."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"no directory {directory}; give the one that the demo or evaluate wrote")
+        raise UserError(f"no directory {directory}; give the one that make demo, apt-jax train or "
+                        "apt-jax evaluate wrote")
     study = Study(directory, {}, {}, [])
-    try:
-        study.summary = read_summary(directory)
-    except UserError as error:
-        study.missing.append(str(error))
-    for kind in KINDS:
-        _read_samples(study, kind)
-    for path in (*directory.glob("*/metrics.jsonl"), *directory.glob("*/*/metrics.jsonl")):
+    for path in _found(directory, EVALUATION):
+        if found := read_evaluation(path, _name(study, path), study.missing):
+            study.evaluations.append(found)
+    own = (directory / "metrics.jsonl").is_file()
+    study.demo = ((directory / "summary.json").is_file() or (directory / "samples").is_dir()
+                  or not (own or study.evaluations or study.missing))
+    if study.demo:
+        try:
+            study.summary = read_summary(directory)
+        except UserError as error:
+            study.missing.append(str(error))
+        for kind in KINDS:
+            _read_samples(study, kind)
+    for path in _found(directory, "metrics.jsonl"):
         study.runs.append(_read_run(study, path))
     # the order of the method: pre-training, distillation, APT; images before clips
     order = ("pretrain", "consistency", "adversarial")
@@ -235,9 +243,24 @@ def read_study(directory: Path | str) -> Study:
         max((run.config.get("data") or {}).get("frames") or (0,)) > 1,
         order.index(run.config["stage"]) if run.config.get("stage") in order else len(order),
         run.name))
-    if not study.runs:
+    if study.demo and not study.runs:
         study.missing.append("no training runs (folders with metrics.jsonl), so no curves")
+    if own and not study.evaluations:
+        study.missing.append(f"no evaluation, so no distances; run apt-jax evaluate --checkpoint "
+                             f"{directory} --out {directory / 'evaluation'}")
     return study
+
+
+def _found(directory: Path, file: str) -> list[Path]:
+    """The files of a name in a directory, its folders and theirs."""
+    return sorted(path for at in ("", "*/", "*/*/") for path in directory.glob(at + file))
+
+
+def _name(study: Study, path: Path) -> str:
+    """What a file's folder is called: its path below the directory, or the directory's own name."""
+    folder = path.parent
+    return (folder.resolve().name if folder == study.directory
+            else str(folder.relative_to(study.directory)))
 
 
 def _read_samples(study: Study, kind: str) -> None:
@@ -260,7 +283,7 @@ def _read_samples(study: Study, kind: str) -> None:
 
 
 def _read_run(study: Study, path: Path) -> Run:
-    name = str(path.parent.relative_to(study.directory))
+    name = _name(study, path)
     documents = []
     for file, read in {"config.json": _config, "versions.json": _versions}.items():
         try:
@@ -279,7 +302,7 @@ def _read_run(study: Study, path: Path) -> Run:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and _finite(row.get("step")):
+        if isinstance(row, dict) and finite(row.get("step")):
             metrics.append(row)
         else:
             damaged += 1
@@ -293,12 +316,12 @@ def _read_run(study: Study, path: Path) -> Run:
 def _config(text: str) -> dict:
     """A run's config.json, whose tuples have a form of their own; ValueError if it is none."""
     config = config_from_json(text).to_dict()
-    data = _need(config.get("data") or {}, dict, "data is no object")
-    for count in _need(data.get("frames") or (), list | tuple, "data.frames is no list"):
-        _need(count, int, "data.frames are no counts")
-    _need(config.get("stage"), str | None, "stage is no text")
+    data = need(config.get("data") or {}, dict, "data is no object")
+    for count in need(data.get("frames") or (), list | tuple, "data.frames is no list"):
+        need(count, int, "data.frames are no counts")
+    need(config.get("stage"), str | None, "stage is no text")
     return config
 
 
 def _versions(text: str) -> dict:
-    return _need(json.loads(text), dict, "it holds no JSON object")
+    return need(json.loads(text), dict, "it holds no JSON object")

@@ -1,7 +1,8 @@
-"""The table that a study prints on the terminal."""
+"""The tables that a study and an evaluation print on the terminal."""
 
 import textwrap
 
+from apt_jax.eval import evaluations
 from apt_jax.eval.progress import duration
 from apt_jax.eval.study import ENTRIES, KINDS, entry_title, gates, notes
 
@@ -76,3 +77,9 @@ def format_table(summary: dict) -> str:
         lines.append(f"{gate.text} = {value}, {gate.bounds}: {verdict}")
     remarks = [textwrap.fill(note, 100) for note in notes(summary)]
     return "\n\n".join([*blocks, *remarks, "\n".join(lines)]).rstrip()
+
+
+def format_result(result: dict, name: str) -> str:
+    """What `apt-jax evaluate` found as text: a row per value of guidance, then the remarks."""
+    headings, body, _ = evaluations.table(result, name)
+    return "\n".join([lay_out(headings, body), "", *evaluations.remarks(result)])

@@ -11,9 +11,10 @@ from apt_jax.api import Generator
 from apt_jax.cli.main import main
 from apt_jax.config import base_config
 from apt_jax.errors import UserError
-from apt_jax.eval.evaluate import evaluate_generator, load_split
+from apt_jax.eval.evaluate import Split, evaluate_generator, evaluate_samples, load_split
 from apt_jax.eval.measure import Reference, floor, measure
-from apt_jax.eval.samples import load_samples, save_samples
+from apt_jax.eval.samples import SampleSet, load_samples, save_samples
+from apt_jax.eval.table import format_result
 from apt_jax.models.presets import make_generator
 from apt_jax.weights import save_generator
 
@@ -137,3 +138,84 @@ def test_too_few_samples_end_in_one_line(tmp_path, capsys):
                  "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("apt-jax: 10 sample frames are too few") and "256" in error
+
+
+def first(split, count):
+    """The first records of a split."""
+    return Split(*(part[:count] for part in split[:4]), split.null)
+
+
+def test_a_small_split_and_one_held_out_record_leave_their_parts_out(generator, real, caplog):
+    """100 records: enough for 32 dimensions, half of them is not."""
+    few = first(real, 100)
+    kept = []
+    with caplog.at_level("WARNING"):
+        result, samples = evaluate_generator(
+            generator, few, first(real, 1), mode="euler", steps=1, guidance=(1.0, 2.0), dim=DIM,
+            keep=lambda found, samples: kept.append((json.loads(json.dumps(found)), samples)))
+    assert result["floor"] is None and result["held_out"] is None and result["train"]["fd"] > 0
+    floor_line, kid_line = result["left_out"]
+    assert "half of the data, 50 records" in floor_line and "--dim of at most 25" in floor_line
+    assert "split has 1" in kid_line and "--held-out" in kid_line
+    assert [record.getMessage() for record in caplog.records] == [floor_line, kid_line]
+    shown = format_result(result, "euler")
+    assert floor_line in shown and "real against real " not in shown and shown.count("(best)") == 1
+    # After each value the best so far is handed out: a stop loses one value only.
+    assert [len(found["sweep"]) for found, _ in kept] == [1, 2]
+    assert kept[0][0]["left_out"][-1] == "Not finished: guidance 2 was not tried."
+    assert kept[-1][0]["train"] == result["train"] and kept[-1][1] is samples
+    found = evaluate_samples(SampleSet(few.frames, few.captions), few, DIM)
+    assert found["floor"] is None and found["left_out"] == [floor_line]
+
+
+@pytest.mark.parametrize("count, dim, says", [
+    (0, 60, "100 frames of the data are too few .* take at least 120 records, or lower --dim to at "
+            "most 50"),
+    (70, 50, "70 sample frames are too few .* raise --count to 100, or lower --dim to at most 35")])
+def test_too_few_for_the_fd_is_said_before_anything_is_drawn(generator, real, monkeypatch, count,
+                                                              dim, says):
+    monkeypatch.setattr(Generator, "draw", lambda *a, **k: pytest.fail("something was drawn"))
+    monkeypatch.setattr(Reference, "build", lambda *a, **k: pytest.fail("the reference was built"))
+    with pytest.raises(UserError, match=says):
+        evaluate_generator(generator, first(real, 100), None, mode="one_step", count=count, dim=dim)
+
+
+def test_a_sweep_that_is_interrupted_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    def interrupted(generator, train, held_out, *, keep, left_out, **settings):
+        entry = {"fd": 5.0, "n": 1, "dim": 2, "guidance": 1.0}
+        keep({"settings": {"mode": "euler"}, "floor": None, "train": entry, "sweep": [entry]},
+             SampleSet(np.zeros((1, 1, 4, 4, 3), np.uint8), ["a"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apt_jax.eval.evaluate.evaluate_generator", interrupted)
+    assert main(["evaluate", "--checkpoint", "bundled:base", "--mode", "euler", "--frames", "1",
+                 "--held-out", "", "--guidance", "1", "--guidance", "2", "--out",
+                 str(tmp_path)]) == 130
+    file = tmp_path / "evaluation.json"
+    assert f"what was measured so far is in {file}" in capsys.readouterr().err
+    assert json.loads(file.read_text())["train"]["fd"] == 5.0
+    assert load_samples(tmp_path / "samples.npz").captions == ["a"]
+
+
+def test_data_without_the_default_split_leave_kid_out(monkeypatch):
+    from apt_jax.eval import evaluate
+
+    def load(path, split, *shape):
+        raise UserError(f"data.split {split!r} is not in {path}; it has: train")
+
+    monkeypatch.setattr(evaluate, "load_split", load)
+    assert evaluate.load_held_out("some", "", 1, 16, 16) == (None, [])
+    split, (line,) = evaluate.load_held_out("some", "holdout", 1, 16, 16)
+    assert split is None and line.startswith("KID is left out") and "--held-out, or ''" in line
+    with pytest.raises(UserError, match="'test' is not in some"):
+        evaluate.load_held_out("some", "test", 1, 16, 16)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--guidance", "7"], ["--mode", "one_step"], ["--count", "10"], ["--steps", "3"],
+    ["--weights", "raw"], ["--frames", "9"], ["--height", "8"], ["--width", "8"], ["--seed", "0"],
+    ["--batch", "1"], ["--time", "0.5"], ["--fresh-noise"], ["--held-out", "holdout"]])
+def test_flags_that_say_nothing_about_a_file_are_refused(tmp_path, capsys, flags):
+    assert main(["evaluate", "--samples", "none.npz", "--out", str(tmp_path / "x"), *flags]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{flags[0]} says how samples are drawn" in said and not (tmp_path / "x").exists()

@@ -144,6 +144,11 @@ def test_a_damaged_summary_is_one_line_and_named_on_the_page(tmp_path, capsys, s
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(UserError, match=re.escape(says)):
         read_summary(tmp_path)
+    assert main(["report", str(tmp_path)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert says in said
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}')
     assert main(["report", str(tmp_path)]) == 0
     assert says in (tmp_path / "report.html").read_text()
 
@@ -162,10 +167,13 @@ def test_damaged_runs_are_named_and_the_rest_shown(study):
     assert page.count("<svg") == 3
 
 
-def test_an_empty_directory_names_everything_missing(tmp_path):
+def test_a_study_that_has_begun_names_everything_missing(tmp_path):
+    run = tmp_path / "consistency"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}')
     page = write_report(tmp_path).read_text()
-    for text in ("no summary.json", "nothing about images", "no training runs",
-                 "No measurements yet"):
+    for text in ("no summary.json, which make demo", "nothing about images",
+                 "nothing about clips", "config.json is missing", "No measurements yet"):
         assert text in page
 
 

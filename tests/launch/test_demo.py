@@ -137,3 +137,29 @@ def test_ablations_start_d_where_the_base_did(demo, tmp_path, monkeypatch, capsy
     assert ablations.main([*command, "--steps", "350"]) == 2
     said = capsys.readouterr().err
     assert "objective.adversarial.r1 = True there, False here" in said and "ablations/no_r1" in said
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    (["--limit", "-1"], "--limit -1 is no number of minutes"), (["--limit", "nan"], "--limit nan")])
+def test_a_wrong_flag_is_one_line(demo, capsys, tmp_path, flags, says):
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--workdir", str(tmp_path), *flags])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and said.startswith("demo: ") and says in said
+
+
+def test_an_interruption_says_that_the_same_command_goes_on(demo, capsys, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert demo.main(["--workdir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "demo: interrupted; the same command goes on\n"
+
+
+def test_a_limit_that_is_over_between_stages_says_so(demo, capsys, tmp_path):
+    limit = demo.Limit(1e-9)
+    assert demo.train_all({"image": None}, tmp_path, limit) is None
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == (f"{tmp_path}: the time is up before the image stage; the same command goes on")

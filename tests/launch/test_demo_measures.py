@@ -42,12 +42,12 @@ def demo(monkeypatch):
     return module
 
 
-def measured(demo, folder):
-    """The image entries; nothing was measured before and there is time."""
-    entries, _ = demo.measure_kind(
+def measured(demo, folder, limit=None):
+    """The image entries, where there is time: None where not."""
+    found = demo.measure_kind(
         "image", base_config(), folder, "base", 0, batch=32,
-        measured=demo.Measured(folder, {}), limit=demo.Limit(0))
-    return entries
+        measured=demo.Measured(folder, {}), limit=limit or demo.Limit(0))
+    return found and found[0]
 
 
 def test_the_baseline_is_the_better_of_raw_and_averaged_weights(demo, tmp_path):
@@ -65,3 +65,29 @@ def test_two_steps_are_tried_close_to_one(demo, tmp_path):
     times = [trial["time"] for trial in found["sweep"]]
     assert {0.5, 0.75, 0.9, 0.95} <= set(times) and found["time"] == max(times)
     assert found["fd"] == min(trial["fd"] for trial in found["sweep"])
+
+
+class Looks:
+    """A limit that is over at the n-th look."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def over(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def test_the_limit_is_looked_at_between_the_values_of_a_sweep(demo, tmp_path, monkeypatch):
+    drawn, draw = [], evaluate.draw
+    monkeypatch.setattr(evaluate, "draw", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k))
+    # One look before the data are read, one before each of 5 settings, then two times of four.
+    assert measured(demo, tmp_path, Looks(1 + 5 + 2 + 1)) is None
+    assert drawn.count("image apt_2") == 2 and not (tmp_path / "summary.json").exists()
+    entries = measured(demo, tmp_path)
+    assert drawn.count("image apt_2") == 4 and len(drawn) == 9  # nothing was drawn again
+    found = entries["apt_2"]
+    assert [trial["time"] for trial in found["sweep"]] == list(demo.TWO_STEP_TIMES)
+    assert found["fd"] == min(trial["fd"] for trial in found["sweep"])
+    assert load_samples(tmp_path / "samples/image/apt_2.npz").frames.max() == found["fd"]
+    assert measured(demo, tmp_path / "fresh") == entries
