@@ -21,6 +21,7 @@ from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import agree, describe
 from apt_jax.train.feeding import put_batch, rows_of
+from apt_jax.train.folder import RunFolder
 from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
@@ -58,7 +59,7 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
     hang = config.train.hang_seconds if jax.device_count() > 1 else 0.0
     # Around all of it: devices wait for each other in a step, and processes when they restore and
     # when they leave, too.
-    with Watchdog(hang, config.train.first_step_seconds) as dog:
+    with Watchdog(hang, config.train.first_step_seconds) as dog, RunFolder(Path(workdir)):
         run = _Run(config, Path(workdir), quiet, dog)
         try:
             summary = run.train(dataset)
@@ -128,13 +129,10 @@ class _Run:
         restored = self.checkpoints.restore(self.setup.abstract)
         step = restored.step if restored else 0
         before = restored.seconds if restored else 0.0
-        finished = step >= total
-        # The files beside a finished run say what it was trained with; they stay.
-        if self.first and not (finished and (self.workdir / CONFIG_FILE).is_file()):
-            with run_disk(self.workdir, opening=True):
-                write_run_files(self.workdir, config)
-                record_directory(self.workdir, config)
-        if finished:
+        if step >= total:
+            # The files beside a finished run say what it was trained with; they stay.
+            if not (self.workdir / CONFIG_FILE).is_file():
+                self._write_files()
             self.tell(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)
         dataset = _open(config) if dataset is None else dataset
@@ -143,17 +141,19 @@ class _Run:
                                replicated(self.mesh))
         state = restored.state if restored else init_state(config, self.setup)
         restored = None
-        if step:
-            self.tell(f"{config.name}: going on from step {step}")
         update = build_update(config, self.setup.nets, self.setup.optimizers, self.mesh,
                               self.setup.shardings)
+        stream = _stream(config, dataset, step, self.mesh)
+        batch = next(stream)
+        # Only now: a start that is refused must not relabel the run that is there.
+        self._write_files()
+        if step:
+            self.tell(f"{config.name}: going on from step {step}")
         with run_disk(self.workdir, opening=True):
             self.log = MetricLog(self.workdir, step, writes=self.first)
         self.progress = Progress(total, step, config.name, shows=self.first and not self.quiet)
         self.checked = step
         previews = None
-        stream = _stream(config, dataset, step, self.mesh)
-        batch = next(stream)
         begun = time.monotonic()
 
         def seconds():
@@ -208,6 +208,13 @@ class _Run:
             self.dog.slowly()
             self.checkpoints.wait()
         return self._summary("complete", step, seconds())
+
+    def _write_files(self) -> None:
+        """config.json, versions.json and where relative paths start, from one process."""
+        if self.first:
+            with run_disk(self.workdir, opening=True):
+                write_run_files(self.workdir, self.config)
+                record_directory(self.workdir, self.config)
 
     def _check(self, upto: int) -> None:
         """Raises for the first update up to `upto` that was not sound."""

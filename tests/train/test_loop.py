@@ -125,6 +125,23 @@ def get_config():
     assert (copy / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("refused", [{"data__path": "/nonexist"},
+                                     {"init__generator": "/nonexist"}])
+def test_a_refused_start_leaves_the_folder_as_it_was(copy, refused, tmp_path):
+    """An unfinished run keeps its labels, without which it is not read; no new one is left."""
+    stage = "consistency" if "init__generator" in refused else "pretrain"
+    config = emoji_config(stage, init__diffusion="/nonexist", train__steps=9, **refused)
+    if stage == "pretrain":
+        before = sorted((p, p.stat().st_mtime_ns) for p in copy.rglob("*.json*"))
+        with pytest.raises(UserError):
+            train(config, copy, quiet=True)
+        assert sorted((p, p.stat().st_mtime_ns) for p in copy.rglob("*.json*")) == before
+        load_generator(copy)
+    with pytest.raises(UserError):
+        train(config, tmp_path / "new/run", quiet=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_signal_in_the_last_step_has_nothing_left_to_stop(copy, monkeypatch, capsys):
     """The run is complete: a scheduler must not queue it again. And it said where it ran."""
     class Signalled(loop.Preemption):
