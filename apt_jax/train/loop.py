@@ -201,6 +201,8 @@ class _Run:
                 if step < total and (name := stop.asked(step)):
                     save()
                     self.checkpoints.wait()
+                    if self.window:
+                        self._log(step, seconds())
                     self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "
                              "same command goes on from there")
                     return self._summary("preempted", step, seconds())
@@ -232,8 +234,8 @@ class _Run:
                 for s, values in jax.device_get(self.window)]
         self.window.clear()
         for s, row in rows:
-            if "discriminator/loss" in row:
-                self.watch.observe(s, row["discriminator/loss"])
+            if "discriminator/d_gan" in row:  # its loss has the penalties in it
+                self.watch.observe(s, row["discriminator/d_gan"])
         self.metrics = {name: float(np.mean([row[name] for _, row in rows]))
                         for name in rows[0][1] if not name.endswith("finite")}
         with run_disk(self.workdir):
