@@ -50,6 +50,6 @@ class CollapseWatch:
             self._done = True
             self._warn(
                 f"step {step}: the discriminator's loss without penalties has been below "
-                f"{self._loss} for {self._run} steps; it wins everywhere and the generator learns nothing "
-                "(collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma or "
-                "r1_weight, or a lower optimizer.discriminator_learning_rate")
+                f"{self._loss} for {self._run} steps; it wins everywhere and the generator learns "
+                "nothing (collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma "
+                "or r1_weight, or a lower optimizer.discriminator_learning_rate")

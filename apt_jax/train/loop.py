@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ LEAVE_SECONDS = 60.0
 
 
 def train(config: Any, workdir: str | Path, *, quiet: bool = False,
-          dataset: Any = None) -> dict[str, Any]:
+          dataset: Any = None, leave: Callable[[], NoReturn] | None = None) -> dict[str, Any]:
     """Trains one stage in a run folder; a folder with checkpoints is continued.
 
     Args:
@@ -44,6 +45,9 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
         tensorboard/, samples/).
       quiet: no progress output; warnings still show.
       dataset: an opened data set in place of the one `config.data` names.
+      leave: ends the process, where a signal comes before the first update of this one: compiling
+        takes minutes, and nothing is lost. Without it, and with several processes, the signal waits
+        for the update.
 
     Returns:
       {"status": "complete" or "preempted", "step", "seconds" (trained, over all attempts),
@@ -62,7 +66,7 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
     with Watchdog(hang, config.train.first_step_seconds) as dog, RunFolder(Path(workdir)):
         run = _Run(config, Path(workdir), quiet, dog)
         try:
-            summary = run.train(dataset)
+            summary = run.train(dataset, leave)
         except BaseException:
             dog.slowly()
             run.close(LEAVE_SECONDS if jax.process_count() > 1 else None)
@@ -124,7 +128,7 @@ class _Run:
         finally:
             self.checkpoints.close(seconds)
 
-    def train(self, dataset: Any) -> dict[str, Any]:
+    def train(self, dataset: Any, leave: Callable[[], NoReturn] | None) -> dict[str, Any]:
         config, total = self.config, self.config.train.steps
         restored = self.checkpoints.restore(self.setup.abstract)
         step = restored.step if restored else 0
@@ -169,14 +173,25 @@ class _Run:
             self.checkpoints.save(step, state, {"seed": config.seed, "next_batch": step},
                                   seconds())
 
+        def early(name):
+            self.say(f"{config.name}: {name}: left before the first update, with nothing to save; "
+                     f"the same command goes on from step {step} of {total}")
+            leave()
+
         shapes = set()
-        with Preemption() as stop:
+        with Preemption(None if leave is None else early) as stop:
             while step < total:
-                self.dog.step(new=batch["x"].shape not in shapes)
+                new = batch["x"].shape not in shapes
+                self.dog.step(new)
+                if new:
+                    size = "x".join(map(str, batch["x"].shape[1:-1]))
+                    self.progress.compiles(
+                        f"the step of {size} samples" if shapes else "the first step")
                 shapes.add(batch["x"].shape)
                 on_device = put_batch(batch, self.mesh, config.train.accumulate)
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, frozen, on_device)
+                stop.updates()
                 step += 1
                 self.window.append((step, metrics))
                 if step < total:

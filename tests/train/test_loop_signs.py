@@ -1,7 +1,11 @@
 """What the loop tells while it runs, with an update that computes nothing."""
 
+import hashlib
 import json
+import os
 import signal
+import threading
+import time
 
 import pytest
 from tiny import emoji_config
@@ -54,3 +58,45 @@ def test_what_came_after_the_last_line_is_logged_before_a_signal_ends_the_run(
     assert (summary["status"], summary["step"]) == ("preempted", 3)
     assert [(line["step"], line["loss"]) for line in logged(tmp_path)] == [(2, 1.5), (3, 3.0)]
     assert summary["metrics"]["loss"] == 3.0
+
+
+def test_a_signal_while_the_first_step_compiles_ends_the_process_at_once(
+        tmp_path, monkeypatch, capsys):
+    """Nothing is lost; the scheduler's patience may be shorter than the compiler's work."""
+    class Compiled(Exception):
+        pass
+
+    def build(*_):
+        def update(*_):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # no Python code runs, as in XLA
+            raise Compiled(time.monotonic())
+
+        return update
+
+    monkeypatch.setattr(loop, "build_update", build)
+    left = []
+    with pytest.raises(Compiled) as compiled:
+        train(emoji_config(), tmp_path, quiet=True, leave=lambda: left.append(time.monotonic()))
+    assert len(left) == 1 and left[0] < compiled.value.args[0]
+    assert "SIGTERM: left before the first update" in capsys.readouterr().err
+    with pytest.raises(Compiled):  # where nobody says how to leave, it is noted
+        train(emoji_config(), tmp_path, quiet=True)
+
+
+def test_after_the_first_update_a_signal_waits_for_the_step(updates, tmp_path, monkeypatch):
+    updates.append({"loss": 1.0})
+    left = []
+
+    class Signalled(loop.Preemption):
+        def updates(self):
+            super().updates()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "Preemption", Signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the second, as the run is left
+    try:
+        summary = train(emoji_config(), tmp_path, quiet=True, leave=lambda: left.append(1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (summary["status"], summary["step"], left) == ("preempted", 1, [])
