@@ -210,7 +210,8 @@ class _Run:
                         previews = self._previews(dataset)
                     params = join(frozen.get(BASE.format("generator")), state["generator_ema"])
                     with run_disk(self.workdir):
-                        previews.write(step, params)
+                        for preview in previews:
+                            preview.write(step, params)
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if step < total and (name := stop.asked(step)):
@@ -258,15 +259,17 @@ class _Run:
         shown = [name for name in self.metrics if name.split("/")[-1] == "loss"]
         return ", ".join(f"{name} {self.metrics[name]:.4g}" for name in sorted(shown))
 
-    def _previews(self, dataset: Any) -> Any:
+    def _previews(self, dataset: Any) -> list[Any]:
+        """Of images and of clips, where the run has both."""
         from apt_jax.train.previews import Previews, find_prompts
 
         config = self.config
         prompts, text, mask = find_prompts(dataset, config.train.sample_prompts, self.say)
-        shape = dataset.shapes[-1]  # the largest; a run of images and clips shows clips
-        return Previews(config, self.setup.generator, self.mesh, self.workdir / "samples", prompts,
-                        text, mask, dataset.negative_text, dataset.negative_mask,
-                        (shape.frames, shape.height, shape.width, config.model.in_channels))
+        largest = {shape.frames > 1: shape for shape in dataset.shapes}  # they are sorted
+        return [Previews(config, self.setup.generator, self.mesh, self.workdir / "samples",
+                         prompts, text, mask, dataset.negative_text, dataset.negative_mask,
+                         (shape.frames, shape.height, shape.width, config.model.in_channels))
+                for shape in largest.values()]
 
     def _summary(self, status: str, step: int, seconds: float) -> dict[str, Any]:
         return {"status": status, "step": step, "seconds": round(seconds, 3),

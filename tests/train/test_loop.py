@@ -96,6 +96,15 @@ def test_a_resumed_run_equals_the_undisturbed_one(whole, tmp_path):
     assert losses(tmp_path) == losses(whole[0])
 
 
+def test_pictures_while_training_change_nothing(whole, tmp_path):
+    _, config, want = whole
+    shown = emoji_config(train__log_every=1, train__sample_every=1, sample__steps=1)
+    train(shown, tmp_path, quiet=True)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
+    assert_same(final_state(tmp_path, config), want)
+    assert losses(tmp_path) == losses(whole[0])
+
+
 def test_a_finished_run_returns_at_once(copy, whole, capsys):
     before = (copy / "config.json").stat().st_mtime_ns
     other = emoji_config(train__log_every=3, train__checkpoint_every=7)  # same course

@@ -100,3 +100,11 @@ def test_after_the_first_update_a_signal_waits_for_the_step(updates, tmp_path, m
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (summary["status"], summary["step"], left) == ("preempted", 1, [])
+
+
+def test_a_run_of_images_and_clips_shows_both(updates, tmp_path):
+    updates.append({"loss": 1.0})
+    train(emoji_config(data__frames=(1, 2), train__steps=1, train__sample_every=1,
+                       sample__steps=1), tmp_path, quiet=True)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "step_000001.png", "step_000001.webp"]
