@@ -55,7 +55,8 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
 
     Raises:
       UserError: a config, checkpoint, mesh or data set that does not fit; a finished run of another
-        config (`train/course.py`); a disk that does not take the run; a non-finite loss.
+        config (`train/course.py`); a folder that another run is in; a disk that does not take the
+        run; a non-finite loss.
     """
     config = validate(config)
     if not str(workdir):  # Path("") would be the current directory
