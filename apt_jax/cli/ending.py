@@ -47,7 +47,12 @@ def leave_job(error: BaseException) -> NoReturn:
         complain(error)
     else:
         traceback.print_exception(error)
-    status = left(WRONG if isinstance(error, UserError) else CRASHED)
+    leave_with(WRONG if isinstance(error, UserError) else CRASHED)
+
+
+def leave_with(status: int) -> NoReturn:
+    """Ends this process now, with what else runs in it."""
+    left(status)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

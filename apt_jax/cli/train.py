@@ -1,8 +1,8 @@
 """Trains one stage in a run folder; the same command continues a run that was stopped.
 
-Ctrl-C or SIGTERM, on any of several processes, finishes the step, saves and leaves. A finished run
-returns at once, or is refused where its settings were others; an unfinished one goes on with other
-settings and a warning of each.
+Ctrl-C or SIGTERM, on any of several processes, finishes the step, saves and leaves; a single process
+that still compiles its first step leaves at once. A finished run returns at once, or is refused where
+its settings were others; an unfinished one goes on with other settings and a warning of each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains; after a signal, when the state is saved, the status is --preempted-status."""
     import jax
 
-    from apt_jax.cli.ending import leave_job
+    from apt_jax.cli.ending import leave_job, leave_with
     from apt_jax.config import load_config, validate
     from apt_jax.train.distributed import find_job, start
     from apt_jax.train.loop import train
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     start(find_job(coordinator=args.coordinator, processes=args.processes, process=args.process,
                    automatic=args.distributed))
     try:
-        summary = train(config, args.workdir, quiet=args.quiet)
+        summary = train(config, args.workdir, quiet=args.quiet,
+                        leave=lambda: leave_with(args.preempted_status))
     except BaseException as error:
         if jax.distributed.is_initialized():
             leave_job(error)

@@ -33,20 +33,23 @@ def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None)
 
 
 class CollapseWatch:
-    """Warns once when D's GAN loss stays near zero: the sign of collapse without R1 (Sec. 5.1)."""
+    """Warns once when D's GAN loss stays near zero: the sign of collapse without R1 (Sec. 5.1).
+
+    The penalties do not count: weighted, they keep the sum up for as long as D still moves.
+    """
 
     def __init__(self, warn: Callable[[str], None], loss: float = COLLAPSE_LOSS,
                  steps: int = COLLAPSE_STEPS):
         self._warn, self._loss, self._steps = warn, loss, steps
         self._run, self._done = 0, False
 
-    def observe(self, step: int, d_loss: float) -> None:
-        """Takes D's loss of one update."""
-        self._run = self._run + 1 if d_loss < self._loss else 0
+    def observe(self, step: int, d_gan: float) -> None:
+        """Takes D's loss without penalties of one update."""
+        self._run = self._run + 1 if d_gan < self._loss else 0
         if self._run >= self._steps and not self._done:
             self._done = True
             self._warn(
-                f"step {step}: the discriminator's loss has been below {self._loss} for "
-                f"{self._run} steps; it wins everywhere and the generator learns nothing "
-                "(collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma or "
-                "r1_weight, or a lower optimizer.discriminator_learning_rate")
+                f"step {step}: the discriminator's loss without penalties has been below "
+                f"{self._loss} for {self._run} steps; it wins everywhere and the generator learns "
+                "nothing (collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma "
+                "or r1_weight, or a lower optimizer.discriminator_learning_rate")

@@ -68,43 +68,63 @@ def _short(value: float) -> float:
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere; both with the rate and the time left."""
+    """A bar on a terminal, plain lines elsewhere; both with the rate and the time left.
+
+    The clock of the rate starts after a step that had to be compiled: minutes of it, counted as a
+    step's time, made years of the time that is left.
+    """
 
     def __init__(self, total: int, start: int, label: str, shows: bool = True,
                  stream: IO[str] | None = None, every_seconds: float = 10.0):
         self._stream = sys.stderr if stream is None else stream
-        self._total, self._start, self._label = total, start, label
+        self._total, self._label = total, label
         self._shows, self._every = shows, every_seconds
-        self._begun = self._printed = time.monotonic()
+        self._printed = time.monotonic()
         self._step, self._note = start, ""
+        self._from = start, None  # the step and the time from which the rate counts
         self._bar = None
-        if shows and self._stream.isatty():
-            from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=start, desc=label, unit="step",
-                             file=self._stream, dynamic_ncols=True, smoothing=0.05)
+    def compiles(self, what: str) -> None:
+        """The next step has to be compiled; says so."""
+        if self._bar is not None:  # it would count it; the next one takes its line after it
+            self._bar.leave = False
+            self.close()
+        self._from = self._step, None
+        if self._shows:
+            print(f"{self._label}: compiling {what}", file=self._stream, flush=True)
 
     def update(self, step: int, note: str | None = None) -> None:
         """Tells the last finished step and, when new, the numbers to show beside it."""
         advance, self._step = step - self._step, step
         self._note = self._note if note is None else note
+        now = time.monotonic()
+        if self._from[1] is None:
+            self._from = step, now
+            self._open_bar()
+        elif self._bar is not None:
+            self._bar.update(advance)
         if self._bar is not None:
             if note is not None:
                 self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(advance)
-            return
-        now = time.monotonic()
-        if self._shows and (now - self._printed >= self._every or step == self._total):
+        elif self._shows and (now - self._printed >= self._every or step == self._total):
             self._printed = now
             self._print_line(now)
 
+    def _open_bar(self) -> None:
+        if self._shows and self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, initial=self._step, desc=self._label, unit="step",
+                             file=self._stream, dynamic_ncols=True, smoothing=0.05)
+
     def _print_line(self, now: float) -> None:
-        rate = (self._step - self._start) / max(now - self._begun, 1e-9)
-        left = (self._total - self._step) / rate if rate > 0 else float("inf")
-        speed = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.2f} s/step"
-        minutes = f"{int(left // 60)}:{int(left % 60):02d}" if left < 1e7 else "?"
-        print(f"{self._label}: step {self._step}/{self._total}, {speed}, {minutes} left"
-              + (f", {self._note}" if self._note else ""), file=self._stream, flush=True)
+        done, seconds = self._step - self._from[0], now - self._from[1]
+        rate = done / max(seconds, 1e-9)
+        parts = [f"{self._label}: step {self._step}/{self._total}"]
+        if done:
+            parts.append(f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / rate:.2f} s/step")
+            parts.append(f"{_clock((self._total - self._step) / rate)} left")
+        print(", ".join(parts + [self._note] * bool(self._note)), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own that does not tear the bar; also where no progress is shown."""
@@ -116,3 +136,11 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+
+
+def _clock(seconds: float) -> str:
+    """90 -> "1:30", 3690 -> "1:01:30"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

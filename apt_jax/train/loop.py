@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import agree, describe
 from apt_jax.train.feeding import put_batch, rows_of
+from apt_jax.train.folder import RunFolder
 from apt_jax.train.health import CollapseWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
@@ -34,7 +36,7 @@ LEAVE_SECONDS = 60.0
 
 
 def train(config: Any, workdir: str | Path, *, quiet: bool = False,
-          dataset: Any = None) -> dict[str, Any]:
+          dataset: Any = None, leave: Callable[[], NoReturn] | None = None) -> dict[str, Any]:
     """Trains one stage in a run folder; a folder with checkpoints is continued.
 
     Args:
@@ -43,6 +45,9 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
         tensorboard/, samples/).
       quiet: no progress output; warnings still show.
       dataset: an opened data set in place of the one `config.data` names.
+      leave: ends the process, where a signal comes before the first update of this one: compiling
+        takes minutes, and nothing is lost. Without it, and with several processes, the signal waits
+        for the update.
 
     Returns:
       {"status": "complete" or "preempted", "step", "seconds" (trained, over all attempts),
@@ -50,7 +55,8 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
 
     Raises:
       UserError: a config, checkpoint, mesh or data set that does not fit; a finished run of another
-        config (`train/course.py`); a disk that does not take the run; a non-finite loss.
+        config (`train/course.py`); a folder that another run is in; a disk that does not take the
+        run; a non-finite loss.
     """
     config = validate(config)
     if not str(workdir):  # Path("") would be the current directory
@@ -58,10 +64,10 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
     hang = config.train.hang_seconds if jax.device_count() > 1 else 0.0
     # Around all of it: devices wait for each other in a step, and processes when they restore and
     # when they leave, too.
-    with Watchdog(hang, config.train.first_step_seconds) as dog:
+    with Watchdog(hang, config.train.first_step_seconds) as dog, RunFolder(Path(workdir)):
         run = _Run(config, Path(workdir), quiet, dog)
         try:
-            summary = run.train(dataset)
+            summary = run.train(dataset, leave)
         except BaseException:
             dog.slowly()
             run.close(LEAVE_SECONDS if jax.process_count() > 1 else None)
@@ -123,18 +129,15 @@ class _Run:
         finally:
             self.checkpoints.close(seconds)
 
-    def train(self, dataset: Any) -> dict[str, Any]:
+    def train(self, dataset: Any, leave: Callable[[], NoReturn] | None) -> dict[str, Any]:
         config, total = self.config, self.config.train.steps
         restored = self.checkpoints.restore(self.setup.abstract)
         step = restored.step if restored else 0
         before = restored.seconds if restored else 0.0
-        finished = step >= total
-        # The files beside a finished run say what it was trained with; they stay.
-        if self.first and not (finished and (self.workdir / CONFIG_FILE).is_file()):
-            with run_disk(self.workdir, opening=True):
-                write_run_files(self.workdir, config)
-                record_directory(self.workdir, config)
-        if finished:
+        if step >= total:
+            # The files beside a finished run say what it was trained with; they stay.
+            if not (self.workdir / CONFIG_FILE).is_file():
+                self._write_files()
             self.tell(f"{config.name}: already trained for {step} steps")
             return self._summary("complete", step, before)
         dataset = _open(config) if dataset is None else dataset
@@ -143,17 +146,19 @@ class _Run:
                                replicated(self.mesh))
         state = restored.state if restored else init_state(config, self.setup)
         restored = None
-        if step:
-            self.tell(f"{config.name}: going on from step {step}")
         update = build_update(config, self.setup.nets, self.setup.optimizers, self.mesh,
                               self.setup.shardings)
+        stream = _stream(config, dataset, step, self.mesh)
+        batch = next(stream)
+        # Only now: a start that is refused must not relabel the run that is there.
+        self._write_files()
+        if step:
+            self.tell(f"{config.name}: going on from step {step}")
         with run_disk(self.workdir, opening=True):
             self.log = MetricLog(self.workdir, step, writes=self.first)
         self.progress = Progress(total, step, config.name, shows=self.first and not self.quiet)
         self.checked = step
         previews = None
-        stream = _stream(config, dataset, step, self.mesh)
-        batch = next(stream)
         begun = time.monotonic()
 
         def seconds():
@@ -169,14 +174,25 @@ class _Run:
             self.checkpoints.save(step, state, {"seed": config.seed, "next_batch": step},
                                   seconds())
 
+        def early(name):
+            self.say(f"{config.name}: {name}: left before the first update, with nothing to save; "
+                     f"the same command goes on from step {step} of {total}")
+            leave()
+
         shapes = set()
-        with Preemption() as stop:
+        with Preemption(None if leave is None else early) as stop:
             while step < total:
-                self.dog.step(new=batch["x"].shape not in shapes)
+                new = batch["x"].shape not in shapes
+                self.dog.step(new)
+                if new:
+                    size = "x".join(map(str, batch["x"].shape[1:-1]))
+                    self.progress.compiles(
+                        f"the step of {size} samples" if shapes else "the first step")
                 shapes.add(batch["x"].shape)
                 on_device = put_batch(batch, self.mesh, config.train.accumulate)
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, frozen, on_device)
+                stop.updates()
                 step += 1
                 self.window.append((step, metrics))
                 if step < total:
@@ -195,12 +211,15 @@ class _Run:
                         previews = self._previews(dataset)
                     params = join(frozen.get(BASE.format("generator")), state["generator_ema"])
                     with run_disk(self.workdir):
-                        previews.write(step, params)
+                        for preview in previews:
+                            preview.write(step, params)
                 if step % config.train.checkpoint_every == 0 or step == total:
                     save()
                 if step < total and (name := stop.asked(step)):
                     save()
                     self.checkpoints.wait()
+                    if self.window:
+                        self._log(step, seconds())
                     self.say(f"{config.name}: {name}: saved step {step} of {total} and left; the "
                              "same command goes on from there")
                     return self._summary("preempted", step, seconds())
@@ -208,6 +227,13 @@ class _Run:
             self.dog.slowly()
             self.checkpoints.wait()
         return self._summary("complete", step, seconds())
+
+    def _write_files(self) -> None:
+        """config.json, versions.json and where relative paths start, from one process."""
+        if self.first:
+            with run_disk(self.workdir, opening=True):
+                write_run_files(self.workdir, self.config)
+                record_directory(self.workdir, self.config)
 
     def _check(self, upto: int) -> None:
         """Raises for the first update up to `upto` that was not sound."""
@@ -225,8 +251,8 @@ class _Run:
                 for s, values in jax.device_get(self.window)]
         self.window.clear()
         for s, row in rows:
-            if "discriminator/loss" in row:
-                self.watch.observe(s, row["discriminator/loss"])
+            if "discriminator/d_gan" in row:  # its loss has the penalties in it
+                self.watch.observe(s, row["discriminator/d_gan"])
         self.metrics = {name: float(np.mean([row[name] for _, row in rows]))
                         for name in rows[0][1] if not name.endswith("finite")}
         with run_disk(self.workdir):
@@ -234,15 +260,17 @@ class _Run:
         shown = [name for name in self.metrics if name.split("/")[-1] == "loss"]
         return ", ".join(f"{name} {self.metrics[name]:.4g}" for name in sorted(shown))
 
-    def _previews(self, dataset: Any) -> Any:
+    def _previews(self, dataset: Any) -> list[Any]:
+        """Of images and of clips, where the run has both."""
         from apt_jax.train.previews import Previews, find_prompts
 
         config = self.config
         prompts, text, mask = find_prompts(dataset, config.train.sample_prompts, self.say)
-        shape = dataset.shapes[-1]  # the largest; a run of images and clips shows clips
-        return Previews(config, self.setup.generator, self.mesh, self.workdir / "samples", prompts,
-                        text, mask, dataset.negative_text, dataset.negative_mask,
-                        (shape.frames, shape.height, shape.width, config.model.in_channels))
+        largest = {shape.frames > 1: shape for shape in dataset.shapes}  # they are sorted
+        return [Previews(config, self.setup.generator, self.mesh, self.workdir / "samples",
+                         prompts, text, mask, dataset.negative_text, dataset.negative_mask,
+                         (shape.frames, shape.height, shape.width, config.model.in_channels))
+                for shape in largest.values()]
 
     def _summary(self, status: str, step: int, seconds: float) -> dict[str, Any]:
         return {"status": status, "step": step, "seconds": round(seconds, 3),

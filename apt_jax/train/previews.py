@@ -24,7 +24,7 @@ SCAN = 20_000  # records looked through for the prompts' captions
 
 
 class Previews:
-    """Draws RUN/samples/step_XXXXXX.png, or .webp for clips.
+    """Draws RUN/samples/step_XXXXXX.png, or .webp for clips; of one shape.
 
     One-step samples in the stages that make a one-step generator, the guided Euler sampler in
     pre-training; always of the averaged weights. The noise depends on nothing but NOISE_SEED.

@@ -15,6 +15,7 @@ run needs to go on bit by bit.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from apt_jax.parallel.sharding import MIN_ELEMENTS, abstract_like, infer_shardin
 from apt_jax.train import adapters
 from apt_jax.train.optimizers import discriminator_optimizer, generator_optimizer
 from apt_jax.weights import load_discriminator, load_generator
+from apt_jax.weights.common import BUNDLED
 
 State = dict[str, Any]
 
@@ -133,6 +135,24 @@ def load_params(source: str, which: str, setup: Setup, dtype: Any = np.float32) 
         lambda value, sharding: jax.device_put(value.astype(dtype), sharding), params, shardings)
 
 
+def read_start(config: Any, setup: Setup, source: str, which: str) -> Any:
+    """`load_params` of weights that config.init names; its UserErrors name the field."""
+    # Below adapters that go on lie weights which the other run's config names, not this one.
+    key = next((f"init.{name}" for name in ("generator", "diffusion")
+                if config.init[name] == source), "")
+    if key and not source.startswith(BUNDLED) and not Path(source).exists():
+        stage = "the stage before" if key == "init.generator" else "pre-training"
+        raise UserError(f"{key} = {source!r}: there is no such folder; a run of {stage} makes it "
+                        f"(apt-jax train --workdir {source}), or give another path with "
+                        f"--config.{key}=PATH")
+    try:
+        return load_params(source, which, setup)
+    except UserError as error:
+        if not key:
+            raise
+        raise UserError(f"{key}: {error}") from error
+
+
 def init_state(config: Any, setup: Setup) -> State:
     """The state at step 0.
 
@@ -147,7 +167,7 @@ def init_state(config: Any, setup: Setup) -> State:
     if adapters.trains_adapters(config, "generator"):
         generator = adapters.init_trained(config, setup, "generator", generator_key)
     elif source:
-        generator = load_params(source, which, setup)
+        generator = read_start(config, setup, source, which)
     else:
         generator = jax.jit(setup.generator.init, out_shardings=setup.shardings["generator"])(
             generator_key)
@@ -161,7 +181,7 @@ def init_state(config: Any, setup: Setup) -> State:
                 config.init.discriminator, setup.abstract["discriminator"],
                 setup.shardings["discriminator"])
         elif config.init.diffusion:
-            diffusion = load_params(config.init.diffusion, "ema", setup)
+            diffusion = read_start(config, setup, config.init.diffusion, "ema")
             start = jax.jit(
                 lambda params, key: discriminator_from_diffusion(params, setup.discriminator, key),
                 out_shardings=setup.shardings["discriminator"])
@@ -188,7 +208,7 @@ def frozen_inputs(config: Any, setup: Setup, negative_text: np.ndarray,
                         "pre-training run or its weights folder")
 
     def load(source, which):
-        return load_params(source, which, setup)
+        return read_start(config, setup, source, which)
 
     bases = adapters.frozen_bases(config, setup, load)
     if config.stage != "consistency":

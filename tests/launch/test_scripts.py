@@ -219,6 +219,25 @@ def test_train_tells_the_scheduler_that_steps_are_left(monkeypatch, status, flag
     assert told.read_text() == f"{ends}\n"
 
 
+def test_a_process_that_leaves_before_its_first_update_tells_the_same(monkeypatch, tmp_path):
+    import apt_jax.train.loop
+
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(apt_jax.train.loop, "train", lambda *a, leave, **k: leave())
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setenv("APT_JAX_STATUS", str(tmp_path))
+    config = str(LAUNCH.parent / "configs/demo_pretrain.py")
+    with pytest.raises(Ended, match="75"):
+        main(["train", "--config", config, "--workdir", "run", "--preempted-status", "75"])
+    (told,) = tmp_path.glob(f"*-{os.getpid()}")
+    assert told.read_text() == "75\n"
+
+
 def test_a_wrong_command_leaves_its_status_too(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("APT_JAX_STATUS", str(tmp_path))
     assert main(["train", "--confg", "x"]) == 2

@@ -96,6 +96,15 @@ def test_a_resumed_run_equals_the_undisturbed_one(whole, tmp_path):
     assert losses(tmp_path) == losses(whole[0])
 
 
+def test_pictures_while_training_change_nothing(whole, tmp_path):
+    _, config, want = whole
+    shown = emoji_config(train__log_every=1, train__sample_every=1, sample__steps=1)
+    train(shown, tmp_path, quiet=True)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
+    assert_same(final_state(tmp_path, config), want)
+    assert losses(tmp_path) == losses(whole[0])
+
+
 def test_a_finished_run_returns_at_once(copy, whole, capsys):
     before = (copy / "config.json").stat().st_mtime_ns
     other = emoji_config(train__log_every=3, train__checkpoint_every=7)  # same course
@@ -123,6 +132,23 @@ def get_config():
                  "learning_rate = 0.001 there, 0.5 here", "use another --workdir"):
         assert part in said
     assert (copy / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("refused", [{"data__path": "/nonexist"},
+                                     {"init__generator": "/nonexist"}])
+def test_a_refused_start_leaves_the_folder_as_it_was(copy, refused, tmp_path):
+    """An unfinished run keeps its labels, without which it is not read; no new one is left."""
+    stage = "consistency" if "init__generator" in refused else "pretrain"
+    config = emoji_config(stage, init__diffusion="/nonexist", train__steps=9, **refused)
+    if stage == "pretrain":
+        before = sorted((p, p.stat().st_mtime_ns) for p in copy.rglob("*.json*"))
+        with pytest.raises(UserError):
+            train(config, copy, quiet=True)
+        assert sorted((p, p.stat().st_mtime_ns) for p in copy.rglob("*.json*")) == before
+        load_generator(copy)
+    with pytest.raises(UserError):
+        train(config, tmp_path / "new/run", quiet=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_signal_in_the_last_step_has_nothing_left_to_stop(copy, monkeypatch, capsys):

@@ -61,3 +61,20 @@ def test_data_that_does_not_fit_the_model_is_named(width, shape, says):
     with pytest.raises(UserError, match=says):
         check_data(tiny_config(), SimpleNamespace(text_width=width, shapes=shapes, kind="pixels",
                                                    channels=3))
+
+
+@pytest.mark.parametrize(("stage", "fields", "says"), [
+    ("adversarial", {"generator": "runs/none", "diffusion": "runs/neither"},
+     "init.generator = 'runs/none': there is no such folder; a run of the stage before makes it "
+     "(apt-jax train --workdir runs/none), or give another path with --config.init.generator=PATH"),
+    ("consistency", {"diffusion": "runs/none"},
+     "init.diffusion = 'runs/none': there is no such folder; a run of pre-training makes it"),
+    ("adversarial", {"generator": ".", "diffusion": ""}, "init.generator: . holds neither"),
+])
+def test_a_start_that_is_not_there_is_named_with_its_field(stage, fields, says, tmp_path,
+                                                           monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = emoji_config(stage, **{f"init__{name}": path for name, path in fields.items()})
+    with pytest.raises(UserError) as error:
+        init_state(config, set_up(config, make_mesh(config.mesh)))
+    assert str(error.value).startswith(says)
