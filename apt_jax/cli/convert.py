@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=("import", "export"), help="which way")
     add = parser.add_argument_group("both").add_argument
     add("--to", required=True, metavar="DIR", help="the folder to write")
-    add("--overwrite", action="store_true", help="replace what --to holds")
+    add("--overwrite", action="store_true", help="replace what convert wrote into --to earlier")
     add("--copy", action="store_true",
         help="copy the files that are not converted, where they would be hard-linked")
     add("--quiet", action="store_true", help="no progress output")
