@@ -40,7 +40,7 @@ from apt_jax.models.presets import make_generator
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
-from apt_jax.samples import Samples, save, show, whole, writable
+from apt_jax.samples import Samples, save, show, texts, whole, writable
 from apt_jax.serve import Server, server_of
 from apt_jax.weights import generator_card, load_generator, open_generator
 
@@ -157,8 +157,10 @@ class Generator:
 
     # -- text --------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption."""
+    def encode(self, prompts: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption, and a string
+        alone is one prompt."""
+        prompts = texts(prompts)
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"the prompt {prompt!r} is no text; give a string")
@@ -176,7 +178,7 @@ class Generator:
                     f"text encoder here ({encoder.name}) gives {encoder.width}; pass "
                     "states of its own encoder to Generator.draw")
             self._encoder = TextEncoder() if encoder is TextEncoder else encoder
-        return self._encoder.encode(list(prompts), self.config.data.max_text_tokens)
+        return self._encoder.encode(prompts, self.config.data.max_text_tokens)
 
     def _check_base(self) -> None:
         if self.model["in_channels"] != 3 and self.latents is None:
@@ -211,9 +213,7 @@ class Generator:
         Returns Samples, N = len(prompts) * count, the samples of a prompt side by side.
         Raises UserError for settings that do not fit the mode or the network.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("there is no prompt; give at least one")
+        prompts = texts(prompts)
         if not 1 <= whole("count", count) * len(prompts) <= MOST_SAMPLES:
             raise UserError(f"count = {count} of {len(prompts)} prompts must be 1 to {MOST_SAMPLES:,} "
                             "samples; draw more in several calls")

@@ -52,6 +52,18 @@ def whole(name: str, value: Any) -> int:
     raise UserError(f"{name} = {value!r} is no whole number")
 
 
+def texts(prompts: Any) -> list[Any]:
+    """Prompts as a list; a string is one, not its letters. UserError for none, and for no list."""
+    try:
+        found = [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError:
+        raise UserError(f"prompts = {prompts!r:.60} is no text; give a string, or several in a "
+                        "list") from None
+    if not found:
+        raise UserError("there is no prompt; give at least one")
+    return found
+
+
 class Page:
     """HTML that a notebook displays; `.html` is the text."""
 

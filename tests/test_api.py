@@ -89,6 +89,12 @@ def test_one_step_is_z_minus_v(generator):
     np.testing.assert_allclose(euler.frames, expected, atol=1)
 
 
+def test_a_string_is_one_prompt(generator):
+    text, mask = generator.encode("red heart")
+    assert text.shape[0] == mask.shape[0] == 1
+    np.testing.assert_array_equal(text, generator.encode(["red heart"])[0])
+
+
 def test_same_seed_same_samples_whatever_the_batch(generator):
     whole = generator.sample(PAIR, seed=3, frames=1).frames
     np.testing.assert_array_equal(whole, generator.sample(PAIR, seed=3, frames=1).frames)
@@ -157,6 +163,8 @@ def test_a_run_from_before_the_frame_rate_was_a_field_is_sampled(generator):
     (dict(prompts="a", seed=True), "seed = True is no whole number"),
     (dict(prompts="a", timing=-1), "timing = -1 must be"),
     (dict(prompts=[1, 2]), "prompt 1 is no text"),
+    (dict(prompts=None), "prompts = None is no text; give a string"),
+    (dict(prompts=5), "prompts = 5 is no text"),
     (dict(prompts="a", negative=None), "negative = None|prompt None is no text"),
     (dict(prompts="a", negative="b"), "negative = b belongs to mode 'euler', not 'one_step'"),
     (dict(prompts="a", mode="two_step", negative="b"), "negative = b belongs"),
