@@ -40,6 +40,7 @@ from apt_jax.models.presets import make_generator
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
+from apt_jax.paths import given_path
 from apt_jax.samples import Samples, save, show, texts, whole, writable
 from apt_jax.serve import Server, server_of
 from apt_jax.weights import generator_card, load_generator, open_generator
@@ -68,6 +69,7 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
     Raises UserError if there is nothing to load or it does not fit.
     """
     devices = shardings = None
+    path, base = given_path("path", path), base if base is None else given_path("base", base)
     if weights == "raw" and generator_card(path):  # a run has none
         raise UserError(f"{path} has one set of weights; 'raw' and 'ema' are those of a run")
     if mesh is not None:
@@ -81,8 +83,8 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
         shardings = infer_shardings(make_generator(model).abstract(), devices)
     model, params = load_generator(path, weights, shardings)
     if base is not None and model["in_channels"] == 3:
-        raise UserError(f"{path} makes pixels, which need no VAE; leave out base = {str(base)!r}")
-    return Generator(model, params, _settings(path), source=str(path), weights=weights,
+        raise UserError(f"{path} makes pixels, which need no VAE; leave out base = {base!r}")
+    return Generator(model, params, _settings(path), source=path, weights=weights,
                      base=history(path).base if base is None else base, tiled=tiled,
                      scope=devices and on_mesh(devices, mesh.get("ulysses", -1)))
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from apt_jax import media
 from apt_jax.errors import UserError, disk_errors
+from apt_jax.paths import given_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def writable(folder: str | Path) -> Path:
     """The folder, made if needed; UserError unless files can be written into it."""
     if not str(folder):
         raise UserError("the output folder has no name; give one")
-    folder = Path(folder)
+    folder = Path(given_path("folder", folder))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

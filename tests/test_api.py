@@ -12,6 +12,7 @@ import apt_jax
 from apt_jax import api
 from apt_jax.cli import main as cli
 from apt_jax.config import base_config
+from apt_jax.convert.exporting import export_folder
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
 from apt_jax.weights import save_generator
@@ -237,6 +238,22 @@ def test_output_that_cannot_be_written_is_one_line(generator, tmp_path):
     with pytest.raises(UserError, match="no name"):
         apt_jax.save(samples, "")
     assert json.loads((apt_jax.save(samples, tmp_path / "new")[-1]).read_text())["seed"] == 3
+
+
+def test_a_tilde_is_the_home_folder(generator, folder, tmp_path, monkeypatch):
+    """Also where no shell has seen it: in Python, and within --out=~/x."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(folder, home / "weights")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert apt_jax.load("~/weights").source == str(home / "weights")
+    apt_jax.save(generator.sample("a", frames=1), "~/out")
+    assert cli.main(["convert", "export", "--checkpoint=~/weights", "--to=~/diffusers"]) == 0
+    assert (home / "out" / "sample.json").is_file() and not list(here.iterdir())
+    assert (home / "diffusers" / "README.md").is_file()
+    with pytest.raises(UserError, match="--to .*would replace .*home/weights, which is read"):
+        export_folder("~/weights", "~/weights", overwrite=True)
 
 
 def test_save_and_show_images(generator, tmp_path):

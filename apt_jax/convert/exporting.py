@@ -23,6 +23,7 @@ from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, check_weights, files_of
 from apt_jax.errors import UserError, disk_errors
+from apt_jax.paths import given_path
 from apt_jax.tensor_files import SHARD_BYTES, read_table, write_files, write_json
 from apt_jax.weights import TRANSFORMER, open_generator
 
@@ -56,6 +57,8 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
       UserError: a checkpoint that is damaged or that no public class can hold, a base that is not
       here or of another model, a full disk. Nothing is left.
     """
+    checkpoint, to = given_path("checkpoint", checkpoint), given_path("to", to)
+    base = given_path("base", base) if base else None
     past = history(checkpoint)
     folder = Path(base) if base else past.base
     if folder is None:
