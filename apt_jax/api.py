@@ -41,7 +41,7 @@ from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
 from apt_jax.paths import given_path
-from apt_jax.samples import Samples, save, show, texts, whole, writable
+from apt_jax.samples import Samples, number, save, show, texts, whole, writable
 from apt_jax.serve import Server, server_of
 from apt_jax.weights import generator_card, load_generator, open_generator
 
@@ -73,6 +73,9 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
     if weights == "raw" and generator_card(path):  # a run has none
         raise UserError(f"{path} has one set of weights; 'raw' and 'ema' are those of a run")
     if mesh is not None:
+        if not isinstance(mesh, Mapping):
+            raise UserError(f"mesh = {mesh!r:.60} is no table of sizes; give one such as "
+                            "{'context': 8}")
         if unknown := sorted(set(mesh) - set(base_config().mesh)):
             raise UserError(f"mesh has no {unknown[0]!r}; its sizes are "
                             f"{', '.join(base_config().mesh)}")
@@ -309,9 +312,9 @@ class Generator:
         }
         if mode == "euler":
             settings["steps"] = whole("steps", sample.steps if steps is None else steps)
-            settings["guidance"] = float(sample.guidance if guidance is None else guidance)
+            settings["guidance"] = number("guidance", sample.guidance if guidance is None else guidance)
         if mode == "two_step":
-            settings["time"] = float(sample.two_step_time if time is None else time)
+            settings["time"] = number("time", sample.two_step_time if time is None else time)
             settings["fresh_noise"] = bool(
                 sample.two_step_fresh if fresh_noise is None else fresh_noise)
         check_sampling(settings)

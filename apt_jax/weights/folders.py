@@ -105,7 +105,7 @@ def load_generator(path: str | Path, which: str = "ema", shardings: Any = None
       UserError: nothing there, an incomplete or damaged folder, keys that do not fit the model.
     """
     if which not in ("ema", "raw"):
-        raise UserError(f"which = {which!r} is unknown; use 'ema' or 'raw'")
+        raise UserError(f"weights = {which!r:.60} is unknown; use 'ema' or 'raw'")
     if not str(path).startswith(BUNDLED) and is_run(folder := generator_folder(path)):
         return load_run(folder, which, shardings)
     with open_generator(path, which) as (model, leaves):
