@@ -141,6 +141,10 @@ def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, 
     elif is_run(folder):
         yield open_run(folder, which)
     elif any((folder / name).is_file() for name in _DIFFUSERS):
+        if (folder / CONFIG_FILE).is_file() and (
+                read_card(folder).get("_class_name") == "MMDiTShared"):
+            raise UserError(f"{folder} is an export for PyTorch alone (MMDiTShared); give the run or "
+                            "the weights folder that it was made of")
         raise UserError(f"{folder} is a diffusers folder; apt-jax convert import makes one that "
                         "can be read here")
     else:
