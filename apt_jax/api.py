@@ -154,7 +154,7 @@ class Generator:
         # Weights of one network share what was compiled for it, on one device and without a VAE.
         self._kind = Itself(self.network) if scope is not None or self.latents else json.dumps(
             {**dict(model), "attention": attention}, sort_keys=True)
-        self._encoder = None
+        self._encoder = self._empty = None
 
     def __repr__(self) -> str:
         return (f"Generator({self.source!r}, weights={self.weights!r}, "
@@ -184,6 +184,16 @@ class Generator:
                     "states of its own encoder to Generator.draw")
             self._encoder = TextEncoder() if encoder is TextEncoder else encoder
         return self._encoder.encode(prompts, self.config.data.max_text_tokens)
+
+    def _no_text(self, text: np.ndarray, mask: np.ndarray, mode: str
+                 ) -> tuple[np.ndarray, np.ndarray]:
+        """States [L, D] and mask [L] of the empty caption beside these; only euler reads them."""
+        if mode != "euler":
+            return np.zeros_like(text[0]), np.zeros_like(mask[0])
+        if self._empty is None:
+            text, mask = self.encode([""])
+            self._empty = text[0], mask[0]
+        return self._empty
 
     def _check_base(self) -> None:
         if self.model["in_channels"] != 3 and self.latents is None:
@@ -224,9 +234,14 @@ class Generator:
                             "samples; draw more in several calls")
         check_mode(mode, negative=negative)
         captions = tuple(prompt for prompt in prompts for _ in range(count))
-        text, mask = self.encode([*prompts, negative])
         rows = np.repeat(np.arange(len(prompts)), count)
-        return self.draw(text[rows], mask[rows], captions, null=(text[-1], mask[-1]), mode=mode,
+        if negative != "":
+            text, mask = self.encode([*prompts, negative])
+            null = text[-1], mask[-1]
+        else:  # alone: a warning of long captions counts those that the user gave
+            text, mask = self.encode(prompts)
+            null = self._no_text(text, mask, mode)
+        return self.draw(text[rows], mask[rows], captions, null=null, mode=mode,
                          seed=seed, frames=frames, height=height, width=width, steps=steps,
                          guidance=guidance, time=time, fresh_noise=fresh_noise, batch=batch,
                          timing=timing, label=label, latents=latents)

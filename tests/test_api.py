@@ -96,6 +96,23 @@ def test_a_string_is_one_prompt(generator):
     np.testing.assert_array_equal(text, generator.encode(["red heart"])[0])
 
 
+def test_only_the_users_captions_are_counted(generator, monkeypatch):
+    """The empty caption of euler's guidance is encoded apart, once, and for no other mode."""
+    asked = []
+    monkeypatch.setattr(Encoder, "encode", lambda self, captions, most, real=Encoder.encode: (
+        asked.append(list(captions)), real(self, captions, most))[1])
+    monkeypatch.setattr(generator, "_empty", None)
+    plain, again = (generator.sample(PAIR, "euler", frames=1) for _ in range(2))
+    generator.sample("cat", frames=1)
+    assert asked == [[*PAIR], [""], [*PAIR], ["cat"]]
+    np.testing.assert_array_equal(plain.frames, again.frames)
+    null = tuple(x[0] for x in generator.encode([""]))
+    drawn = generator.draw(*generator.encode(PAIR), PAIR, null=null, mode="euler", frames=1)
+    np.testing.assert_array_equal(plain.frames, drawn.frames)
+    other = generator.sample(PAIR, "euler", frames=1, negative="dog")
+    assert asked[-1] == [*PAIR, "dog"] and (other.frames != plain.frames).any()
+
+
 def test_same_seed_same_samples_whatever_the_batch(generator):
     whole = generator.sample(PAIR, seed=3, frames=1).frames
     np.testing.assert_array_equal(whole, generator.sample(PAIR, seed=3, frames=1).frames)
