@@ -76,6 +76,7 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
         if not isinstance(mesh, Mapping):
             raise UserError(f"mesh = {mesh!r:.60} is no table of sizes; give one such as "
                             "{'context': 8}")
+        mesh = {axis: whole(f"mesh[{axis!r}]", size) for axis, size in mesh.items()}
         if unknown := sorted(set(mesh) - set(base_config().mesh)):
             raise UserError(f"mesh has no {unknown[0]!r}; its sizes are "
                             f"{', '.join(base_config().mesh)}")

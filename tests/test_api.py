@@ -212,6 +212,7 @@ def test_what_cannot_be_loaded_or_asked_of_it(folder, generator):
     for options, words in (
             (dict(weights="raw"), "one set of weights"), (dict(base="nowhere"), "makes pixels"),
             (dict(mesh=3), "mesh = 3 is no table"), (dict(weights="avg"), "weights = 'avg' is unk"),
+            (dict(mesh={"context": "a"}), "'context'. = 'a' is no whole number"),
             (dict(mesh={"bogus": 1}), "mesh has no 'bogus'"),
             (dict(mesh={"context": 1}, tiled=True), "one device")):
         with pytest.raises(UserError, match=words):
