@@ -40,7 +40,8 @@ from apt_jax.models.presets import make_generator
 from apt_jax.parallel.context import on_mesh
 from apt_jax.parallel.mesh import check_model, make_mesh
 from apt_jax.parallel.sharding import infer_shardings
-from apt_jax.samples import Samples, save, show, whole, writable
+from apt_jax.paths import given_path
+from apt_jax.samples import Samples, number, save, show, texts, whole, writable
 from apt_jax.serve import Server, server_of
 from apt_jax.weights import generator_card, load_generator, open_generator
 
@@ -68,9 +69,14 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
     Raises UserError if there is nothing to load or it does not fit.
     """
     devices = shardings = None
+    path, base = given_path("path", path), base if base is None else given_path("base", base)
     if weights == "raw" and generator_card(path):  # a run has none
         raise UserError(f"{path} has one set of weights; 'raw' and 'ema' are those of a run")
     if mesh is not None:
+        if not isinstance(mesh, Mapping):
+            raise UserError(f"mesh = {mesh!r:.60} is no table of sizes; give one such as "
+                            "{'context': 8}")
+        mesh = {axis: whole(f"mesh[{axis!r}]", size) for axis, size in mesh.items()}
         if unknown := sorted(set(mesh) - set(base_config().mesh)):
             raise UserError(f"mesh has no {unknown[0]!r}; its sizes are "
                             f"{', '.join(base_config().mesh)}")
@@ -81,8 +87,8 @@ def load(path: str | Path = "bundled:base", weights: str = "ema",
         shardings = infer_shardings(make_generator(model).abstract(), devices)
     model, params = load_generator(path, weights, shardings)
     if base is not None and model["in_channels"] == 3:
-        raise UserError(f"{path} makes pixels, which need no VAE; leave out base = {str(base)!r}")
-    return Generator(model, params, _settings(path), source=str(path), weights=weights,
+        raise UserError(f"{path} makes pixels, which need no VAE; leave out base = {base!r}")
+    return Generator(model, params, _settings(path), source=path, weights=weights,
                      base=history(path).base if base is None else base, tiled=tiled,
                      scope=devices and on_mesh(devices, mesh.get("ulysses", -1)))
 
@@ -149,7 +155,7 @@ class Generator:
         # Weights of one network share what was compiled for it, on one device and without a VAE.
         self._kind = Itself(self.network) if scope is not None or self.latents else json.dumps(
             {**dict(model), "attention": attention}, sort_keys=True)
-        self._encoder = None
+        self._encoder = self._empty = None
 
     def __repr__(self) -> str:
         return (f"Generator({self.source!r}, weights={self.weights!r}, "
@@ -157,8 +163,10 @@ class Generator:
 
     # -- text --------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption."""
+    def encode(self, prompts: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Text states float32 [N, L, D] and mask bool [N, L]; '' is the empty caption, and a string
+        alone is one prompt."""
+        prompts = texts(prompts)
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"the prompt {prompt!r} is no text; give a string")
@@ -176,7 +184,17 @@ class Generator:
                     f"text encoder here ({encoder.name}) gives {encoder.width}; pass "
                     "states of its own encoder to Generator.draw")
             self._encoder = TextEncoder() if encoder is TextEncoder else encoder
-        return self._encoder.encode(list(prompts), self.config.data.max_text_tokens)
+        return self._encoder.encode(prompts, self.config.data.max_text_tokens)
+
+    def _no_text(self, text: np.ndarray, mask: np.ndarray, mode: str
+                 ) -> tuple[np.ndarray, np.ndarray]:
+        """States [L, D] and mask [L] of the empty caption beside these; only euler reads them."""
+        if mode != "euler":
+            return np.zeros_like(text[0]), np.zeros_like(mask[0])
+        if self._empty is None:
+            text, mask = self.encode([""])
+            self._empty = text[0], mask[0]
+        return self._empty
 
     def _check_base(self) -> None:
         if self.model["in_channels"] != 3 and self.latents is None:
@@ -211,17 +229,20 @@ class Generator:
         Returns Samples, N = len(prompts) * count, the samples of a prompt side by side.
         Raises UserError for settings that do not fit the mode or the network.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("there is no prompt; give at least one")
+        prompts = texts(prompts)
         if not 1 <= whole("count", count) * len(prompts) <= MOST_SAMPLES:
             raise UserError(f"count = {count} of {len(prompts)} prompts must be 1 to {MOST_SAMPLES:,} "
                             "samples; draw more in several calls")
         check_mode(mode, negative=negative)
         captions = tuple(prompt for prompt in prompts for _ in range(count))
-        text, mask = self.encode([*prompts, negative])
         rows = np.repeat(np.arange(len(prompts)), count)
-        return self.draw(text[rows], mask[rows], captions, null=(text[-1], mask[-1]), mode=mode,
+        if negative != "":
+            text, mask = self.encode([*prompts, negative])
+            null = text[-1], mask[-1]
+        else:  # alone: a warning of long captions counts those that the user gave
+            text, mask = self.encode(prompts)
+            null = self._no_text(text, mask, mode)
+        return self.draw(text[rows], mask[rows], captions, null=null, mode=mode,
                          seed=seed, frames=frames, height=height, width=width, steps=steps,
                          guidance=guidance, time=time, fresh_noise=fresh_noise, batch=batch,
                          timing=timing, label=label, latents=latents)
@@ -307,9 +328,9 @@ class Generator:
         }
         if mode == "euler":
             settings["steps"] = whole("steps", sample.steps if steps is None else steps)
-            settings["guidance"] = float(sample.guidance if guidance is None else guidance)
+            settings["guidance"] = number("guidance", sample.guidance if guidance is None else guidance)
         if mode == "two_step":
-            settings["time"] = float(sample.two_step_time if time is None else time)
+            settings["time"] = number("time", sample.two_step_time if time is None else time)
             settings["fresh_noise"] = bool(
                 sample.two_step_fresh if fresh_noise is None else fresh_noise)
         check_sampling(settings)

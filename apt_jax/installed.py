@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -19,6 +20,19 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def notice() -> str:
+    """The text of our NOTICE, of the checkout or of the installed package; "" where neither has it."""
+    places = [Path(__file__).parents[1] / "NOTICE"]
+    with suppress(importlib.metadata.PackageNotFoundError):
+        places += [Path(str(file.locate())) for file in importlib.metadata.files("apt_jax") or ()
+                   if file.name == "NOTICE"]
+    for place in places:
+        with suppress(OSError):
+            if (text := place.read_text(encoding="utf-8")).startswith("apt_jax\n"):
+                return text
+    return ""
 
 
 def revision(*beside: Path) -> str:

@@ -4,6 +4,7 @@ Frames are uint8 RGB [H, W, 3]; a clip is [F, H, W, 3]; a set of clips [N, F, H,
 are enlarged by whole factors with nearest neighbour, so that what is seen is what was made.
 """
 
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -143,6 +144,9 @@ def clip_grid(clips: np.ndarray, columns: int = 0, labels: Sequence[str] | None 
               size: int = 0) -> np.ndarray:
     """Clips uint8 [N, F, H, W, 3] as one clip of grids uint8 [F, H', W', 3]."""
     frames = _checked(clips, 5).swapaxes(0, 1)
+    if labels is not None:  # cut once, not for every frame
+        width = frames.shape[3] * (factor_for(frames, size) if size else 1)
+        labels = [_fitted(text, width) for text in labels]
     return np.stack([grid(frame, columns, labels, size) for frame in frames])
 
 
@@ -155,18 +159,25 @@ def contact_sheet(clips: np.ndarray, labels: Sequence[str] | None = None,
     return grid(clips.reshape(n * frames, *clips.shape[2:]), frames, labels, size)
 
 
+@functools.cache
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(11)
 
 
 def _fitted(text: str, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels."""
-    font = _font()
-    if font.getlength(text) <= width:
+    """The text on one line, cut with an ellipsis where it is wider than `width` pixels."""
+    text, font = " ".join(text.split()), _font()
+    most = 4 * width  # letters that are looked at: hardly one is narrower than a pixel
+    if len(text) <= most and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…" if text else ""
+    fits, too_long = 0, min(len(text), most) + 1  # letters beside the ellipsis
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if font.getlength(text[:middle] + "…") <= width:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits].rstrip() + "…" if fits else ""
 
 
 def _checked(frames: np.ndarray, ndim: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import html
 import json
+import logging
 import operator
 import tempfile
 from pathlib import Path
@@ -15,11 +16,20 @@ import numpy as np
 
 from apt_jax import media
 from apt_jax.errors import UserError, disk_errors
+from apt_jax.paths import given_path
 
 
-@dataclasses.dataclass(frozen=True)
+log = logging.getLogger(__name__)
+
+RECORD = "sample.json"
+MOST_SIZE = 4096  # pixels of a sample's shorter side when it is shown: beyond is a slip
+SHOWN = 64  # samples that a notebook draws of itself
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Samples:
-    """Generated pictures or clips.
+    """Generated pictures or clips. `samples[i]` is one, `samples[a:b]` some, Samples again; a
+    notebook draws them as `show` does.
 
     Attributes:
       frames: uint8 [N, F, H, W, 3]; F is 1 for images.
@@ -41,6 +51,39 @@ class Samples:
     def __len__(self) -> int:
         return len(self.frames)
 
+    def __getitem__(self, index: int | slice) -> Samples:
+        """One sample or some, with the settings of all: noise and seed are those of the whole call.
+        """
+        if not isinstance(index, slice):
+            i = range(len(self))[index]  # IndexError beyond them ends a loop over samples
+            index = slice(i, i + 1)
+        part = {name: getattr(self, name) for name in ("frames", "captions", "noise", "latents")}
+        return dataclasses.replace(self, **{name: value if value is None else value[index]
+                                            for name, value in part.items()})
+
+    def __repr__(self) -> str:
+        count, frames, height, width = self.frames.shape[:4]
+        what = _counted(count, "picture") if frames == 1 else (
+            f"{_counted(count, 'clip')} of {frames} frames")
+        names = [_short(caption) for caption in dict.fromkeys(self.captions)]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        return f"Samples({what}, {width} x {height}: {', '.join(map(repr, names[:4]))}{more})"
+
+    def _repr_html_(self) -> str:
+        if not len(self):
+            return html.escape(repr(self))
+        rest = len(self) - SHOWN
+        return _image(self[:SHOWN]) + (f"<p>and {rest} more; apt_jax.show(samples) draws all</p>"
+                                       if rest > 0 else "")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else text[:length - 1] + "…"
+
 
 def whole(name: str, value: Any) -> int:
     """A whole number as a plain int. UserError for anything else."""
@@ -49,7 +92,29 @@ def whole(name: str, value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise UserError(f"{name} = {value!r} is no whole number")
+    raise UserError(f"{name} = {value!r:.60} is no whole number")
+
+
+def number(name: str, value: Any) -> float:
+    """A number as a plain float, NaN too. UserError for anything else, a string of digits too."""
+    try:
+        if np.ndim(value) == 0 and not isinstance(value, (bool, np.bool_, str, bytes)):
+            return float(value)
+    except (ArithmeticError, TypeError, ValueError):
+        pass
+    raise UserError(f"{name} = {value!r:.60} is no number; give one such as 0.5")
+
+
+def texts(prompts: Any) -> list[Any]:
+    """Prompts as a list; a string is one, not its letters. UserError for none, and for no list."""
+    try:
+        found = [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError:
+        raise UserError(f"prompts = {prompts!r:.60} is no text; give a string, or several in a "
+                        "list") from None
+    if not found:
+        raise UserError("there is no prompt; give at least one")
+    return found
 
 
 class Page:
@@ -69,27 +134,49 @@ def show(samples: Samples, size: int = 128, columns: int = 0) -> Any:
     """
     from PIL import Image
 
+    _check(samples, "show", size)
     if whole("columns", columns) < 0:
         raise UserError(f"columns = {columns} must be at least 0")
-
     if samples.frames.shape[1] == 1:
-        sheet = media.grid(samples.frames[:, 0], columns, samples.captions, size)
-        return Image.fromarray(sheet)
-    sheet = media.webp_bytes(media.clip_grid(samples.frames, columns, samples.captions, size),
-                             samples.settings.get("fps", media.FPS))
-    name = html.escape(", ".join(dict.fromkeys(samples.captions)), quote=True)
-    data = base64.b64encode(sheet).decode()
-    return Page(f'<img alt="{name}" src="data:image/webp;base64,{data}">')
+        return Image.fromarray(_sheet(samples, size, columns))
+    return Page(_image(samples, size, columns))
+
+
+def _check(samples: Any, call: str, size: int) -> None:
+    if not isinstance(samples, Samples):
+        raise UserError(f"{call} takes what Generator.sample returned, not a "
+                        f"{type(samples).__name__}; give that first")
+    if not 1 <= whole("size", size) <= MOST_SIZE:
+        raise UserError(f"size = {size} must be 1 to {MOST_SIZE:,} pixels")
+
+
+def _sheet(samples: Samples, size: int, columns: int = 0) -> np.ndarray:
+    """All samples with their captions, uint8: a picture [H, W, 3], or a clip [F, H, W, 3]."""
+    if samples.frames.shape[1] == 1:
+        return media.grid(samples.frames[:, 0], columns, samples.captions, size)
+    return media.clip_grid(samples.frames, columns, samples.captions, size)
+
+
+def _image(samples: Samples, size: int = 128, columns: int = 0) -> str:
+    """All samples as an <img> that holds its own bytes."""
+    sheet = _sheet(samples, size, columns)
+    kind, data = (("png", media.png_bytes(sheet)) if sheet.ndim == 3 else
+                  ("webp", media.webp_bytes(sheet, samples.settings.get("fps", media.FPS))))
+    name = html.escape(", ".join(map(_short, dict.fromkeys(samples.captions))), quote=True)
+    return f'<img alt="{name}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
     """Writes samples into a folder (made if needed); returns the paths.
 
     Images: NNN_caption.png and grid.png. Clips: NNN_caption.mp4 and .webp, and grid.webp. Either
-    way sample.json with the settings, and latents.safetensors (noise, latents) where they were
-    kept. Files are the samples' own size, but MP4 and grids enlarged. UserError where they cannot be
-    written.
+    way sample.json with the settings and the names of all files, and latents.safetensors (noise,
+    latents) where they were kept. Files are the samples' own size, but MP4 and grids enlarged.
+
+    The files that an earlier sample.json in the folder names are replaced, or removed where these
+    samples have none of that name; nothing else is. UserError where they cannot be written.
     """
+    _check(samples, "save", size)
     folder = writable(folder)
     with disk_errors(folder):
         return _save(samples, folder, size)
@@ -99,7 +186,7 @@ def writable(folder: str | Path) -> Path:
     """The folder, made if needed; UserError unless files can be written into it."""
     if not str(folder):
         raise UserError("the output folder has no name; give one")
-    folder = Path(folder)
+    folder = Path(given_path("folder", folder))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -119,24 +206,40 @@ def _save(samples: Samples, folder: Path, size: int) -> list[Path]:
             new = [media.save_png(folder / f"{stem}.png", frames[0])]
         paths += new
         files.append({"caption": caption, "files": [path.name for path in new]})
-    if clips:
-        sheet = media.clip_grid(samples.frames, labels=samples.captions, size=size)
-        paths.append(media.save_webp(folder / "grid.webp", sheet, fps))
-    else:
-        sheet = media.grid(samples.frames[:, 0], labels=samples.captions, size=size)
-        paths.append(media.save_png(folder / "grid.png", sheet))
+    sheet = _sheet(samples, size)
+    paths.append(media.save_webp(folder / "grid.webp", sheet, fps) if clips
+                 else media.save_png(folder / "grid.png", sheet))
+    others = len(paths) - 1
     if samples.latents is not None:
         from safetensors.numpy import save_file
 
         paths.append(folder / "latents.safetensors")
         save_file({"noise": samples.noise, "latents": samples.latents}, paths[-1])
-    record = {**samples.settings, "seconds": samples.seconds, "samples": files}
-    path = folder / "sample.json"
+    path = folder / RECORD
+    old = _named(path) - {path.name for path in paths}
+    record = {**samples.settings, "seconds": samples.seconds, "samples": files,
+              "others": [path.name for path in paths[others:]]}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if removed := [name for name in sorted(old) if (folder / name).is_file()]:
+        for name in removed:
+            (folder / name).unlink()
+        log.info("%s held other samples, which these replace: %s of their files removed", folder,
+                 len(removed))
     return [*paths, path]
 
 
+def _named(path: Path) -> set[str]:
+    """The files beside it that a sample.json names; none where it is not one of ours."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for sample in record["samples"] for name in sample["files"]]
+        names += record.get("others", ())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
+
+
 def _slug(text: str, length: int = 40) -> str:
-    """A file name for a caption: lower-case letters, digits and underscores."""
+    """A file name for a caption: its lower-case Latin letters, digits and underscores."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
-    return "_".join(words)[:length].rstrip("_") or "empty"
+    return "_".join(words)[:length].rstrip("_") or ("sample" if text.strip() else "empty")

@@ -31,6 +31,7 @@ from apt_jax.nn import fp8
 from apt_jax.nn.functional import Network, Params
 from apt_jax.parallel.mesh import replicated
 from apt_jax.parallel.sharding import infer_shardings
+from apt_jax.samples import whole
 
 # How weights are kept and what blocks multiply in. "" leaves both as the model's config says.
 WEIGHTS = ("", "float32", "bfloat16", "fp8")
@@ -69,7 +70,7 @@ def served(model: Mapping[str, Any], weights: str = "", scope: Scope | None = No
     scale for each output, the others in bfloat16. Raises UserError for another name.
     """
     if weights not in WEIGHTS:
-        raise UserError(f"weights = {weights!r} is not one of {', '.join(filter(None, WEIGHTS))}")
+        raise UserError(f"weights = {weights!r:.60} is not one of {', '.join(filter(None, WEIGHTS))}")
     fields = dict(model)
     if weights:
         fields |= {"dtype": "bfloat16" if weights == "fp8" else weights,
@@ -166,8 +167,8 @@ class Server:
           decoder: a VAE and its parameters; without one `decode` turns pixels into bytes.
           chunk, tiling: of the decoder (`decode_stage`).
         """
-        if batch < 1 or tokens < 1:
-            raise UserError(f"batch = {batch} and tokens = {tokens} must be at least 1")
+        batch, tokens = (_at_least(1, name, value)
+                         for name, value in (("batch", batch), ("tokens", tokens)))
         parts = served(model, weights, scope)
         self.network, self.shape, self.batch, self.tokens = parts.net, shape, batch, tokens
         self.width = model["text_width"]
@@ -189,6 +190,7 @@ class Server:
         the device. Returns before the work is done. Sample i is `Generator.sample`'s of index
         first + i. UserError for another batch, width, dtype or longer text, or a seed or an index
         beyond int32."""
+        seed, first = whole("seed", seed), whole("first", first)
         check_sampling({"seed": seed})
         if not 0 <= first < 2**31 - self.batch:
             raise UserError(f"first = {first} does not fit; give an index from 0 to "
@@ -198,8 +200,13 @@ class Server:
     def decode(self, latents: jax.Array) -> jax.Array:
         """What `draw` gave -> frames uint8 [B, F, H, W, 3] on the device, before they are done.
 
-        A NaN becomes some byte: looking for it would wait for the device.
+        A NaN becomes some byte: looking for it would wait for the device. UserError for another
+        shape or dtype.
         """
+        want = (self.batch, *self.shape)
+        if np.shape(latents) != want or _dtype(latents) != np.float32:
+            raise UserError(f"the latents are {_dtype(latents)} {np.shape(latents)}, this server "
+                            f"decodes float32 {want}; give what its draw gave")
         return self._decode(self._vae, latents)
 
     def _filled(self, text: Any, mask: Any) -> tuple[Any, Any]:
@@ -222,6 +229,13 @@ class Server:
             x = x if _dtype(x) == dtype else here.asarray(x, dtype)
             filled.append(here.pad(x, pad) if rest else x)
         return tuple(filled)
+
+
+def _at_least(least: int, name: str, value: Any) -> int:
+    """A whole number from `least` on; UserError for anything else."""
+    if whole(name, value) < least:
+        raise UserError(f"{name} = {value} must be at least {least}")
+    return whole(name, value)
 
 
 def _dtype(x: Any) -> Any:
@@ -250,6 +264,7 @@ def server_of(generator: Any, *, frames: int | None = None, height: int | None =
     decoder = generator.latents and generator.latents.decoder
     model = {**dict(generator.model), "attention": attention}
     if kept is not None:
+        kept = _at_least(0, "kept", kept)
         if weights != "fp8" and (weights or model.get("matmul") != "fp8"):
             raise UserError(f"kept = {kept} is for weights = 'fp8': no block multiplies in eight bits")
         model["matmul_kept"] = kept

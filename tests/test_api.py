@@ -12,6 +12,7 @@ import apt_jax
 from apt_jax import api
 from apt_jax.cli import main as cli
 from apt_jax.config import base_config
+from apt_jax.convert.exporting import export_folder
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
 from apt_jax.weights import save_generator
@@ -89,6 +90,29 @@ def test_one_step_is_z_minus_v(generator):
     np.testing.assert_allclose(euler.frames, expected, atol=1)
 
 
+def test_a_string_is_one_prompt(generator):
+    text, mask = generator.encode("red heart")
+    assert text.shape[0] == mask.shape[0] == 1
+    np.testing.assert_array_equal(text, generator.encode(["red heart"])[0])
+
+
+def test_only_the_users_captions_are_counted(generator, monkeypatch):
+    """The empty caption of euler's guidance is encoded apart, once, and for no other mode."""
+    asked = []
+    monkeypatch.setattr(Encoder, "encode", lambda self, captions, most, real=Encoder.encode: (
+        asked.append(list(captions)), real(self, captions, most))[1])
+    monkeypatch.setattr(generator, "_empty", None)
+    plain, again = (generator.sample(PAIR, "euler", frames=1) for _ in range(2))
+    generator.sample("cat", frames=1)
+    assert asked == [[*PAIR], [""], [*PAIR], ["cat"]]
+    np.testing.assert_array_equal(plain.frames, again.frames)
+    null = tuple(x[0] for x in generator.encode([""]))
+    drawn = generator.draw(*generator.encode(PAIR), PAIR, null=null, mode="euler", frames=1)
+    np.testing.assert_array_equal(plain.frames, drawn.frames)
+    other = generator.sample(PAIR, "euler", frames=1, negative="dog")
+    assert asked[-1] == [*PAIR, "dog"] and (other.frames != plain.frames).any()
+
+
 def test_same_seed_same_samples_whatever_the_batch(generator):
     whole = generator.sample(PAIR, seed=3, frames=1).frames
     np.testing.assert_array_equal(whole, generator.sample(PAIR, seed=3, frames=1).frames)
@@ -157,6 +181,11 @@ def test_a_run_from_before_the_frame_rate_was_a_field_is_sampled(generator):
     (dict(prompts="a", seed=True), "seed = True is no whole number"),
     (dict(prompts="a", timing=-1), "timing = -1 must be"),
     (dict(prompts=[1, 2]), "prompt 1 is no text"),
+    (dict(prompts="a", mode="euler", guidance="3"), "guidance = '3' is no number; give"),
+    (dict(prompts="a", mode="euler", guidance=[3]), "guidance = \\[3\\] is no number"),
+    (dict(prompts="a", mode="two_step", time="a"), "time = 'a' is no number"),
+    (dict(prompts=None), "prompts = None is no text; give a string"),
+    (dict(prompts=5), "prompts = 5 is no text"),
     (dict(prompts="a", negative=None), "negative = None|prompt None is no text"),
     (dict(prompts="a", negative="b"), "negative = b belongs to mode 'euler', not 'one_step'"),
     (dict(prompts="a", mode="two_step", negative="b"), "negative = b belongs"),
@@ -182,14 +211,69 @@ def test_load_errors(tmp_path):
 def test_what_cannot_be_loaded_or_asked_of_it(folder, generator):
     for options, words in (
             (dict(weights="raw"), "one set of weights"), (dict(base="nowhere"), "makes pixels"),
+            (dict(mesh=3), "mesh = 3 is no table"), (dict(weights="avg"), "weights = 'avg' is unk"),
+            (dict(mesh={"context": "a"}), "'context'. = 'a' is no whole number"),
             (dict(mesh={"bogus": 1}), "mesh has no 'bogus'"),
             (dict(mesh={"context": 1}, tiled=True), "one device")):
         with pytest.raises(UserError, match=words):
             apt_jax.load(folder, **options)
     with pytest.raises(TypeError, match="not 'bogus'"):
         generator.sample_shape(bogus=3)
-    with pytest.raises(UserError, match="columns = -1"):
-        api.show(generator.sample("a", frames=1), columns=-1)
+    with pytest.raises(UserError, match="path = None is no path; give"):
+        apt_jax.load(None)
+
+
+def test_what_show_and_save_refuse(generator, tmp_path):
+    samples = generator.sample("a", frames=1)
+    for size, words in ((10**7, "size = 10000000 must be 1 to 4,096"), ("big", "size = 'big' is no"),
+                        (0, "size = 0 must"), (-3, "size = -3 must")):
+        for call in (apt_jax.show, lambda s, size: apt_jax.save(s, tmp_path / "x", size)):
+            with pytest.raises(UserError, match=words):
+                call(samples, size=size)
+    for call, words in ((lambda: apt_jax.show(samples, columns=-1), "columns = -1"),
+                        (lambda: apt_jax.show(samples.frames), "returned, not a ndarray"),
+                        (lambda: apt_jax.show(None), "returned, not a NoneType; give"),
+                        (lambda: apt_jax.save("dir", samples), "save takes .* not a str; give"),
+                        (lambda: apt_jax.save(samples, None), "folder = None is no path")):
+        with pytest.raises(UserError, match=words):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_are_short_to_print_and_a_picture_in_a_notebook(generator):
+    samples = generator.sample(["cat", "a long prompt " * 9], frames=1, count=2, latents=True)
+    assert repr(samples) == ("Samples(4 pictures, 4 x 4: 'cat', "
+                             "'a long prompt a long prompt a long prom…')")
+    assert samples._repr_html_().startswith('<img alt="cat, a long prompt')
+    assert "data:image/png;base64," in samples._repr_html_()
+    one, *_, last = samples
+    assert one.captions == ("cat",) and len(one) == 1 == len(last) and len(samples[1:]) == 3
+    np.testing.assert_array_equal(last.frames[0], samples.frames[-1])
+    np.testing.assert_array_equal(samples[-2].noise, samples.noise[2:3])
+    with pytest.raises(IndexError):
+        samples[4]
+    many = samples.__class__(samples.frames[[0] * 70], ("cat",) * 70, {})
+    assert "and 6 more; apt_jax.show" in many._repr_html_()
+    assert repr(generator.sample("cat")) == "Samples(1 clip of 2 frames, 4 x 4: 'cat')"
+
+
+def test_a_folder_holds_the_last_samples_alone(generator, tmp_path, caplog):
+    """What an earlier call wrote there is gone, what others wrote stays."""
+    apt_jax.save(generator.sample(["red heart", "cat"], frames=1, latents=True), tmp_path)
+    (tmp_path / "002_mine.png").write_text("mine")
+    record = json.loads((tmp_path / "sample.json").read_text())
+    record["samples"][0]["files"] += ["../precious", ".."]
+    (tmp_path / "sample.json").write_text(json.dumps(record))
+    (tmp_path.parent / "precious").write_text("mine")
+    with caplog.at_level("INFO", "apt_jax"):
+        apt_jax.save(generator.sample(["x", "cat"], frames=1), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000_x.png", "001_cat.png", "002_mine.png", "grid.png", "sample.json"]
+    assert "which these replace: 2 of their files removed" in caplog.text
+    assert (tmp_path.parent / "precious").read_text() == "mine"
+    (tmp_path / "sample.json").write_text("[3]")
+    apt_jax.save(generator.sample("y", frames=1), tmp_path)  # not ours: nothing is removed
+    assert (tmp_path / "000_x.png").exists()
 
 
 @pytest.mark.parametrize("group, key, value", [
@@ -231,11 +315,28 @@ def test_output_that_cannot_be_written_is_one_line(generator, tmp_path):
     assert json.loads((apt_jax.save(samples, tmp_path / "new")[-1]).read_text())["seed"] == 3
 
 
+def test_a_tilde_is_the_home_folder(generator, folder, tmp_path, monkeypatch):
+    """Also where no shell has seen it: in Python, and within --out=~/x."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(folder, home / "weights")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert apt_jax.load("~/weights").source == str(home / "weights")
+    apt_jax.save(generator.sample("a", frames=1), "~/out")
+    assert cli.main(["convert", "export", "--checkpoint=~/weights", "--to=~/diffusers"]) == 0
+    assert (home / "out" / "sample.json").is_file() and not list(here.iterdir())
+    assert (home / "diffusers" / "README.md").is_file()
+    with pytest.raises(UserError, match="--to .*would replace .*home/weights, which is read"):
+        export_folder("~/weights", "~/weights", overwrite=True)
+
+
 def test_save_and_show_images(generator, tmp_path):
-    samples = generator.sample(["Red heart!", ""], frames=1, seed=9)
+    samples = generator.sample(["Red heart!", "", "\u732b"], frames=1, seed=9)
     paths = apt_jax.save(samples, tmp_path / "out")
     names = [path.name for path in paths]
-    assert names == ["000_red_heart.png", "001_empty.png", "grid.png", "sample.json"]
+    assert names == ["000_red_heart.png", "001_empty.png", "002_sample.png", "grid.png",
+                     "sample.json"]
     np.testing.assert_array_equal(np.asarray(Image.open(paths[0])), samples.frames[0, 0])
     record = json.loads(paths[-1].read_text())
     assert record["seed"] == 9 and record["mode"] == "one_step"

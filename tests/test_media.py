@@ -76,3 +76,28 @@ def test_clip_layouts():
     sheet = media.contact_sheet(clips)
     np.testing.assert_array_equal(sheet[16:24, 4:12], clips[1, 0])
     np.testing.assert_array_equal(sheet[16:24, 28:36], clips[1, 2])
+
+
+def test_a_label_of_any_length_is_cut_quickly(monkeypatch):
+    """By halves, once a clip; a line break is a space."""
+    asked = []
+    real = media._font()
+
+    class Font:
+        def getlength(self, text):
+            asked.append(len(text))
+            return real.getlength(text)
+
+    fitted = media._fitted("a very long caption " * 5000, 60)
+    assert fitted.startswith("a ver") and fitted.endswith("…") and real.getlength(fitted) <= 60
+    longer = fitted[:-1] + "a very long caption"[len(fitted) - 1:][:2] + "…"
+    assert real.getlength(longer) > 60
+    assert media._fitted("two\nlines", 200) == "two lines" and media._fitted("wide", 3) == ""
+    monkeypatch.setattr(media, "_font", lambda: Font())
+    media._fitted("x" * 100_000, 60)
+    assert len(asked) < 12 and max(asked) <= 241
+    monkeypatch.undo()
+    seen = []
+    monkeypatch.setattr(media, "_fitted", lambda text, width: seen.append(text) or "x")
+    media.clip_grid(np.zeros((1, 3, 8, 8, 3), np.uint8), labels=["long " * 9], size=64)
+    assert len([text for text in seen if text != "x"]) == 1

@@ -67,6 +67,7 @@ LAYERS = (
     {"nn", "parallel"},
     {"kernels", "media", "tensor_files"},
     {"config"},
+    {"paths"},
     {"errors", "installed", "__init__", "assets"},
 )
 # data/captions.py runs the text encoder of models/; train/ and eval/ do not know of each other.

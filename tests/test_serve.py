@@ -144,10 +144,13 @@ def test_latents_are_decoded_on_the_device(generator, text):
 def test_other_sizes_are_refused_in_a_line(generator, text):
     with pytest.raises(UserError, match="weights = 'int4' is not one of"):
         generator.server(weights="int4")
-    with pytest.raises(UserError, match="batch = 0"):
-        generator.server(batch=0)
-    with pytest.raises(UserError, match="tokens = 0"):
-        generator.server(tokens=0)
+    for options, words in (
+            ({"batch": 0}, "^batch = 0 must be at least 1$"), ({"tokens": 0}, "^tokens = 0 must"),
+            ({"batch": "2"}, "batch = '2' is no whole"), ({"batch": 2.0}, "batch = 2.0 is no whole"),
+            ({"tokens": "a"}, "tokens = 'a' is no whole"),
+            ({"kept": "1", "weights": "fp8"}, "kept = '1' is no whole")):
+        with pytest.raises(UserError, match=words):
+            generator.server(**options)
     for weights in ("bfloat16", ""):
         with pytest.raises(UserError, match="kept = 99 is for weights = 'fp8'"):
             generator.server(weights=weights, kept=99)
@@ -167,5 +170,12 @@ def test_other_sizes_are_refused_in_a_line(generator, text):
     for where in ({"seed": 2**31}, {"seed": -2**31 - 1}, {"first": -1}, {"first": 2**31 - 1}):
         with pytest.raises(UserError, match="does not fit; give"):
             server.draw(states, mask, **where)
+    with pytest.raises(UserError, match="seed = 1.5 is no whole number"):
+        server.draw(states, mask, seed=1.5)
+    for wrong, words in ((np.zeros((1, 16, 16, 3), np.float32), r"float32 \(1, 16, 16, 3\), this"),
+                         (np.zeros((2, 1, 16, 16, 3)), "the latents are float64"),
+                         (None, r"the latents are object \(\), this server decodes float32 \(2, 1")):
+        with pytest.raises(UserError, match=words):
+            server.decode(wrong)
     wide = server.draw(states.astype(np.float64), mask, seed=-2)  # any float, any 32 bits
     np.testing.assert_array_equal(wide, server.draw(states, mask, seed=-2))

@@ -15,6 +15,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXAMPLES = """\
   apt-jax convert import --source ./Wan2.1-T2V-1.3B-Diffusers --to ckpt/wan13b
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=("import", "export"), help="which way")
     add = parser.add_argument_group("both").add_argument
     add("--to", required=True, metavar="DIR", help="the folder to write")
-    add("--overwrite", action="store_true", help="replace what --to holds")
+    add("--overwrite", action="store_true", help="replace what convert wrote into --to earlier")
     add("--copy", action="store_true",
         help="copy the files that are not converted, where they would be hard-linked")
     add("--quiet", action="store_true", help="no progress output")
@@ -106,29 +107,29 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     with disk_errors(args.source or args.checkpoint, "read"):
-        _convert(args, say)
-    print(f"wrote {args.to}")
+        folder = _convert(args, say)
+    print(f"wrote {folder}")
     return 0
 
 
-def _convert(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def _convert(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     if args.direction == "import":
         from apt_jax.convert.importing import import_folder
 
-        import_folder(args.source, args.to, revision=args.revision, overwrite=args.overwrite,
-                      copy=args.copy, lora=args.lora, lora_scale=args.lora_scale, say=say)
-    elif args.adapters:
+        return import_folder(args.source, args.to, revision=args.revision,
+                             overwrite=args.overwrite, copy=args.copy, lora=args.lora,
+                             lora_scale=args.lora_scale, say=say)
+    if args.adapters:
         from apt_jax.convert.adapters import export_adapters
 
-        export_adapters(args.checkpoint, args.to, weights=args.weights, overwrite=args.overwrite,
-                        command=_command(args))
-    else:
-        from apt_jax.convert.exporting import export_folder
+        return export_adapters(args.checkpoint, args.to, weights=args.weights,
+                               overwrite=args.overwrite, command=_command(args))
+    from apt_jax.convert.exporting import export_folder
 
-        export_folder(args.checkpoint, args.to, weights=args.weights, base=args.base,
-                      dtype=args.dtype, two_step_time=args.two_step_time,
-                      shard_bytes=int(args.shard_gb * 1e9), overwrite=args.overwrite,
-                      copy=args.copy, command=_command(args), say=say)
+    return export_folder(args.checkpoint, args.to, weights=args.weights, base=args.base,
+                         dtype=args.dtype, two_step_time=args.two_step_time,
+                         shard_bytes=int(args.shard_gb * 1e9), overwrite=args.overwrite,
+                         copy=args.copy, command=_command(args), say=say)
 
 
 def _command(args: argparse.Namespace) -> str:

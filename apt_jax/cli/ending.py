@@ -37,6 +37,24 @@ def complain(error: UserError) -> None:
     print(f"apt-jax: {error}", file=sys.stderr, flush=True)
 
 
+_LESS = {
+    "train": "lower train.batch_size, raise train.accumulate, or set model.remat=full",
+    "sample": "give a smaller --height and --width, or fewer prompts at a time",
+}
+
+
+def memory_error(error: BaseException, command: str) -> UserError | None:
+    """What to do where a device or the host has no room for `command`; None for another error."""
+    text = str(error)
+    exhausted = (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
+                 and "hared memory" not in text)  # a kernel's own memory: a defect, not the sizes
+    if not exhausted and not isinstance(error, MemoryError):
+        return None
+    said = (text.splitlines() or [""])[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
+    less = _LESS.get(command, "ask for less at a time, or use a device with more")
+    return UserError(f"there is too little memory{said and f' ({said:.120})'}; {less}")
+
+
 def leave_job(error: BaseException) -> NoReturn:
     """Says what happened and ends this process of a job now: status 2 for a UserError, else 1.
 
@@ -45,6 +63,8 @@ def leave_job(error: BaseException) -> NoReturn:
     """
     if isinstance(error, UserError):
         complain(error)
+    elif line := memory_error(error, "train"):
+        complain(line)
     else:
         traceback.print_exception(error)
     leave_with(WRONG if isinstance(error, UserError) else CRASHED)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from apt_jax.cli.ending import WRONG, complain, left
+from apt_jax.cli.ending import CRASHED, WRONG, complain, left, memory_error
 from apt_jax.errors import UserError
 
 COMMANDS = {
@@ -180,12 +180,14 @@ def _shown_log() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Status: 0 done, 2 a wrong input (one line on stderr), 130 interrupted."""
+    """Entry point. Status: 0 done, 2 a wrong input (one line on stderr), 1 too little memory (one
+    line) or a bug, 130 interrupted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _shown_log():
-            return left(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+            return left(dispatch(arguments))
     except UserError as error:
         complain(error)
         return left(WRONG)
@@ -195,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(UserError(f"{error.name} is not installed and this command needs it; run: pip "
                            "install apt_jax, or without a network as docs/benches.md says"))
         return left(WRONG)
+    except (MemoryError, RuntimeError) as error:  # jax's own kind is a RuntimeError
+        if (line := memory_error(error, arguments[0] if arguments else "")) is None:
+            raise
+        complain(line)
+        return left(CRASHED)
     except KeyboardInterrupt:
         print("apt-jax: interrupted", file=sys.stderr)
         return 130

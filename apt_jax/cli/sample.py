@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="write latents.safetensors too: the noise and the latents, float32 "
                              "[sample, frame, row, column, channel]")
     parser.add_argument("--out", default="runs/samples", metavar="DIR",
-                        help="where the files go (default: runs/samples)")
+                        help="where the files go, in place of those of an earlier call (default: "
+                             "runs/samples)")
 
 
 def choose_mode(mode: str | None, steps: int | None) -> tuple[str, int | None]:
@@ -110,14 +111,14 @@ def run(args: argparse.Namespace) -> int:
 
     generator = api.load(args.checkpoint, args.weights, args.base, mesh=mesh_of(args.overrides),
                          tiled=args.tiled)
-    api.writable(args.out)  # before the work
+    out = api.writable(args.out)  # before the work
     samples = generator.sample(
         args.prompt, mode, args.seed, count=args.count, frames=args.frames, height=args.height,
         width=args.width, steps=steps, guidance=args.guidance, time=args.time,
         fresh_noise=args.fresh_noise or None, timing=0 if generator.latents else 5,
         negative=args.negative, label="sampling" if generator.latents else "",
         latents=args.save_latents)
-    paths = api.save(samples, args.out)
+    paths = api.save(samples, out)
     evaluations = {"one_step": 1, "two_step": 2}.get(mode) or 2 * samples.settings["steps"]
     if generator.latents:  # a clip takes long: it is not drawn again for a median
         count, seconds, how = len(samples), samples.settings["sampling_seconds"], "VAE included"
@@ -126,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     took = f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.1f} ms"
     print(f"{mode}: {evaluations} network evaluation{'s' if evaluations > 1 else ''}, {took} for "
           f"{count} sample{'s' if count > 1 else ''} after compilation ({how})")
-    print(f"wrote {len(samples)} {'clips' if samples.frames.shape[1] > 1 else 'images'} to "
-          f"{args.out}; a grid of all: {next(p for p in paths if p.stem == 'grid')}")
+    what = "clip" if samples.frames.shape[1] > 1 else "image"
+    print(f"wrote {len(samples)} {what}{'s' if len(samples) > 1 else ''} to "
+          f"{out}; a grid of all: {next(p for p in paths if p.stem == 'grid')}")
     return 0

@@ -12,6 +12,7 @@ from apt_jax.convert.provenance import check_found, history
 from apt_jax.convert.source import CONFIG
 from apt_jax.errors import UserError
 from apt_jax.models.presets import adapter_scale
+from apt_jax.paths import given_path
 from apt_jax.tensor_files import read_table
 from apt_jax.weights import flatten, load_adapters
 
@@ -24,6 +25,7 @@ def export_adapters(checkpoint: str, to: str | Path, *, weights: str = "ema",
     UserError where another stage's weights lie between, or where that cannot be seen because a
     stage is not here.
     """
+    checkpoint, to = given_path("checkpoint", checkpoint), given_path("to", to)
     config, adapters = load_adapters(checkpoint, weights)
     past = history(checkpoint)
     check_found(past, checkpoint)

@@ -29,18 +29,19 @@ _MANY = "A diffusion model takes many steps and guidance; one step or two were n
 
 def model_card(name: str, family: Family, *, base: Mapping[str, Any], past: History,
                weights: str, command: str, two_step_time: float, dtype: str,
-               pipeline: bool = True, module: str = "") -> str:
+               pipeline: bool = True, module: str = "", text: str = "") -> str:
     """The card of an exported pipeline or transformer, as Markdown.
 
     Args:
-      base: "source" of the base's component folder: hub or folder, revision, licence; {} for
-        weights that have none.
+      base: "source" of the base's component folder: hub or folder, revision, licence; bundled and
+        licence for the package's own weights; {} for weights that have none.
       past: the runs, the last first; no stages for weights that were not trained here.
       weights: "ema" or "raw".
       command: what wrote the folder.
       two_step_time: t between two steps, as the scheduler has it.
       pipeline: the folder is a whole pipeline, not a transformer alone.
       module: the file with the network's own class, where diffusers has none.
+      text: which text states it reads, where no component of the folder makes them.
     """
     origin = _origin(base)
     if not past.stages:
@@ -55,6 +56,8 @@ def model_card(name: str, family: Family, *, base: Mapping[str, Any], past: Hist
     if module:
         usage[0] += f" Its class is in `{module}`, beside the weights; diffusers has none."
         library = "pytorch"
+    if text:
+        usage += [text, ""]
     return _card(name, family, base, past, what, usage, weights, dtype, command, library)
 
 
@@ -83,6 +86,8 @@ def _distilled(past: History) -> bool:
 
 def _origin(base: Mapping[str, Any]) -> str:
     # Of a local folder only the name: the card is read elsewhere.
+    if base.get("bundled"):
+        return f"apt_jax's {base['bundled']}"
     folder = base.get("folder")
     origin = base.get("hub") or (Path(folder).resolve().name if folder else "no imported base")
     return origin + (f", revision {base['revision']}" if base.get("revision") else "")
@@ -122,6 +127,9 @@ def _card(name: str, family: Family, base: Mapping[str, Any], past: History, wha
 
 
 def _licence(base: Mapping[str, Any], licence: str) -> str:
+    if base.get("bundled"):
+        return (f"The base model's: {licence}. It learned from Microsoft's Fluent emoji (MIT); the "
+                "copyright lines and the texts are in `NOTICE`.")
     if licence != "unknown":
         return f"The base model's: {licence}."
     if not base:

@@ -18,13 +18,16 @@ from apt_jax.convert import engine
 from apt_jax.convert.card import model_card
 from apt_jax.convert.families import DIFFUSERS, Family, family_of_model, transformer_plan
 from apt_jax.convert.folders import bring, new_folder
-from apt_jax.convert.provenance import check_found, component_folder, history
+from apt_jax.convert.provenance import History, check_found, component_folder, history
 from apt_jax.convert.scheduler import CLASS as SCHEDULER
 from apt_jax.convert.scheduler import SCHEDULER_FILE, scheduler_config
 from apt_jax.convert.source import CONFIG, INDEX, check_weights, files_of
 from apt_jax.errors import UserError, disk_errors
+from apt_jax.installed import notice
+from apt_jax.models import minilm
+from apt_jax.paths import given_path
 from apt_jax.tensor_files import SHARD_BYTES, read_table, write_files, write_json
-from apt_jax.weights import TRANSFORMER, open_generator
+from apt_jax.weights import TRANSFORMER, generator_card, open_generator
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TORCH_MODULE = "mmdit_shared.py"
@@ -56,6 +59,8 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
       UserError: a checkpoint that is damaged or that no public class can hold, a base that is not
       here or of another model, a full disk. Nothing is left.
     """
+    checkpoint, to = given_path("checkpoint", checkpoint), given_path("to", to)
+    base = given_path("base", base) if base else None
     past = history(checkpoint)
     folder = Path(base) if base else past.base
     if folder is None:
@@ -64,6 +69,10 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
         raise UserError(f"--base {base} is no component folder; give one that apt-jax convert "
                         "import wrote")
     card = read_table(folder / CONFIG) if folder else {}
+    start = card.get("source", {})
+    if not folder and past.bundled:
+        about = generator_card(past.bundled)
+        start = {"bundled": past.bundled, "licence": about.get("licence", "unknown").lower()}
     settings = (past.stages[0] if past.stages else base_config()).sample
     t = settings.two_step_time if two_step_time is None else two_step_time
     with open_generator(checkpoint, weights) as (model, leaves):
@@ -97,11 +106,25 @@ def export_folder(checkpoint: str, to: str | Path, *, weights: str = "ema",
             if shared:
                 source = resources.files("apt_jax") / "assets" / TORCH_MODULE
                 _text(target / TORCH_MODULE, source.read_text("utf-8"))
+            if start.get("bundled"):
+                _text(part / "NOTICE", notice())
             _text(part / "README.md", model_card(
-                Path(to).resolve().name, family, base=card.get("source", {}), past=past,
+                Path(to).resolve().name, family, base=start, past=past,
                 weights=weights, command=command, two_step_time=t, dtype=_said(dtypes),
-                pipeline=pipeline, module=TORCH_MODULE if shared else ""))
+                pipeline=pipeline, module=TORCH_MODULE if shared else "",
+                text=_text_states(model, past, checkpoint)))
     return Path(to)
+
+
+def _text_states(model: Mapping[str, Any], past: History, checkpoint: str) -> str:
+    """Which text the network reads, where it is a pixel model of the demo's encoder: what `apt-jax
+    sample` gives such a one. "" for others: their base brings its own encoder along."""
+    if (model["in_channels"], model["text_width"]) != (3, minilm.WIDTH):
+        return ""
+    data = past.stages[0].data if past.stages else generator_card(checkpoint).get("data") or {}
+    tokens = data.get("max_text_tokens")
+    return (f"Text: the states of sentence-transformers/{minilm.NAME} for each token, start and end "
+            f"tokens included{f', at most {tokens} of them' if tokens else ''}; padding is masked.")
 
 
 def _check_base(family: Family, model: Mapping[str, Any], card: Mapping[str, Any],

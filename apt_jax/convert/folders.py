@@ -1,8 +1,13 @@
-"""Folders that are whole or not there: written beside their place, then renamed into it."""
+"""Folders that are whole or not there: written beside their place, then renamed into it.
+
+A finished one holds a hidden list of its files, FILES. What lies in a folder and is in no list is not
+ours to remove, whatever --overwrite says.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -11,6 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from apt_jax.errors import UserError, disk_errors
+from apt_jax.tensor_files import write_json
+
+FILES = ".apt_jax_convert.json"  # {"files": [relative paths]}
+_PASSING = ("__pycache__", ".DS_Store", ".cache")  # what looking at a folder leaves in it
 
 
 @contextmanager
@@ -26,8 +35,9 @@ def new_folder(target: Path | str, overwrite: bool = False,
       needs: bytes that will be written.
 
     Raises:
-      UserError: the target holds something and `overwrite` is not set, it is the working directory
-      or a disk's root, the disk has not the space or cannot be written.
+      UserError: the target holds something and `overwrite` is not set, or something that was not
+      written here; it is the working directory or a disk's root; the disk has not the space or
+      cannot be written.
     """
     target = Path(target)
     with disk_errors(target):
@@ -41,6 +51,7 @@ def new_folder(target: Path | str, overwrite: bool = False,
         lock = _locked(part)
         try:
             yield part
+            write_json(part / FILES, {"files": sorted(_files(part))})
             _place(target, overwrite, inputs)  # again: another process may have been faster
             _swap(part, place)
         finally:
@@ -67,7 +78,29 @@ def _place(target: Path, overwrite: bool, inputs: Sequence[Path | str | None]) -
                         "folder inside it")
     if place.exists() and (not place.is_dir() or any(place.iterdir())) and not overwrite:
         raise UserError(f"{target} is there already; give another --to, or --overwrite")
+    if foreign := _foreign(place):
+        raise UserError(f"{target} holds files that convert did not write ({foreign}); give another "
+                        "--to, or move them elsewhere first")
     return place
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative paths of all that is no folder; links to folders are followed nowhere."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*")
+            if path.is_symlink() or not path.is_dir()]
+
+
+def _foreign(place: Path) -> str:
+    """The first file of a place that is in no list of ours, and how many more; "" without any."""
+    if not place.is_dir():
+        return place.name if place.exists() else ""
+    try:
+        ours = set(json.loads((place / FILES).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # no list, or not one of ours
+        ours = set()
+    names = sorted(name for name in _files(place) if name not in ours | {FILES}
+                   and not set(Path(name).parts) & set(_PASSING))
+    return "" if not names else names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def _swap(part: Path, place: Path) -> None:

@@ -40,6 +40,7 @@ from apt_jax.convert.source import (
     sha256,
 )
 from apt_jax.errors import UserError
+from apt_jax.paths import given_path
 from apt_jax.tensor_files import (
     TensorSet,
     open_folder,
@@ -84,6 +85,8 @@ def import_folder(source: str, to: str | Path, *, revision: str | None = None,
     Raises:
       UserError: no such source, an unsupported or damaged checkpoint, a full disk. Nothing is left.
     """
+    source, to = given_path("source", source), given_path("to", to)
+    lora = given_path("lora", lora) if lora else None
     found = locate(source, revision)
     family, folders = _family(found)
     works: list[_Work] = []

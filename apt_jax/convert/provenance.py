@@ -23,12 +23,14 @@ _DEPTH = 16  # stages that one may follow; a circle ends there
 class History(NamedTuple):
     """stages: configs of the runs, the last first; steps: of the newest checkpoint of each, None
     where there is none; base: the component folder they began with, None if that is not here;
-    missing: what the runs name as their start and is not here."""
+    missing: what the runs name as their start and is not here; bundled: the weights of the package
+    that they began with, "" for none."""
 
     stages: list[Any]
     steps: list[int | None]
     base: Path | None
     missing: list[str]
+    bundled: str = ""
 
 
 def component_folder(path: str | Path) -> Path | None:
@@ -52,6 +54,7 @@ def history(path: str | Path) -> History:
     steps: list[int | None] = []
     missing: list[str] = []
     base: Path | None = None
+    bundled = ""
     waiting, seen = [str(path)], set()
     while waiting and len(seen) < _DEPTH:
         name = waiting.pop(0)
@@ -59,6 +62,7 @@ def history(path: str | Path) -> History:
             continue
         seen.add(name)
         if name.startswith(BUNDLED):
+            bundled = bundled or name
             continue
         base = base or component_folder(name)
         folder = Path(name)
@@ -70,7 +74,7 @@ def history(path: str | Path) -> History:
             steps.append(max((int(p.name) for p in (folder / CHECKPOINTS).iterdir()
                               if p.name.isdigit()), default=None))
             waiting += [init_path(folder, config.init[key]) for key in ("generator", "diffusion")]
-    return History(stages, steps, base, missing)
+    return History(stages, steps, base, missing, bundled)
 
 
 def check_found(past: History, checkpoint: str | Path, or_else: str = "") -> None:

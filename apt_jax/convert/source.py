@@ -32,7 +32,7 @@ def locate(source: str, revision: str | None = None) -> Source:
 
     UserError when it is neither, the hub cannot be reached, or huggingface_hub is not installed.
     """
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if folder.is_dir():
         if revision:
             raise UserError(f"--revision {revision} is of a hub id, and {source} is a folder here; "

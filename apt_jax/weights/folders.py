@@ -105,7 +105,7 @@ def load_generator(path: str | Path, which: str = "ema", shardings: Any = None
       UserError: nothing there, an incomplete or damaged folder, keys that do not fit the model.
     """
     if which not in ("ema", "raw"):
-        raise UserError(f"which = {which!r} is unknown; use 'ema' or 'raw'")
+        raise UserError(f"weights = {which!r:.60} is unknown; use 'ema' or 'raw'")
     if not str(path).startswith(BUNDLED) and is_run(folder := generator_folder(path)):
         return load_run(folder, which, shardings)
     with open_generator(path, which) as (model, leaves):
@@ -141,6 +141,10 @@ def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, 
     elif is_run(folder):
         yield open_run(folder, which)
     elif any((folder / name).is_file() for name in _DIFFUSERS):
+        if (folder / CONFIG_FILE).is_file() and (
+                read_card(folder).get("_class_name") == "MMDiTShared"):
+            raise UserError(f"{folder} is an export for PyTorch alone (MMDiTShared); give the run or "
+                            "the weights folder that it was made of")
         raise UserError(f"{folder} is a diffusers folder; apt-jax convert import makes one that "
                         "can be read here")
     else:

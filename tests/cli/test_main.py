@@ -154,6 +154,32 @@ def test_interrupt_is_130_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
         cli.main(["train"])
 
 
+@pytest.mark.parametrize("command, error, words", [
+    ("train", RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n  more"),
+     ["little memory (Out of memory allocating 9 bytes); lower train.batch_size", "model.remat"]),
+    ("sample", RuntimeError("RESOURCE_EXHAUSTED: x"), ["(x); give a smaller --height and --width"]),
+    ("evaluate", MemoryError(), ["too little memory; ask for less"])])
+def test_too_little_memory_is_one_line_and_exit_1(capsys, monkeypatch, command, error, words):
+    def full(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "dispatch", full)
+    code, _, err = run(capsys, command)
+    assert code == 1
+    for word in words:
+        assert word in one_line(err), err
+
+
+def test_a_bug_that_is_no_lack_of_memory_keeps_its_traceback(monkeypatch):
+    for text in ("INTERNAL: x", "RESOURCE_EXHAUSTED: Shared memory size limit exceeded"):
+        def broken(arguments, text=text):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(cli, "dispatch", broken)
+        with pytest.raises(RuntimeError, match=text):
+            cli.main(["train"])
+
+
 @pytest.mark.parametrize("command", [
     ["bench", "attention", "--cases", "one_query", "--backends", "oracle"],
     ["train", "--config", "configs/demo_image.py"]])

@@ -68,7 +68,7 @@ def test_the_history_of_a_run(chain, wan_components):
     assert [stage.name for stage in past.stages] == ["apt_wan", "consistency_wan"]
     assert past.base == wan_components
     assert past.steps == [3, 3] and not past.missing
-    assert history("bundled:base") == ([], [], None, [])
+    assert history("bundled:base") == ([], [], None, [], "bundled:base")
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
@@ -188,6 +188,37 @@ def test_a_run_that_never_had_a_base(tmp_path):
     assert (out / "config.json").is_file() and not (out / "vae").exists()
     text = (out / "README.md").read_text()
     assert "trained from no imported base" in text and "None is stated" in text
+
+
+def test_the_card_of_a_demo_network(tmp_path):
+    """Its start, the text it reads, licence and notices; and sampling says what it is made for."""
+    from apt_jax.weights import generator_card
+
+    out = export_folder("bundled:base", tmp_path / "base")
+    text = (out / "README.md").read_text()
+    for words in ("The weights of apt_jax's bundled:base, not trained further", "at most 8 of them",
+                  "license: apache-2.0", "sentence-transformers/all-MiniLM-L6-v2", "in `NOTICE`"):
+        assert words in text, words
+    assert "Copyright (c) Microsoft Corporation" in (out / "NOTICE").read_text()
+    with pytest.raises(UserError, match="for PyTorch alone .MMDiTShared.; give the run"):
+        load_generator(out)
+    config = base_config()
+    config.name, config.stage, config.init.generator = "image", "consistency", "bundled:base"
+    for key, value in generator_card("bundled:base")["model"].items():
+        config.model[key] = tuple(value) if isinstance(value, list) else value
+    config.data.max_text_tokens = 7
+    run = tmp_path / "image"
+    run.mkdir()
+    save_json(config, run / "config.json")
+    from apt_jax.train.checkpoint import Checkpoints
+
+    _, weights = load_generator("bundled:base")
+    checkpoints = Checkpoints(run, config)
+    checkpoints.save(1, {"generator_ema": jax.tree.map(jax.numpy.asarray, weights)}, {}, 0.0)
+    checkpoints.close()
+    text = (export_folder(str(run), tmp_path / "out") / "README.md").read_text()
+    assert "A one-step generator trained from apt_jax's bundled:base." in text
+    assert "at most 7 of them" in text and "no imported base" not in text
 
 
 def test_relative_paths_are_those_of_the_training(wan_components, tmp_path, monkeypatch):

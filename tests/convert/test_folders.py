@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from apt_jax.convert import folders
-from apt_jax.convert.folders import new_folder
+from apt_jax.convert.folders import FILES, new_folder
 from apt_jax.errors import UserError, disk_errors
 
 
@@ -70,14 +70,15 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch, to, says):
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path):
-    (tmp_path / "disk" / "out").mkdir(parents=True)
-    (tmp_path / "disk" / "out" / "old").write_text("old")
+    (tmp_path / "disk").mkdir()
+    with new_folder(tmp_path / "disk" / "out") as part:
+        (part / "old").write_text("old")
     (tmp_path / "link").symlink_to("disk/out")
     with new_folder(tmp_path / "link", True) as part:
         (part / "a").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "disk" / "out").iterdir()] == ["a"]
+    assert [p.name for p in (tmp_path / "disk" / "out").iterdir() if p.name != FILES] == ["a"]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
@@ -105,12 +106,12 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
 
 
 def test_what_was_there_stays_where_the_last_step_fails(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
+    with new_folder(tmp_path / "out") as part:
+        (part / "mine").write_text("x")
     real = os.replace
 
     def refuse(source, target):
-        if str(source).endswith(f".{os.getpid()}.tmp"):
+        if str(source).endswith(f".out.{os.getpid()}.tmp"):
             raise OSError(errno.EIO, "Input/output error")
         real(source, target)
 
@@ -118,7 +119,7 @@ def test_what_was_there_stays_where_the_last_step_fails(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out cannot be written .*check the disk"):
         with new_folder(tmp_path / "out", True):
             pass
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("[!.]*")] == ["out", "out/mine"]
 
 
 @pytest.mark.parametrize(("code", "says"), [
@@ -143,4 +144,28 @@ def test_what_another_process_wrote_meanwhile_stays(tmp_path):
             with new_folder(tmp_path / "out2") as part:
                 (part / "a").write_text("faster")
             os.rename(tmp_path / "out2", tmp_path / "out")
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/a"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("[!.]*")] == ["out", "out/a"]
+
+
+def test_overwrite_replaces_only_what_was_written_here(tmp_path):
+    """A run, notes beside an export, a file: none of it is lost, and the line names the first."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "0").write_text("x")
+    (run / "config.json").write_text('{"kind": "pipeline"}')
+    (run / FILES).write_text("[]")
+    (tmp_path / "file").write_text("mine")
+    with new_folder(out) as part:
+        (part / "vae").mkdir()
+        (part / "vae" / "a").write_text("old")
+    (out / "vae" / "__pycache__").mkdir()
+    (out / "vae" / "__pycache__" / "a.pyc").write_text("")
+    with new_folder(out, True) as part:
+        (part / "a").write_text("new")
+    (out / "notes").write_text("mine")
+    for to, said in ((run, "checkpoints/0 and 1 more"), (out, "notes"), (tmp_path / "file", "file")):
+        with pytest.raises(UserError, match=rf"files that convert did not write \({said}\); give"):
+            with new_folder(to, True):
+                raise AssertionError("nothing may be written")
+    assert (out / "notes").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert (run / "checkpoints" / "0").exists()

@@ -218,7 +218,7 @@ def test_diffusers_reads_the_adapters_of_a_run(pipeline, tmp_path, monkeypatch):
     for flags, name in ((["--adapters"], "alone"), ([], "merged")):
         assert cli.main(["convert", "export", "--checkpoint", str(run), "--to",
                          str(tmp_path / name), "--quiet", *flags]) == 0
-    assert sorted(p.name for p in (tmp_path / "alone").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "alone").glob("[!.]*")) == [
         "README.md", "pytorch_lora_weights.safetensors"]
     assert "LoRA of rank 2" in (tmp_path / "alone" / "README.md").read_text()
     pipe = WanPipeline.from_pretrained(source)

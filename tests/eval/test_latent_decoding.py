@@ -110,7 +110,7 @@ def test_the_command_line(generator, base, tmp_path, monkeypatch, capsys):
                      "--height", "16", "--width", "16", "--tiled", "--save-latents", "--out",
                      str(tmp_path)])
     out = capsys.readouterr()
-    assert code == 0 and "wrote 1 images" in out.out
+    assert code == 0 and "wrote 1 image to" in out.out
     assert "sampling: decoding: 1/1 frames" in out.err
     assert json.loads((tmp_path / "sample.json").read_text())["width"] == 16
     saved = load_file(tmp_path / "latents.safetensors")
