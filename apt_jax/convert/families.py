@@ -95,6 +95,9 @@ def family_of_transformer(class_name: Any, source: str) -> Family:
     for family in FAMILIES:
         if class_name == family.table.CLASS:
             return family
+    if class_name == qwen_image.SHARED_CLASS:  # what convert export makes of a network that has no pipeline
+        raise UserError(f"{source} is an export for PyTorch alone ({class_name}); give the run or the "
+                        "weights folder that it was made of to the command that should read it")
     known = " and ".join(f.table.CLASS for f in FAMILIES)
     raise UserError(f"{source} describes {class_name or 'no model'}; {known} can be converted")
 

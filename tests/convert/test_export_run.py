@@ -13,6 +13,7 @@ import synthetic
 from apt_jax.cli import main as cli
 from apt_jax.config import base_config, save_json
 from apt_jax.convert.exporting import export_folder
+from apt_jax.convert.families import family_of_transformer
 from apt_jax.convert.provenance import history
 from apt_jax.errors import UserError
 from apt_jax.models.presets import make_generator
@@ -219,6 +220,8 @@ def test_the_card_of_a_demo_network(tmp_path):
     text = (export_folder(str(run), tmp_path / "out") / "README.md").read_text()
     assert "A one-step generator trained from apt_jax's bundled:base." in text
     assert "at most 7 of them" in text and "no imported base" not in text
+    with pytest.raises(UserError, match="for PyTorch alone .MMDiTShared.; give the run"):
+        family_of_transformer("MMDiTShared", "exported")
 
 
 def test_relative_paths_are_those_of_the_training(wan_components, tmp_path, monkeypatch):
