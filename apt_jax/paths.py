@@ -20,4 +20,6 @@ def given_path(name: str, value: Any) -> str:
         path = None
     if not isinstance(path, str):
         raise UserError(f"{name} = {value!r:.60} is no path; give a string or a pathlib.Path")
+    if not path.strip():  # "" would be the folder one is in
+        raise UserError(f"{name} = {path!r} names nothing; give a path")
     return os.path.expanduser(path)

@@ -140,6 +140,9 @@ def main(argv=None) -> int:
     except UserError as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # training saves and ends by itself; this is between two runs
+        print("ablations: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     (args.workdir / "ablations.json").write_text(json.dumps(results, indent=1) + "\n")
     text = page(results, args)
     print(text)

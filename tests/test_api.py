@@ -221,6 +221,8 @@ def test_what_cannot_be_loaded_or_asked_of_it(folder, generator):
         generator.sample_shape(bogus=3)
     with pytest.raises(UserError, match="path = None is no path; give"):
         apt_jax.load(None)
+    with pytest.raises(UserError, match="path = '' names nothing; give a path"):
+        apt_jax.load("")
 
 
 def test_what_show_and_save_refuse(generator, tmp_path):
