@@ -30,8 +30,6 @@ def get_config(length="short"):
     if length == "long":
         at_length(config)
         # Most of a clip's quality is its frames', and there are 1,527 pictures beside 606 clips: with
-        # both, and a rate that starts higher and ends lower, the FD of clips is 111 after 1,000
-        # updates where clips alone have 117 (docs/tuning.md).
+        # both the FD of clips is 111 after 1,000 updates where clips alone have 117 (docs/tuning.md).
         config.data.frames = (1, 4)
-        config.optimizer.learning_rate, config.optimizer.final_rate = 3e-4, 0.05
     return config
