@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     prepare_environment(unrun=True)
     from apt_jax.config import load_config, validate
     from apt_jax.config.schema import REMATS
+    from apt_jax.parallel.flags.options import known_options
     from apt_jax.plan import run as planning
     from apt_jax.plan.chips import parse_topology
-    from apt_jax.plan.compiler import known_options
     from apt_jax.plan.kept import Kept
     from apt_jax.plan.show import format_plan, format_sweep
 

@@ -17,6 +17,7 @@ from apt_jax.eval.progress import Progress
 from apt_jax.media import to_uint8
 from apt_jax.models.presets import make_generator
 from apt_jax.models.vae import FrameDecoder
+from apt_jax.parallel.flags.options import cpu_options
 
 MODES = ("one_step", "two_step", "euler")
 OWNERS = {"steps": "euler", "guidance": "euler", "negative": "euler", "time": "two_step",
@@ -81,7 +82,8 @@ class Generation:
         self.two_step_time, self.two_step_fresh = two_step_time, two_step_fresh
         self.seconds = 0.0
         self._warm: set[tuple] = set()  # shapes that were compiled
-        self._program = jax.jit(self.draw, static_argnames=("shape",))
+        self._program = jax.jit(self.draw, static_argnames=("shape",),
+                                compiler_options=cpu_options(jax.default_backend()) or None)
 
     def draw(self, params, index, seed, text, mask, null_text, null_mask, guidance, shape,
              time=None):

@@ -1,5 +1,4 @@
-"""The options that a compiler takes, and the scheduled text of a compiled program, also where jaxlib
-cannot read it back.
+"""The scheduled text of a compiled program, also where jaxlib cannot read it back.
 
 A program for TPUs whose transfers run on the sparse cores has asynchronous updates with two
 operands, which jaxlib 0.10.2 refuses to parse ("async-update instruction should have 1
@@ -8,43 +7,14 @@ operands but sees 2"). libtpu itself writes such a program as a dump without com
 
 from __future__ import annotations
 
-import re
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
 from apt_jax.errors import UserError
 from apt_jax.plan.hlo import is_whole
-
-_LACKED = re.compile(r"No such compile option: '(\w+)'")
-
-
-def known_options(options: Mapping[str, Any], device: Any,
-                  tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Those options that the compiler for `device` has; `tell` takes a line for each of the others.
-
-    They come and go with XLA's versions. XLA_FLAGS still takes some that are gone, and they do
-    nothing there, so leaving them out plans what runs.
-    """
-    left = dict(options)
-    smallest = jax.jit(lambda x: x + 1).lower(
-        jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device)))
-    while left:
-        try:
-            smallest.compile(compiler_options=left)
-            break
-        except jax.errors.JaxRuntimeError as error:
-            lacked = _LACKED.search(str(error))
-            if lacked is None or lacked[1] not in left:
-                break  # the program itself will say what is wrong
-            del left[lacked[1]]
-            tell(f"left out {lacked[1]}: the installed compiler has no such option")
-    return left
 
 
 def compile_text(lowered: jax.stages.Lowered, options: dict[str, Any] | None,

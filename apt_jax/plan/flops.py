@@ -52,13 +52,15 @@ def count_flops(function: Any, *args: Any) -> Flops:
     """FLOPs of one call over the whole batch and all devices.
 
     Args:
-      function: what `jax.make_jaxpr` can trace.
+      function: a jitted function, or what `jax.make_jaxpr` can trace.
       args: arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
       UncountedError: a while loop (its trip count is data) or a kernel that does products.
     """
-    return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    # A jitted function that has compiler options can only be traced by itself.
+    trace = getattr(function, "trace", None)
+    return jaxpr_flops((trace(*args).jaxpr if trace else jax.make_jaxpr(function)(*args)).jaxpr)
 
 
 def jaxpr_flops(jaxpr: Any, backward: bool = False, attention: bool = False) -> Flops:

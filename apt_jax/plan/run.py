@@ -153,7 +153,7 @@ def plan(config: Any, topology: Topology, *, inference: bool = True,
 
     Args:
       config: a validated config; its mesh must fit the topology.
-      options: XLA compiler options, all of them known to the compiler (`compiler.known_options`).
+      options: XLA compiler options, all of them known to the compiler (`flags.options.known_options`).
       kept: where compiled programs are kept; those that are there are not compiled again.
       tell: called with a line of progress.
       first: the name of a program to begin with, the largest; where it does not fit, the others are

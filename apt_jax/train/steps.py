@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apt_jax.nn.lora import join
 from apt_jax.objectives import adversarial, consistency, flow_matching
+from apt_jax.parallel.flags.options import cpu_options
 from apt_jax.parallel.mesh import BATCH_AXES, batch_ways, replicated, waiting_axes
 from apt_jax.train.adapters import BASE
 from apt_jax.train.ema import update_ema
@@ -195,7 +196,8 @@ def discriminator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientT
 
 
 def _compile(step: StepFunction, mesh: Mesh, shardings: Any) -> StepFunction:
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+                   compiler_options=cpu_options(mesh.devices.flat[0].platform) or None)
 
 
 def build_steps(config: Any, nets: Any, optimizers: Any, mesh: Mesh, shardings: Any

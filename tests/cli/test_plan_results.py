@@ -34,7 +34,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(run, "plan", plan)
     monkeypatch.setattr("apt_jax.plan.devices.prepare_environment", lambda unrun=False: None)
     monkeypatch.setattr("apt_jax.plan.devices.describe", lambda topology: [None])
-    monkeypatch.setattr("apt_jax.plan.compiler.known_options", lacking)
+    monkeypatch.setattr("apt_jax.parallel.flags.options.known_options", lacking)
     for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
         monkeypatch.delenv(name, raising=False)
     return asked

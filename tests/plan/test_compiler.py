@@ -3,11 +3,10 @@
 import tempfile
 from pathlib import Path
 
-import jax
 import pytest
 
 from apt_jax.errors import UserError
-from apt_jax.plan.compiler import compile_text, known_options
+from apt_jax.plan.compiler import compile_text
 from apt_jax.plan.kept import Kept
 from apt_jax.plan.measure import Compiled
 
@@ -57,12 +56,3 @@ def test_a_kept_text_that_is_cut_off_is_one_line(tmp_path, left):
     (tmp_path / "D_step.txt").write_text(left)
     with pytest.raises(UserError, match="D_step.txt beside it is cut off.*delete it"):
         kept.read("D step", {})
-
-
-def test_options_that_the_compiler_lacks_are_left_out_and_told():
-    told = []
-    has = {"xla_gpu_enable_latency_hiding_scheduler": True}
-    assert known_options({"xla_gone": 1, **has, "xla_gone_too": "x"}, jax.devices()[0],
-                         told.append) == has
-    assert sorted(line.split(":")[0] for line in told) == ["left out xla_gone",
-                                                            "left out xla_gone_too"]
