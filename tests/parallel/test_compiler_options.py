@@ -25,7 +25,8 @@ def fresh():
 
 
 @pytest.mark.parametrize("flags, plain", [
-    ("fma avx avx2 f16c", True), ("fma avx2 avx512f avx512vl", False), ("fma avx", False), ("asimd sve", False)])
+    ("fma avx avx2 f16c", True), ("fma avx2 avx512f avx512vl", False), ("fma avx", False),
+    ("asimd sve", False)])
 def test_only_avx2_without_avx512_is_plain(tmp_path, flags, plain):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name : A CPU\nflags\t\t: fpu {flags} sse\n")
     assert plain_x86(tmp_path / "cpuinfo") is plain
