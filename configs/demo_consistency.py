@@ -25,6 +25,6 @@ def get_config(length="short"):
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.weight_decay = 0.01
-    config.train.steps = 500 if length == "short" else 2000
+    config.train.steps = 600 if length == "short" else 2000
     config.train.ema_decay = 0.99 if length == "short" else 0.999
     return config

@@ -27,7 +27,7 @@ def get_config(length="short"):
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
     # At length D has an opinion only after some 1,300 updates (docs/tuning.md).
-    config.train.steps = 80 if length == "short" else 2500
+    config.train.steps = 150 if length == "short" else 2500
     if length == "long":
         at_length(config)
         # Most of a clip's quality is its frames', and there are 1,527 pictures beside 606 clips: with
