@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from apt_jax.kernels import choice
+from apt_jax.kernels.normalize import total
 from apt_jax.kernels.oracle import zero_without_keys
 
 # Added to the scores of hidden keys: finite, so that a row without a key has no NaN on its way.
@@ -39,11 +41,11 @@ def _forward(q, k, v, bias):
     scores = _scores(q, k, bias)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)  # [B, heads, Nq, Nk], not divided by their sum yet
-    total = weights.sum(axis=-1, keepdims=True)
+    sums = _sum(weights)
     out = jnp.einsum("bhqk,bkhd->bhqd", weights.astype(v.dtype), v, preferred_element_type=_wide(q))
-    out = jnp.swapaxes(out / total, 1, 2).astype(v.dtype)  # [B, Nq, heads, head_dim]
+    out = jnp.swapaxes(out / sums, 1, 2).astype(v.dtype)  # [B, Nq, heads, head_dim]
     out = checkpoint_name(out, "attention_out")
-    lse = checkpoint_name(top + jnp.log(total), "attention_lse")  # [B, heads, Nq, 1]
+    lse = checkpoint_name(top + jnp.log(sums), "attention_lse")  # [B, heads, Nq, 1]
     return out, (q, k, v, bias, out, lse)
 
 
@@ -53,8 +55,8 @@ def _backward(residuals, dout):
     weights = jnp.exp(_scores(q, k, bias) - lse)
     dv = jnp.einsum("bhqk,bqhd->bkhd", weights.astype(v.dtype), dout)
     dweights = jnp.einsum("bqhd,bkhd->bhqk", dout, v, preferred_element_type=wide)
-    delta = (dout.astype(wide) * out.astype(wide)).sum(axis=-1)  # [B, Nq, heads]
-    delta = jnp.swapaxes(delta, 1, 2)[..., None]
+    delta = _sum(dout.astype(wide) * out.astype(wide))  # [B, Nq, heads, 1]
+    delta = jnp.swapaxes(delta, 1, 2)
     dscores = (weights * (dweights - delta)).astype(q.dtype)
     dq = jnp.einsum("bhqk,bkhd->bqhd", dscores, k, preferred_element_type=wide) * scale
     dk = jnp.einsum("bhqk,bqhd->bkhd", dscores, q, preferred_element_type=wide) * scale
@@ -72,6 +74,13 @@ def _scores(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
     scores = scores if scale == 1.0 else scores * scale
     return scores if bias is None else scores + bias
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Over the last axis, kept."""
+    if choice.hardware().platform == "cpu":
+        return total(x)  # why: kernels/normalize.py
+    return x.sum(axis=-1, keepdims=True)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

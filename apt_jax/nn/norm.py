@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from apt_jax.kernels.normalize import normalize
+
 EPS = 1e-6  # the public MMDiT's value for every norm
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
     """LayerNorm over the last axis without parameters; float32 inside, x's dtype out. Any [..., D]."""
-    h = x.astype(jnp.float32)
-    h = h - jnp.mean(h, axis=-1, keepdims=True)
-    return (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
+    return normalize(x.astype(jnp.float32), EPS, centred=True).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -23,8 +23,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + EPS)
+        h = normalize(x.astype(jnp.float32), EPS, centred=False)
         return (h * self.scale[...]).astype(x.dtype)
 
 

@@ -1,7 +1,7 @@
 """A stack of equal blocks: one set of parameters with a leading depth axis, scanned.
 
-Scanning compiles one block whatever the depth, and gathers sharded parameters one layer at a time.
-Hidden states can be tapped after chosen blocks: the
+Scanning compiles one block whatever the depth, and gathers sharded parameters one layer at a time;
+a few blocks on a CPU are unrolled (`UNROLLED`). Hidden states can be tapped after chosen blocks: the
 scan is cut into segments there, so that nothing but the taps is kept (emitting every block's output
 would store all activations).
 """
@@ -15,10 +15,16 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from apt_jax.kernels import scope
+from apt_jax.kernels import choice, scope
 from apt_jax.nn.fp8 import parts
 
 Carry = Any
+
+# On a CPU a stack as short as this is one block behind the other, not a loop: what a loop keeps for the
+# backward pass is copied in and out of it, and those kernels are as much to compile as the blocks
+# that it spares (docs/benches.md). With rematerialisation it stays a loop: XLA:CPU would find what is
+# computed twice and undo it.
+UNROLLED = 4
 
 # What the backward pass keeps of every block, by the names that blocks and kernels give their
 # values: "block_in" is a block's input, two come from attention, and "exchanged" is what devices
@@ -79,13 +85,14 @@ def run_stack(
         place, gather = mesh.tokens, mesh.layer
 
     policy, tapped = REMAT_POLICIES[remat], []
+    unroll = policy is None and depth <= UNROLLED and choice.hardware().platform == "cpu"
     for first, last, graphdef, state in parts(blocks, depth):
         def body(carry: Carry, block_state: Any, graphdef: Any = graphdef) -> tuple[Carry, None]:
             carry = jax.tree.map(lambda x: checkpoint_name(x, "block_in"), place(carry))
             return place(step(nnx.merge(graphdef, gather(block_state)), carry)), None
 
         if policy is not None:
-            # Within a scan nothing needs the barriers against common subexpressions, and they keep
+            # Within a loop nothing needs the barriers against common subexpressions, and they keep
             # the backward loop from gathering its next layer ahead.
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         start = first
@@ -94,7 +101,7 @@ def run_stack(
             if (start, end) != (first, last):
                 piece = slice(start - first, end - first)
                 segment = jax.tree.map(lambda leaf: leaf[piece], state)  # noqa: B023
-            carry, _ = jax.lax.scan(body, carry, segment)
+            carry, _ = jax.lax.scan(body, carry, segment, unroll=unroll)
             if end in taps:
                 tapped.append(carry)
             start = end
