@@ -7,6 +7,9 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 DEMO_ARGS ?=
 SEED ?= 0
+# Pages of 2 MiB, where Linux's C library has them: XLA asks for the memory of each step anew, and with
+# pages of 4 KiB a tenth of an update of the demo goes into them (docs/benches.md).
+demo demo-full demo-long: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # The default python3 gets .venv; any other interpreter gets an environment of its own.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)

@@ -24,6 +24,7 @@ from apt_jax.errors import UserError
 from apt_jax.models.mmdit import MMDiT, MMDiTConfig
 from apt_jax.nn.functional import Network
 from apt_jax.nn.rope import text_rotation, video_rotation
+from apt_jax.parallel.flags.options import cpu_options
 from apt_jax.weights import flatten
 
 RATE, DECAY, EPS = 1e-5, 0.9, 1e-8
@@ -41,9 +42,9 @@ class CpuCase:
 
 
 CASES: dict[str, CpuCase] = {
-    # configs/demo_common.py: a microbatch of eight images
-    "demo": CpuCase(MMDiTConfig(width=96, depth=4, heads=3, head_dim=32, modulation="shared",
-                                remat="dots"), 8, (1, 16, 16), 8),
+    # configs/demo_common.py: a microbatch of 16 images
+    "demo": CpuCase(MMDiTConfig(width=96, depth=4, heads=3, head_dim=32, modulation="shared"),
+                    16, (1, 16, 16), 8),
     "mmdit_100m": CpuCase(MMDiTConfig(width=768, depth=5, heads=12, head_dim=64,
                                       rope_axes=(16, 24, 24)), 2, (1, 32, 32), 16),
 }
@@ -76,8 +77,9 @@ def inputs_of(case: CpuCase, seed: int) -> tuple[np.ndarray, ...]:
 
 
 def _ours(net: Network, params: Any, part: str) -> tuple[Callable, Callable]:
+    options = cpu_options("cpu") or None  # as in training and sampling
     if part == "forward":
-        compiled = jax.jit(net)
+        compiled = jax.jit(net, compiler_options=options)
         return lambda *a: compiled(params, *a[:4]), jax.block_until_ready
     optimizer = optax.rmsprop(RATE, decay=DECAY, eps=EPS)
 
@@ -89,7 +91,7 @@ def _ours(net: Network, params: Any, part: str) -> tuple[Callable, Callable]:
         updates, opt = optimizer.update(gradient, state[1], state[0])
         return (optax.apply_updates(state[0], updates), opt), value
 
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
     params = jax.tree.map(jnp.copy, params)
     state = [(params, optimizer.init(params))]
 
