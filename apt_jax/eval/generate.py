@@ -14,6 +14,7 @@ from apt_jax.diffusion import samplers
 from apt_jax.errors import UserError
 from apt_jax.eval.latents import decode_latents
 from apt_jax.eval.progress import Progress
+from apt_jax.kernels.choice import choosing
 from apt_jax.media import to_uint8
 from apt_jax.models.presets import make_generator
 from apt_jax.models.vae import FrameDecoder
@@ -92,6 +93,11 @@ class Generation:
         copy = getattr(self.net, "compute_copy", None)
         velocity = partial(self.net, copy(params) if copy else params)
         z = sample_noise(seed, index, shape)
+        with choosing(brief=self.mode != "euler"):  # of a few steps the samples cost less than the program
+            return self._sample(velocity, z, index, seed, text, mask, null_text, null_mask, guidance,
+                                shape, time)
+
+    def _sample(self, velocity, z, index, seed, text, mask, null_text, null_mask, guidance, shape, time):
         if self.mode == "one_step":
             return samplers.one_step(velocity, z, text, mask)
         if self.mode == "two_step":

@@ -64,7 +64,7 @@ class Reference:
         frames = np.ascontiguousarray(frames)
         path = None
         if cache_dir is not None:
-            path = Path(cache_dir) / f"reference_{_key(frames, dim)}.safetensors"
+            path = _cache_file(cache_dir, frames, dim)
             cached = _read(path)
             if cached is not None:
                 return cls(frames, *cached)
@@ -95,6 +95,12 @@ class Reference:
     @cached_property
     def motion_moments(self) -> Moments:
         return Moments.of(self.motion(motion_features(self.features)), "reference frame pairs")
+
+
+def known_features(frames: np.ndarray, cache_dir: Path | str, dim: int = DIM) -> np.ndarray | None:
+    """float32 [N, F, 1280] where `Reference.build` left those of these frames, else None."""
+    cached = _read(_cache_file(cache_dir, frames, dim))
+    return None if cached is None else cached[0]
 
 
 def measure(frames: np.ndarray, reference: Reference, extract=None, label: str = "",
@@ -166,6 +172,10 @@ def floor(reference: Reference, splits: int = 4, seed: int = 0) -> dict:
 
 def _moments(features: np.ndarray, projection: Projection, what: str) -> Moments:
     return Moments.of(projection(features.reshape(-1, features.shape[-1])), what)
+
+
+def _cache_file(cache_dir: Path | str, frames: np.ndarray, dim: int) -> Path:
+    return Path(cache_dir) / f"reference_{_key(frames, dim)}.safetensors"
 
 
 def _key(frames: np.ndarray, dim: int) -> str:

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from apt_jax.errors import UserError
 from apt_jax.eval.progress import Progress
+from apt_jax.parallel.flags.options import cpu_options
 
 ASSET = Path(__file__).parent.parent / "assets" / "mobilenet_v2_features.safetensors"
 BATCH_NORM_EPS = 1e-5
@@ -127,9 +128,11 @@ def identity() -> str:
     return digest.hexdigest()
 
 
-@jax.jit
-def _features(params: dict, frames: jax.Array) -> jax.Array:
-    return forward(params, preprocess(frames))
+@functools.cache
+def _features():
+    """(params, frames) -> features, compiled; made when first asked for, as it asks for the device."""
+    return jax.jit(lambda params, frames: forward(params, preprocess(frames)),
+                   compiler_options=cpu_options(jax.default_backend()) or None)
 
 
 class MobileNetFeatures:
@@ -158,7 +161,7 @@ class MobileNetFeatures:
             for start in range(0, len(frames), self.batch):
                 part = frames[start:start + self.batch]
                 padding = [(0, self.batch - len(part))] + [(0, 0)] * 3
-                result = _features(self.params, np.pad(part, padding))
+                result = _features()(self.params, np.pad(part, padding))
                 out[start:start + len(part)] = np.asarray(result)[:len(part)]
                 progress.advance(len(part))
         self.rate = progress.rate

@@ -16,7 +16,7 @@ import numpy as np
 from apt_jax import media
 from apt_jax.errors import UserError, disk_errors
 from apt_jax.eval import report_curves, report_evaluations
-from apt_jax.eval.measure import clip_features
+from apt_jax.eval.measure import clip_features, known_features
 from apt_jax.eval.nearest import nearest
 from apt_jax.eval.progress import duration
 from apt_jax.eval.report_pictures import CELL, image, spread
@@ -243,8 +243,10 @@ def _nearest(study: Study, kind: str) -> str:
         return '<p class="missing">Nearest training pictures need apt_1.npz and data.npz.</p>'
     samples, data = found["apt_1"], found["data"]
     chosen = spread(len(samples.frames), NEAREST[kind])
-    features = clip_features(data.frames, label="nearest training pictures").mean(1)
-    index, distance = nearest(clip_features(samples.frames[chosen]).mean(1), features, k=4)
+    features = known_features(data.frames, study.directory / "cache")
+    if features is None:
+        features = clip_features(data.frames, label="nearest training pictures")
+    index, distance = nearest(clip_features(samples.frames[chosen]).mean(1), features.mean(1), k=4)
     lines = []
     for row, sample in enumerate(chosen):
         cells = "".join(

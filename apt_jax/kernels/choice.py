@@ -49,12 +49,14 @@ class Hardware:
 class Choice:
     """backend: one of `BACKENDS`; derivatives: how often attention is differentiated;
 
-    hardware: what to compile for, None for where arrays live now.
+    hardware: what to compile for, None for where arrays live now; brief: the program runs a few times,
+    so that what it takes to compile counts more than what it takes to run.
     """
 
     backend: str = "auto"
     derivatives: int = 1
     hardware: Hardware | None = None
+    brief: bool = False
 
 
 _CURRENT: contextvars.ContextVar[Choice] = contextvars.ContextVar("choice", default=Choice())  # noqa: B039 - frozen

@@ -85,7 +85,8 @@ def run_stack(
         place, gather = mesh.tokens, mesh.layer
 
     policy, tapped = REMAT_POLICIES[remat], []
-    unroll = policy is None and depth <= UNROLLED and choice.hardware().platform == "cpu"
+    unroll = (policy is None and depth <= UNROLLED and not choice.current().brief
+              and choice.hardware().platform == "cpu")
     for first, last, graphdef, state in parts(blocks, depth):
         def body(carry: Carry, block_state: Any, graphdef: Any = graphdef) -> tuple[Carry, None]:
             carry = jax.tree.map(lambda x: checkpoint_name(x, "block_in"), place(carry))

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from apt_jax.errors import UserError
 from apt_jax.eval import measure as measuring
 from apt_jax.eval.frechet import Projection
-from apt_jax.eval.measure import Reference, floor, measure
+from apt_jax.eval.measure import Reference, floor, known_features, measure
 from apt_jax.eval.samples import load_samples, save_samples
 
 DIM = 8
@@ -104,6 +104,8 @@ def test_the_cache_is_used_and_survives_damage(tmp_path, monkeypatch):
     cached = Reference.build(frames, 4, tmp_path, label="")
     np.testing.assert_array_equal(cached.features, first.features)
     assert cached.hash == first.hash
+    np.testing.assert_array_equal(known_features(frames, tmp_path, 4), first.features)
+    assert known_features(frames, tmp_path, 5) is known_features(frames[1:], tmp_path, 4) is None
     monkeypatch.undo()
     path.write_bytes(path.read_bytes()[:100])
     assert Reference.build(frames, 4, tmp_path, label="").hash == first.hash
