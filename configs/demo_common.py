@@ -26,7 +26,7 @@ def demo_config(length: str = "short"):
     config.model.rope_axes = (8, 12, 12)
     config.model.modulation = "shared"  # as the 8B preset: 1.05M parameters
     config.model.text_width = 384  # all-MiniLM-L6-v2
-    # Nothing is computed twice: 16 images or four clips at a time are 0.8 GiB with all they keep.
+    # Nothing is computed twice: all of `make demo` stays within 2 GiB (docs/benches.md).
     config.model.remat = "none"
     config.discriminator.heads = 3
 
