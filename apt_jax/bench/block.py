@@ -28,6 +28,7 @@ from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
 from apt_jax.kernels.choice import choosing
+from apt_jax.kernels.normalize import SUM_SCOPE
 from apt_jax.models import mmdit
 from apt_jax.models.presets import model_config
 from apt_jax.models.wan import model as wan
@@ -161,11 +162,12 @@ class Product(NamedTuple):
 
 
 def products(jaxpr: Any) -> collections.Counter[Product]:
-    """The matrix products of a jaxpr outside attention, and how often each runs."""
+    """The matrix products of a jaxpr outside attention, sums among them aside, and how often each runs."""
     found: collections.Counter[Product] = collections.Counter()
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:
-        if ATTENTION_SCOPE in str(equation.source_info.name_stack):
+        names = str(equation.source_info.name_stack)
+        if ATTENTION_SCOPE in names or SUM_SCOPE in names:
             continue
         if equation.primitive.name == "dot_general":
             a, b = (v.aval for v in equation.invars)

@@ -16,6 +16,8 @@ from jax import lax
 
 from apt_jax.kernels import choice
 
+SUM_SCOPE = "sum_by_product"  # by this name plan/flops.py tells these from products of matrices
+
 
 def normalize(x: jax.Array, eps: float, *, centred: bool) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last axis of float [..., D]; centred: of x - mean(x)."""
@@ -33,8 +35,10 @@ def mean(x: jax.Array) -> jax.Array:
 
 def total(x: jax.Array) -> jax.Array:
     """The sum over the last axis of [..., D], kept, [..., 1], as a product in full precision."""
-    return lax.dot_general(x, jnp.ones((x.shape[-1], 1), x.dtype), (((x.ndim - 1,), (0,)), ((), ())),
-                           precision=lax.Precision.HIGHEST)
+    ones = jnp.ones((x.shape[-1], 1), x.dtype)
+    with jax.named_scope(SUM_SCOPE):
+        return lax.dot_general(x, ones, (((x.ndim - 1,), (0,)), ((), ())),
+                               precision=lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from apt_jax.kernels.normalize import SUM_SCOPE
+
 ATTENTION_SCOPE = "attention"
 TRANSPOSED = "transpose("  # how jax's name stacks mark what the backward pass runs
 
@@ -78,6 +80,8 @@ def _count(equation: Any, found: Flops, backward: bool, attention: bool) -> None
     names = str(equation.source_info.name_stack)
     backward = backward or TRANSPOSED in names
     attention = attention or ATTENTION_SCOPE in names
+    if SUM_SCOPE in names:
+        return  # no product where it is not written for a CPU
     if name == "dot_general":
         work = _dot(equation)
         if attention:
