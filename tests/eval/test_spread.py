@@ -56,8 +56,9 @@ def test_runs_that_cannot_be_compared(change, says):
 
 
 def test_committed_summaries_of_one_data_set_compare():
-    """Studies on several machines: the floors agree. An older summary names its projection, which every
-    machine fitted anew, and no pixels, as one of today does."""
+    """Studies on several machines, their features by programs of other options: the floors agree to
+    float32's rounding. An older summary names its projection, which every machine fitted anew, and no
+    pixels, as one of today does."""
     results = ROOT / "docs" / "results"
     short = json.loads((results / "demo" / "summary.json").read_text())
     today = [json.loads(path.read_text()) for path in sorted(
@@ -71,7 +72,8 @@ def test_committed_summaries_of_one_data_set_compare():
     runs = dict(zip("abcde", (*older, *today)))
     found = spread(runs)
     assert "clips 303 against 303" in " ".join(format_spread(found).split())
-    assert found["video"]["floor"]["fd"]["sd"] < 1e-9
+    floor = found["video"]["floor"]["fd"]
+    assert floor["sd"] < 1e-6 * floor["mean"]
     one = today[1]["data"]["video"]
     assert one["reference"] == today[0]["data"]["video"]["reference"]
     reference, one["reference"] = one["reference"], "c0ffe0"
