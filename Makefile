@@ -56,7 +56,7 @@ demo-wan: venv-wan
 	@$(VENV)/bin/python launch/demo_wan.py --workdir runs/demo-wan $(DEMO_ARGS)
 
 test: venv-test
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-mesh: venv-test
 	$(VENV)/bin/python -m pytest -m mesh $(PYTEST_ARGS)

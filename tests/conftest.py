@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -27,6 +29,17 @@ if "--xla_cpu_collective" not in os.environ["XLA_FLAGS"]:
         " --xla_cpu_collective_call_terminate_timeout_seconds=300"
         " --xla_cpu_collective_timeout_seconds=300"
     )
+CACHE = "APT_TEST_PROGRAMS"
+if CACHE not in os.environ:
+    # Equal programs are compiled once in a session: its processes, and those that tests start, find
+    # the folder in their environment. The first process removes it.
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="apt_jax_programs_")
+    REMOVE = os.environ[CACHE]
+else:
+    REMOVE = None
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[CACHE]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GLOG_minloglevel", "3")
@@ -51,3 +64,8 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first, so that no process ends with one alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_unconfigure():
+    if REMOVE:
+        shutil.rmtree(REMOVE, ignore_errors=True)

@@ -8,11 +8,12 @@ import pytest
 
 from apt_jax.eval import evaluate
 
+pytestmark = pytest.mark.slow
 LAUNCH = Path(__file__).parents[1] / "launch"
 STAGES = ("pretrain", "consistency", "image", "video")
 # Only what makes it quick on two cores: the network's size, the batches and the number of steps.
 SMALL = [
-    "--config.model.patch=1,8,8", "--config.model.width=32", "--config.model.heads=2",
+    "--config.model.patch=1,16,16", "--config.model.width=32", "--config.model.heads=2",
     "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6", "--config.model.depth=2",
     "--config.train.batch_size=8", "--config.train.clip_batch_size=8", "--config.train.steps=2",
     "--config.train.log_every=1", "--config.optimizer.warmup_steps=1",

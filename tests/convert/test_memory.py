@@ -18,6 +18,7 @@ from apt_jax.convert.families import transformer_plan
 from apt_jax.convert.tables import qwen_image
 from apt_jax.tensor_files import Spec, open_folder, write_files
 
+pytestmark = pytest.mark.slow
 GIB = 2**30
 # Half as wide as Qwen-Image: 113 MB a block in bfloat16, and 22 blocks are 2.5 GB.
 MODEL = {**synthetic.QWEN, "width": 1536, "heads": 12, "head_dim": 128, "rope_axes": (16, 56, 56),

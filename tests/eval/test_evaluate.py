@@ -18,6 +18,7 @@ from apt_jax.eval.table import format_result
 from apt_jax.models.presets import make_generator
 from apt_jax.weights import save_generator
 
+pytestmark = pytest.mark.slow
 DIM = 32
 HOLDOUT = ("bundled:emoji", "holdout", 1, 16, 16, 8)
 

@@ -28,6 +28,7 @@ from apt_jax.nn.functional import Network
 from apt_jax.parallel.context import ContextParallel
 from apt_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.slow
 H100 = Hardware("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 PLAIN = jax.nn.dot_product_attention
 GRID = (3, 3, 3)  # odd, and with the text no whole tile either

@@ -22,6 +22,7 @@ from apt_jax.weights import (
     load_generator,
 )
 
+pytestmark = pytest.mark.slow
 RANK = {"lora__rank": 2, "lora__alpha": 4.0}
 
 

@@ -12,6 +12,8 @@ from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.loop import train
 from apt_jax.train.state import init_state, set_up
 
+pytestmark = pytest.mark.slow
+
 
 def start(config):
     return init_state(config, set_up(config, make_mesh(config.mesh)))

@@ -15,6 +15,7 @@ from tiny import random_weights
 
 from apt_jax.train.loop import train
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
 

@@ -21,6 +21,8 @@ from apt_jax.train.state import set_up
 from apt_jax.train.watchdog import Watchdog
 from apt_jax.weights import export_run, load_generator
 
+pytestmark = pytest.mark.slow
+
 
 def final_state(workdir, config):
     """The newest checkpoint's state as numpy, however far the run got."""

@@ -27,6 +27,7 @@ from tiny import random_weights
 from apt_jax.train.loop import train
 from apt_jax.weights import load_generator
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("APT_KILLS", 1))
 SECONDS = 1200  # two cores, shared

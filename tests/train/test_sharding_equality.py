@@ -16,6 +16,7 @@ from apt_jax.train.feeding import put_batch
 from apt_jax.train.state import init_state, set_up
 from apt_jax.train.steps import build_update
 
+pytestmark = pytest.mark.slow
 STEPS = 5
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
 # Every axis, and the plain data-parallel and sharded meshes; the others run under `make test-mesh`.

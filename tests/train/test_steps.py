@@ -12,6 +12,8 @@ from apt_jax.train.feeding import put_batch
 from apt_jax.train.state import init_state, set_up
 from apt_jax.train.steps import build_update, gradient, sample_keys
 
+pytestmark = pytest.mark.slow
+
 
 def start(config, devices=None):
     """(state, update, mesh), every parameter moved off its zero initialisation."""

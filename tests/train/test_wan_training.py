@@ -14,6 +14,7 @@ from apt_jax.train.loop import train
 from apt_jax.train.state import frozen_inputs, init_state, set_up
 from apt_jax.weights import flatten, load_generator, save_generator
 
+pytestmark = pytest.mark.slow
 WAN = dict(model__family="wan", model__rope_axes=(4, 2, 2), model__text_tokens=8,
            model__frequency_width=16, train__log_every=1)
 
