@@ -14,7 +14,7 @@ STAGES = ("pretrain", "consistency", "image", "video")
 # Only what makes it quick on two cores: the network's size, the batches and the number of steps.
 SMALL = [
     "--config.model.patch=1,16,16", "--config.model.width=32", "--config.model.heads=2",
-    "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6", "--config.model.depth=2",
+    "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6", "--config.model.depth=1",
     "--config.train.batch_size=8", "--config.train.clip_batch_size=8", "--config.train.steps=2",
     "--config.train.log_every=1", "--config.optimizer.warmup_steps=1",
     "--config.train.sample_every=0", "--config.sample.steps=2",

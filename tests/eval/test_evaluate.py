@@ -42,21 +42,23 @@ def generator():
 
 
 def test_bundled_pictures_rank_damage(real):
-    reference = Reference.build(real.frames, DIM, label="")
+    whole = real.frames[::2]
+    reference = Reference.build(whole, DIM, label="")
     blurred = [np.stack([np.asarray(Image.fromarray(x[0]).filter(ImageFilter.GaussianBlur(r)))[None]
-                         for x in real.frames]) for r in (0.5, 1, 2)]
-    noise = np.random.default_rng(0).normal(size=real.frames.shape)
-    noisy = [np.clip(real.frames + s * noise, 0, 255).astype(np.uint8) for s in (5, 15, 40)]
+                         for x in whole]) for r in (0.5, 1, 2)]
+    noise = np.random.default_rng(0).normal(size=whole.shape)
+    noisy = [np.clip(whole + s * noise, 0, 255).astype(np.uint8) for s in (5, 15, 40)]
     for series in (blurred, noisy):
         distances = [measure(frames, reference)["fd"] for frames in series]
         assert 0 < distances[0] < distances[1] < distances[2]
         assert distances[2] > 2 * floor(reference)["fd"]
     # a tenth of the pictures, repeated: each is perfect, the set is not
-    few = real.frames[np.arange(len(real.frames)) % (len(real.frames) // 10)]
+    few = whole[np.arange(len(whole)) % (len(whole) // 10)]
     assert measure(few, reference)["fd"] > floor(reference)["fd"]
 
 
 def test_a_sweep_reports_its_best_value(generator, real):
+    real = first(real, 4 * DIM)
     result, samples = evaluate_generator(generator, real, real, mode="euler", steps=2,
                                          guidance=(0.0, 3.0), dim=DIM, seed=1)
     distances = [entry["fd"] for entry in result["sweep"]]
