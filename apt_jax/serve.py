@@ -29,6 +29,7 @@ from apt_jax.models.presets import make_generator
 from apt_jax.models.vae import VAE, Tiling
 from apt_jax.nn import fp8
 from apt_jax.nn.functional import Network, Params
+from apt_jax.parallel.flags.options import cpu_options
 from apt_jax.parallel.mesh import replicated
 from apt_jax.parallel.sharding import infer_shardings
 from apt_jax.samples import whole
@@ -44,8 +45,9 @@ class Stage(NamedTuple):
     args: tuple
 
     def compile(self) -> Any:
-        """The program, for the devices that the arguments' shardings name."""
-        return self.function.lower(*self.args).compile()
+        """The program of this process's devices, by the compiler options that `Generation` takes."""
+        return self.function.lower(*self.args).compile(
+            compiler_options=cpu_options(jax.default_backend()) or None)
 
 
 class Served(NamedTuple):
