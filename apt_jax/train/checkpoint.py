@@ -34,6 +34,10 @@ STATE, META = "state", "meta"
 # ones into the library's own 2 GB files.
 SMALL, FILE_BYTES, CHUNK_BYTES = 2**30, 12 * 2**20, 4 * 2**20
 
+# The copies of an array share its writing where a part has this many bytes: each part of each
+# shape is a compiled program, which for norms and biases is what a first save would wait for.
+SHARED_WRITING = 2**20
+
 # What a process says of a checkpoint.
 GOOD, BROKEN_HERE, OTHER = range(3)
 
@@ -74,7 +78,7 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
             self._folder,
-            item_handlers={STATE: ocp.PyTreeCheckpointHandler(),
+            item_handlers={STATE: _state_handler(),
                            META: ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.train.keep, cleanup_tmp_directories=True,
@@ -210,6 +214,12 @@ def newest_saved(workdir: str | Path) -> tuple[Any, int] | None:
         except Exception:  # whatever a torn folder makes the reader raise; a restore says it
             continue
     return None
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_WRITING)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)))
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
