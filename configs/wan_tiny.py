@@ -1,11 +1,11 @@
-"""The three Wan recipes at a size that two CPU cores train in a minute: `make demo-wan` runs them.
+"""The three Wan recipes at a size that two CPU cores train in two minutes: `make demo-wan` runs them.
 
     apt-jax train --config configs/wan_tiny.py:consistency --workdir runs/demo-wan/cd
     apt-jax train --config configs/wan_tiny.py:image --workdir runs/demo-wan/apt_image
     apt-jax train --config configs/wan_tiny.py:video --workdir runs/demo-wan/apt_video
 
 Needs runs/demo-wan/ckpt and runs/demo-wan/data, which launch/demo_wan.py makes of a WanPipeline
-with random weights. Cost: a minute and 1 GB for each stage. Gives: nothing to look at, the weights being
+with random weights. Cost: under a minute and 1 GB for each stage. Gives: nothing to look at, the weights being
 random; every step between a diffusers folder and a one-step diffusers folder, to be tried before it
 is paid for. Stages, losses and optimisers are those of wan_1_3b_*.py; network, batch and steps are
 small, the learning rates high enough that 20 updates move the weights, and float32 lets PyTorch's

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from apt_jax.config import load_config, validate
 from apt_jax.train.distributed import Job, find_job
 
 yaml = pytest.importorskip("yaml")
@@ -157,5 +158,10 @@ def test_the_container_becomes_apt_jax_with_the_flags(jobset, tmp_path):
     assert (xla, tpu) == (("--flags=of_gpu_on_8 --mine", "") if gpu
                           else ("--mine", "--flags=of_tpu "))
     assert arguments.startswith("train --preempted-status 75 --config configs/")
-    config = arguments.split("--config ")[1].split()[0]
-    assert (LAUNCH.parent / config).is_file()
+    words = arguments.split()
+    config = load_config(LAUNCH.parent / words[words.index("--config") + 1],
+                         [word for word in words if word.startswith("--config.")])
+    validate(config)
+    for path in (words[words.index("--workdir") + 1], config.data.path, config.init.diffusion,
+                 config.init.generator):
+        assert path == "" or path.startswith("/data/")  # the claim that all pods mount
