@@ -1,8 +1,9 @@
-"""What is meant for a user's eyes: the one exception, and how an OSError becomes it."""
+"""What is meant for a user's eyes: the one exception, how an OSError becomes it, and which pass."""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,32 @@ def disk_error(error: OSError, path: Any, doing: str = "written") -> UserError:
     where = _final(error.filename if isinstance(error.filename, str) else path)
     mend = _MEND.get(error.errno, "check the disk, then repeat the command")
     return UserError(f"{where} cannot be {doing} ({error.strerror or error}); {mend}")
+
+
+# What a disk, a network file system or a busy machine says of a file that may be whole.
+_PASSING = frozenset(getattr(errno, name) for name in (
+    "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EMFILE", "ENFILE", "ENOMEM",
+    "EACCES", "ENOENT", "ENODEV", "ENXIO", "EREMOTEIO", "ENOLINK", "ECOMM", "ENOTCONN",
+    "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+    "ENETUNREACH", "ENETRESET", "EKEYEXPIRED") if hasattr(errno, name))
+# TensorStore, which reads and writes for Orbax, raises ValueErrors that name the cause so.
+_CODE = re.compile(r"\[os_error_code='(\d+)'")
+
+
+def os_error(error: Exception) -> OSError | None:
+    """The OSError that this error is, or that its words name; None for any other."""
+    if isinstance(error, OSError):
+        return error
+    code = _CODE.search(str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+
+def passes(error: Exception) -> bool:
+    """Whether the same file may be read without this error later: nothing says it is damaged."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # a device's memory
+        return True
+    cause = os_error(error)
+    return cause is not None and cause.errno in _PASSING
 
 
 def _final(path: Any) -> str:

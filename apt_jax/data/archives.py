@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator
 
 from apt_jax.data.decode import MEDIA
-from apt_jax.data.reasons import passes
+from apt_jax.errors import passes
 
 SUFFIX = ".tar"
 CAPTION_KEYS = ("caption", "text", "prompt")

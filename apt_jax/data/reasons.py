@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import re
 
-# What a disk, a network file system or a busy machine says of a file that may be whole.
-_PASSING = frozenset(getattr(errno, name) for name in (
-    "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EMFILE", "ENFILE", "ENOMEM",
-    "EACCES", "ENOENT", "ENODEV", "ENXIO", "EREMOTEIO", "ENOLINK", "ECOMM", "ENOTCONN",
-    "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
-    "ENETUNREACH", "ENETRESET", "EKEYEXPIRED") if hasattr(errno, name))
+from apt_jax.errors import passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +34,3 @@ def skipped(name: str, error: Exception) -> Skipped:
         words = getattr(error, "strerror", None) or str(error)
     words = re.sub(r" object at 0x[0-9a-f]+", "", words)
     return Skipped(name, " ".join(f"{kind}: {words}".split())[:200], passes(error))
-
-
-def passes(error: Exception) -> bool:
-    """Whether the same file may be read without this error later."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, OSError) and error.errno in _PASSING)

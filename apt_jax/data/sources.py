@@ -15,8 +15,8 @@ import stat
 from apt_jax.data import archives, tables
 from apt_jax.data.decode import MEDIA, UNREAD, File, Member
 from apt_jax.data.metadata import TABLES, is_text, read_table
-from apt_jax.data.reasons import Skipped, passes
-from apt_jax.errors import UserError, disk_error, disk_errors
+from apt_jax.data.reasons import Skipped
+from apt_jax.errors import UserError, disk_error, disk_errors, passes
 
 ARCHIVES = (archives.SUFFIX, tables.SUFFIX)
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -13,8 +13,7 @@ import pathlib
 import threading
 
 from apt_jax.data.decode import Blob
-from apt_jax.data.reasons import passes
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, passes
 
 SUFFIX = ".parquet"
 MEDIA_COLUMNS = ("video", "image", "mp4", "webm", "mov", "mkv", "jpg", "jpeg", "png", "webp", "gif",

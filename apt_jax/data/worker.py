@@ -20,9 +20,9 @@ import numpy as np
 from apt_jax.data import decode, latent_records, manifest, records, resample, sources
 from apt_jax.data.cutting import Plan
 from apt_jax.data.quantise import quantise, store
-from apt_jax.data.reasons import Skipped, passes, skipped
+from apt_jax.data.reasons import Skipped, skipped
 from apt_jax.data.settings import Settings
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, passes
 
 _CAPTIONS = 32  # captions of one call of the text encoder
 

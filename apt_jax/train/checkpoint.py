@@ -26,6 +26,7 @@ from apt_jax.train.course import check_course
 from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import check_shared, everywhere, same_everywhere
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
+from apt_jax.weights.runs import may_be_whole
 
 BROKEN = "broken_checkpoints"
 STATE, META = "state", "meta"
@@ -39,7 +40,7 @@ SMALL, FILE_BYTES, CHUNK_BYTES = 2**30, 12 * 2**20, 4 * 2**20
 SHARED_WRITING = 2**20
 
 # What a process says of a checkpoint.
-GOOD, BROKEN_HERE, OTHER = range(3)
+GOOD, BROKEN_HERE, OTHER, NOT_NOW = range(4)
 
 
 class Restored(NamedTuple):
@@ -118,7 +119,9 @@ class Checkpoints:
         is none at all.
 
         Unreadable ones newer than it are moved to WORKDIR/broken_checkpoints with a warning.
-        UserError for a checkpoint of another config, or if none of several can be read.
+        UserError for a checkpoint of another config, one that may not be read, or if none of
+        several can be. What may pass, such as a stale handle or too little memory, is raised as it
+        is: the checkpoint may be whole, and nothing is moved.
         """
         seen = sorted(self._manager.all_steps(), reverse=True)
         steps = same_everywhere(seen)
@@ -129,19 +132,29 @@ class Checkpoints:
                             "storage, and start again")
         broken: dict[int, str] = {}
         for step in steps:
-            restored = problem = None
+            restored = problem = later = None
             try:
                 restored = self._read(step, abstract)
             except UserError as error:
                 problem = error
             except Exception as error:  # whatever a torn folder makes the reader raise
+                if may_be_whole(error):
+                    later = error
                 broken[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             # A torn file hurts those processes alone whose part it holds; all take the same way.
-            found = everywhere(OTHER if problem else BROKEN_HERE if step in broken else GOOD)
+            found = everywhere(OTHER if problem else NOT_NOW if later else
+                               BROKEN_HERE if step in broken else GOOD)
             if problem:
                 raise problem
+            if later:
+                later.add_note(f"{self._folder}/{step} could not be read, which says nothing about "
+                               "its files: nothing was moved or changed")
+                raise later
             if OTHER in found:
                 raise UserError(f"another process refused {self._folder}/{step}; its line says why")
+            if NOT_NOW in found:
+                raise RuntimeError(f"process {found.index(NOT_NOW)} could not read {self._folder}/"
+                                   f"{step} just now; its lines say why")
             if BROKEN_HERE in found:
                 broken.setdefault(step, f"process {found.index(BROKEN_HERE)} cannot read its part")
                 del restored
@@ -158,6 +171,10 @@ class Checkpoints:
         """One checkpoint by the handlers themselves: the manager would wait for all processes to
         succeed, for ever where one does not."""
         folder = self._manager.directory / str(step)
+        with run_disk(self._folder / str(step), doing="read"):
+            return self._read_from(folder, step, abstract)
+
+    def _read_from(self, folder: Any, step: int, abstract: dict[str, Any]) -> Restored:
         meta = ocp.JsonCheckpointHandler().restore(folder / META, args=ocp.args.JsonRestore())
         self._check(config_from_json(meta["config"]), step)
         state = ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=_restore_args(abstract))

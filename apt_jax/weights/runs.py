@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from apt_jax.config import load_kept
-from apt_jax.errors import UserError
+from apt_jax.errors import UserError, disk_error, os_error, passes
 from apt_jax.tensor_files import read_table, write_json
 from apt_jax.weights.common import (
     BUNDLED,
@@ -72,7 +73,9 @@ def load_run(folder: Path, which: str, shardings: Any
 
 
 def load_discriminator(folder: str | Path, abstract: Any, shardings: Any = None) -> dict[str, Any]:
-    """The discriminator of an adversarial run, whole, like `abstract`; UserError for any other folder.
+    """The discriminator of an adversarial run, whole, like `abstract`.
+
+    UserError for any other folder, for adapters, and for a discriminator of other shapes.
     """
     folder = Path(folder)
     if not is_run(folder):
@@ -82,7 +85,16 @@ def load_discriminator(folder: str | Path, abstract: Any, shardings: Any = None)
     if config.get("stage") != "adversarial":
         raise UserError(f"init.discriminator: the run {folder} is of stage {config.get('stage')!r} and "
                         "has no discriminator; give one of stage adversarial, or leave it empty")
-    return newest(folder, "discriminator", abstract, shardings)
+    lora = config.get("lora")
+    if lora and lora.rank and lora.get("discriminator"):
+        raise UserError(f"init.discriminator: the run {folder} trained adapters of its discriminator; "
+                        "give one that trained the whole of it, or leave it empty")
+
+    def read(step: Path) -> dict[str, Any]:
+        _check_same_shapes(step, "discriminator", abstract, folder)
+        return _read_checkpoint(step, "discriminator", abstract, shardings)
+
+    return _try_steps(folder, read)
 
 
 def newest(folder: Path, which: str, abstract: Any, shardings: Any = None) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def open_run(folder: Path, which: str) -> tuple[ml_collections.ConfigDict, Any]:
 
     def opened(step: Path) -> CheckpointLeaves:
         leaves = CheckpointLeaves(step, which, abstract)
-        leaves.read(min(abstract, key=lambda name: abstract[name].size))  # torn ones fail here
+        leaves.probe(min(abstract, key=lambda name: abstract[name].size))
         return leaves
 
     return config.model, _try_steps(folder, opened)
@@ -124,15 +136,34 @@ class CheckpointLeaves:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(leaf.shape) for name, leaf in self._abstract.items()}
 
+    def probe(self, name: str) -> None:
+        """Reads a leaf; a torn checkpoint makes Orbax raise whatever it raises."""
+        self._read(name)
+
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """A leaf, or one layer of it; the leaf last read is kept."""
+        """A leaf, or one layer of it; the leaf last read is kept.
+
+        UserError where its part of the checkpoint is damaged.
+        """
+        try:
+            self._read(name)
+        except UserError:
+            raise
+        except Exception as error:
+            if may_be_whole(error):
+                raise
+            raise UserError(f"{self._step} is damaged: {name!r} cannot be read "
+                            f"({type(error).__name__}); move that folder away to use the checkpoint "
+                            "before it, or train on to a new one") from error
+        value = self._last[1]
+        return value if layer is None else value[layer]
+
+    def _read(self, name: str) -> None:
         if self._last is None or self._last[0] != name:
             self._last = None  # freed before the next one comes
             one = unflatten({name: self._abstract[name]})
             value = flatten(_read_checkpoint(self._step, self._which, one, None))[name]
             self._last = (name, np.asarray(value))
-        value = self._last[1]
-        return value if layer is None else value[layer]
 
 
 def _try_steps(folder: Path, read: Callable[[Path], Any]) -> Any:
@@ -150,9 +181,20 @@ def _try_steps(folder: Path, read: Callable[[Path], Any]) -> Any:
         except UserError:
             raise
         except Exception as error:  # whatever a torn checkpoint makes the reader raise
+            if may_be_whole(error):
+                if isinstance(cause := os_error(error), PermissionError):
+                    raise disk_error(cause, folder, "read") from error
+                raise
             problem = f"step {step}: {type(error).__name__}"
     raise UserError(f"{folder} has no readable checkpoint ({problem}); continue the run so that it "
                     "saves one")
+
+
+def may_be_whole(error: Exception) -> bool:
+    """Whether an error of reading a checkpoint says nothing about its files, but that a disk, the
+    permissions or the memory did not let them be read; a file that is missing is damage."""
+    cause = os_error(error)
+    return passes(error) and not (cause is not None and cause.errno == errno.ENOENT)
 
 
 def _read_checkpoint(folder: Path, which: str, abstract: Any, shardings: Any) -> dict[str, Any]:
@@ -171,8 +213,28 @@ def _read_checkpoint(folder: Path, which: str, abstract: Any, shardings: Any) ->
         state = reader.restore((folder / "state").resolve(), args=ocp.args.PyTreeRestore(
             item={name: abstract}, restore_args={name: args}, partial_restore=True))
     params = state[name]
-    check_keys(Leaves(flatten(params)).shapes(), abstract, str(folder))
+    # A leaf that the checkpoint lacks comes back as its description.
+    read = {name: leaf for name, leaf in flatten(params).items()
+            if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    check_keys(Leaves(read).shapes(), abstract, str(folder))
     return params
+
+
+def _check_same_shapes(step: Path, which: str, abstract: Any, run: Path) -> None:
+    """UserError that names the first parameter in which a checkpoint's network is not `abstract`."""
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        there = flatten(reader.metadata((step / "state").resolve()).item_metadata.tree[STATES[which]])
+    here = flatten(abstract)
+    for name in sorted(set(there) | set(here)):
+        shapes = [tuple(leaves[name].shape) if name in leaves else "not there"
+                  for leaves in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"init.{which} = {run}: its parameter {name!r} is {shapes[0]}, here {shapes[1]}; set "
+                f"config.model and config.{which} as in its {CONFIG_FILE}, or leave init.{which} empty")
 
 
 # -- runs that trained adapters (config.lora) ------------------------------------------------------

@@ -76,8 +76,13 @@ def test_what_is_no_discriminator_is_named(images, tmp_path):
     write_run_files(tmp_path / "pretrain", emoji_config())
     with pytest.raises(UserError, match="of stage 'pretrain' and has no discriminator"):
         asked(tmp_path / "pretrain")
-    with pytest.raises(UserError, match=str(run)):
+    with pytest.raises(UserError, match=rf"{run}: its parameter 'heads/.*' is .*, here .*; set"):
         asked(run, discriminator__taps=(1, 2))
+    adapted = tmp_path / "adapted"
+    (adapted / "checkpoints").mkdir(parents=True)
+    write_run_files(adapted, emoji_config("adversarial", lora__rank=2, lora__discriminator=True))
+    with pytest.raises(UserError, match="adapted trained adapters of its discriminator; give one"):
+        asked(adapted)
 
 
 @pytest.mark.parametrize(("stage", "fields", "says"), [
