@@ -291,6 +291,13 @@ class Generator:
         """One-step generation of one size, compiled ahead of time: `serve.server_of`'s options."""
         return server_of(self, **options)
 
+    def default_size(self) -> tuple[int, int, int]:
+        """(frames, height, width) in pixels, as trained; 0 where the checkpoint does not say."""
+        self._check_base()
+        data = self.config.data
+        return ((max(data.frames), data.height, data.width) if self.latents is None
+                else self.latents.default_size(data))
+
     def sample_shape(self, **sizes: int | None) -> tuple[int, int, int, int]:
         """(F, H, W, C) that the network makes for frames, height, width in pixels."""
         names = ("frames", "height", "width")
@@ -313,10 +320,7 @@ class Generator:
                  ) -> dict[str, Any]:
         """All settings of a call with their defaults, checked."""
         check_mode(mode, steps=steps, guidance=guidance, time=time, fresh_noise=fresh_noise)
-        self._check_base()
-        data, sample = self.config.data, self.config.sample
-        sizes = ((max(data.frames), data.height, data.width) if self.latents is None
-                 else self.latents.default_size(data))
+        sizes, sample = self.default_size(), self.config.sample
         settings: dict[str, Any] = {
             "checkpoint": self.source, "weights": self.weights, "mode": mode,
             "seed": whole("seed", seed),

@@ -23,8 +23,8 @@ EXAMPLES = """\
 
 # Flags that say how samples are drawn, and their defaults; with --samples nothing is drawn.
 DRAWING = {"mode": "one_step", "steps": None, "guidance": None, "time": None, "fresh_noise": None,
-           "weights": "ema", "held_out": "holdout", "frames": None, "height": None, "width": None,
-           "count": 0, "seed": 0, "batch": 64}
+           "weights": "ema", "base": None, "held_out": "holdout", "frames": None, "height": None,
+           "width": None, "count": 0, "seed": 0, "batch": 64}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="two_step: new noise for the second step")
     parser.add_argument("--weights", choices=("ema", "raw"),
                         help="averaged or raw weights of a run (default: ema)")
+    parser.add_argument("--base", metavar="DIR",
+                        help="component folder with the VAE and text encoder of a generator of "
+                             "latents (default: where the run began)")
     parser.add_argument("--data", metavar="PATH",
                         help="prepared data set (default: the checkpoint's, or bundled:emoji)")
     parser.add_argument("--split", default="train", help="split for FD (default: train)")
@@ -107,10 +110,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         from apt_jax import api
 
-        generator = api.load(args.checkpoint, args.weights)
+        generator = api.load(args.checkpoint, args.weights, args.base)
         data = generator.config.data
-        shape = tuple(size if asked is None else asked for asked, size in (
-            (args.frames, max(data.frames)), (args.height, data.height), (args.width, data.width)))
+        shape = tuple(size if asked is None else asked for asked, size in zip(
+            (args.frames, args.height, args.width), generator.default_size()))
         for flag, asked in (("frames", args.frames), ("height", args.height), ("width", args.width)):
             if asked is not None and asked < 1:
                 raise UserError(f"--{flag} {asked} must be at least 1")

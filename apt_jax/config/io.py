@@ -46,11 +46,14 @@ def config_from_json(text: str) -> ml_collections.ConfigDict:
     """The inverse of `config_to_json`: a locked ConfigDict. UserError if it is not such a text."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the config is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"the config must be a JSON object, not a {type(data).__name__}")
-    return ml_collections.ConfigDict(_unpack(data), convert_dict=True).lock()
+    try:
+        return ml_collections.ConfigDict(_unpack(data), convert_dict=True).lock()
+    except (ValueError, TypeError, RecursionError) as error:  # a dot in a key, no list in a tuple
+        raise UserError(f"the config is damaged: {error}") from None
 
 
 def save_json(config: ml_collections.ConfigDict, path: str | Path) -> None:
@@ -69,6 +72,8 @@ def load_json(path: str | Path) -> ml_collections.ConfigDict:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the config is not valid JSON: {error}") from None
     try:
         return config_from_json(text)
     except UserError as error:

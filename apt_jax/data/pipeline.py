@@ -99,10 +99,15 @@ class Dataset:
         unpack = latent_records.unpack if self.kind == "latents" else record_files.unpack
         try:
             return unpack(self._reader[int(index)])
-        except ValueError as error:
-            raise UserError(
-                f"{self.path}: record {index} is damaged ({error}); prepare the data set anew"
-            ) from None
+        except (ValueError, TypeError, RuntimeError) as error:
+            if record_files.disk_error_in(error):
+                raise
+            raise self._damaged(index, error) from None
+
+    def _damaged(self, index: int, error: Exception) -> UserError:
+        words = " ".join(str(error).split())[:200]
+        return UserError(f"{self.path}: record {index} is damaged ({words}); copy the data set "
+                         "again or prepare it anew")
 
     def shape(self, index: int) -> Shape:
         """The shape that record `index` has in this run."""
@@ -115,8 +120,11 @@ class Dataset:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         record, shape = self.record(index), self.shape(index)
-        frames = self._latents(record, shape) if self.kind == "latents" else (
-            self._pixels(record, shape))
+        try:
+            frames = self._latents(record, shape) if self.kind == "latents" else (
+                self._pixels(record, shape))
+        except (OSError, ValueError) as error:  # the picture is in memory: no disk can fail here
+            raise self._damaged(index, error) from None
         self._tell_cut(record)
         text, mask = pad_states(record.text(), self.max_text_tokens)
         sample = {"frames": frames, "text": text, "text_mask": mask, "caption": record.caption}

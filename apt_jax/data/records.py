@@ -221,6 +221,11 @@ def _disk_errors(path: pathlib.Path):
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        code = next((code for code in errno.errorcode if os.strerror(code) in text), errno.EIO)
+        code = disk_error_in(error) or errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def disk_error_in(error: Exception) -> int:
+    """The errno that an error of ArrayRecord's names by its words; 0 for other words, of damage."""
+    text = str(error)
+    return next((code for code in errno.errorcode if os.strerror(code) in text), 0)

@@ -46,8 +46,8 @@ def load_samples(path: Path | str) -> SampleSet:
     try:
         with np.load(path, allow_pickle=False) as file:
             frames, captions = file["frames"], file["captions"]
-    except (KeyError, ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, OSError, EOFError, MemoryError,
+            zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is no sample file ({error}); it needs the arrays frames and "
                         "captions, both without pickles") from None
     if (frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[-1] != 3

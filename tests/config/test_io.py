@@ -54,10 +54,11 @@ def test_json_is_plain(tmp_path):
     assert data["train"]["steps"] == base_config().train.steps
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"3", b"{\xff", b"[" * 100_000,
+                                  b'{"a.b": 1}', b'{"a": {"__tuple__": 5}}'])
 def test_damaged_json_is_one_line(tmp_path, text):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(UserError, match="config.json"):
         load_json(path)
     with pytest.raises(UserError, match="cannot read"):

@@ -1,12 +1,15 @@
 """From the bundled shards to batches: counts, resumption, padding, dropout, mixed shapes."""
 
 import collections
+import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 from tiny_media import share
 
+from apt_jax.data import bundled, records
 from apt_jax.data.pipeline import batches, load_all, open_dataset, plan_of, to_unit
 from apt_jax.errors import UserError
 
@@ -167,6 +170,41 @@ def test_resizing_is_an_average_not_a_pick():
 
 def test_to_unit_ends():
     np.testing.assert_allclose(to_unit(np.array([0, 255], np.uint8)), [-1, 1], atol=1e-6)
+
+
+def test_a_damaged_record_is_named(tmp_path, monkeypatch):
+    """A flipped bit, which the shard's own checksum shows; a picture that is none; no header."""
+    folder = tmp_path / "data"
+    shutil.copytree(bundled.resolve("bundled:emoji"), folder)
+    shard = folder / "holdout-001f-64x64-00000.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    dataset = open_dataset(str(folder), "holdout", height=8, width=8)
+    with pytest.raises(UserError, match=r"record \d+ is damaged .*hash mismatch.*; copy the data"):
+        load_all(dataset)
+
+    whole = dataset.record(0)
+    monkeypatch.setattr(dataset, "record", lambda index: dataclasses.replace(
+        whole, picture=whole.picture[:40]))
+    with pytest.raises(UserError, match="record 340 is damaged"):
+        dataset.load(340)
+    monkeypatch.undo()
+    monkeypatch.setattr(records, "unpack", lambda data: records.Record(frames="1"))
+    with pytest.raises(UserError, match="record 340 is damaged"):
+        dataset.load(340)
+
+
+def test_a_disk_that_fails_while_a_record_is_read_stays_that(monkeypatch):
+    dataset = open_dataset("bundled:emoji", "holdout", height=8, width=8)
+
+    class Disk:
+        def __getitem__(self, index):
+            raise RuntimeError("Failed to read: Stale file handle, reading data")
+
+    monkeypatch.setattr(dataset, "_reader", Disk())
+    with pytest.raises(RuntimeError, match="Stale"):
+        dataset.load(0)
 
 
 def test_long_captions_are_cut_and_it_is_told(caplog):

@@ -130,6 +130,26 @@ def test_sizes_that_do_not_fit(generator, size, words):
         generator.sample("cat", **size)
 
 
+def test_evaluation_counts_pixels_too(generator, base, monkeypatch, capsys, tmp_path):
+    """The sizes of config.data are of latents; the real data that they are held to are pictures."""
+    asked = []
+
+    def load_split(path, split, *size, **_):
+        asked.append(size)
+        raise UserError("enough seen")
+
+    config = base_config()
+    config.data.frames, config.data.height, config.data.width = (1, 5), 4, 6
+    monkeypatch.setattr(generator, "config", config)
+    monkeypatch.setattr(api, "load", lambda path, weights, base: asked.append(base) or generator)
+    monkeypatch.setattr("apt_jax.eval.evaluate.load_split", load_split)
+    words = ["evaluate", "--checkpoint", "run", "--out", str(tmp_path)]
+    assert cli.main([*words, "--base", str(base)]) == 2
+    assert cli.main([*words, "--frames", "1", "--height", "32"]) == 2
+    assert "enough seen" in capsys.readouterr().err
+    assert asked == [str(base), (9, 16, 24), None, (1, 32, 24)]
+
+
 def test_default_size_counts_latents(base):
     config = base_config().data
     config.frames, config.height, config.width = (1, 21), 60, 104

@@ -140,6 +140,9 @@ def test_sample_files_never_unpickle(tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="no sample file"):
         load_samples(tmp_path / "cut.npz")
+    np.save(tmp_path / "frames.npy", _pictures(1))
+    with pytest.raises(UserError, match="no sample file"):
+        load_samples(tmp_path / "frames.npy")
     header = io.BytesIO()  # more than there is memory for
     np.lib.format.write_array_header_1_0(header, {
         "descr": "|u1", "fortran_order": False, "shape": (10**10, 4, 64, 64, 3)})
