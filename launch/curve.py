@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from apt_jax import api
     from apt_jax.config import load_config, load_json, validate
     from apt_jax.data.pipeline import batches, open_dataset
+    from apt_jax.errors import UserError
     from apt_jax.eval import evaluate
     from apt_jax.eval.measure import Reference, measure
     from apt_jax.eval.mobilenet import MobileNetFeatures
@@ -69,6 +70,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         config.init.diffusion = init_path(started, came_from) or config.init.diffusion
     config.train.steps = args.updates
     config = validate(config)
+    if config.stage != "adversarial" or config.lora.rank:
+        raise UserError(f"{args.config} is of stage {config.stage!r} with lora.rank = "
+                        f"{config.lora.rank}; give a config of an adversarial stage that trains "
+                        "whole networks")
+    if args.every < 1 or args.updates < 1:
+        raise UserError(f"--every {args.every} --updates {args.updates} must be at least 1")
     data, frames = config.data, max(config.data.frames)
     mesh = make_mesh(config.mesh)
     setup = set_up(config, mesh)

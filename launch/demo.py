@@ -167,11 +167,21 @@ def train_all(configs: dict, workdir: Path, limit: Limit) -> dict[str, float] | 
     return seconds
 
 
+def run_digests(workdir: Path, names) -> dict[str, str]:
+    """What tells the trained runs of WORKDIR from others of the same recipe: their logs have the
+    seconds of every line."""
+    files = {name: workdir / name / "metrics.jsonl" for name in names}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+            for name, file in files.items()}
+
+
 class Measured:
-    """What a stopped call had measured: WORKDIR/measured.json, of one recipe and program."""
+    """What a stopped call had measured: WORKDIR/measured.json, of one recipe, runs and program."""
 
     def __init__(self, workdir: Path, recipe: dict):
-        digest = hashlib.sha256(json.dumps([recipe, COUNT]).encode() + Path(__file__).read_bytes())
+        runs = run_digests(workdir, recipe)
+        digest = hashlib.sha256(json.dumps([recipe, runs, COUNT]).encode()
+                                + Path(__file__).read_bytes())
         self._path, key = workdir / "measured.json", digest.hexdigest()
         found = _read(self._path)
         fresh = {"key": key, "seconds": 0.0, "entries": {}}
@@ -346,7 +356,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
                for name, path in files.items()}
     recipe = {name: json.loads(config_to_json(config)) for name, config in configs.items()}
     summary_file, recipe_file = workdir / "summary.json", workdir / "recipe.json"
-    if not (_read(summary_file) and _read(recipe_file) == recipe
+    summary = _read(summary_file) or {}
+    same = summary.get("runs") in (None, run_digests(workdir, configs))  # none: of an older commit
+    if not (summary and same and _read(recipe_file) == recipe
             and (workdir / "report.html").is_file()):
         check_runs(configs, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -370,7 +382,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         length = "long" if args.long else "short"
         summary |= {"length": length if FAMILIES[args.family].lengths else args.family,
                     "data": facts, "seed": args.seed, "seconds": seconds,
-                    "memory_gib": round(peak, 2), "base": "pretrain" if pretrain else base}
+                    "memory_gib": round(peak, 2), "base": "pretrain" if pretrain else base,
+                    "runs": run_digests(workdir, configs)}
         _write(summary_file, summary)
         write_pictures(workdir)
         write_report(workdir)

@@ -30,6 +30,7 @@ def logits(run: Path, seed: int) -> dict:
     from apt_jax.objectives.adversarial import generate
     from apt_jax.parallel.mesh import make_mesh
     from apt_jax.train.checkpoint import Checkpoints
+    from apt_jax.train.folder import RunFolder
     from apt_jax.train.state import set_up
 
     if not (run / "checkpoints").is_dir() or not any((run / "checkpoints").iterdir()):
@@ -39,10 +40,14 @@ def logits(run: Path, seed: int) -> dict:
     config = validate(config)
     if config.stage != "adversarial":
         raise UserError(f"{run} is of stage {config.stage!r} and has no discriminator")
+    if config.lora.rank:
+        raise UserError(f"{run} trained adapters (lora.rank = {config.lora.rank}); give a run that "
+                        "trained whole networks")
     data, setup = config.data, set_up(config, make_mesh(config.mesh))
-    checkpoints = Checkpoints(run, config)
-    restored = checkpoints.restore(setup.abstract)
-    checkpoints.close()
+    with RunFolder(run):  # opening tidies up, also what a run that still trains is writing
+        checkpoints = Checkpoints(run, config)
+        restored = checkpoints.restore(setup.abstract)
+        checkpoints.close()
     if restored is None:
         raise UserError(f"{run} has no checkpoint yet; train it first")
     state, nets = restored.state, setup.nets

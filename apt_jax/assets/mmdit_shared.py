@@ -158,7 +158,7 @@ class MMDiTShared(nn.Module):
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": _Time(width)})
         self.modulation = nn.Linear(width, 6 * width)
         self.transformer_blocks = nn.ModuleList(
-            [_Block(width, heads, head_dim, int(width * mlp_ratio)) for _ in range(depth)])
+            [_Block(width, heads, head_dim, round(width * mlp_ratio)) for _ in range(depth)])
         self.norm_out = nn.ModuleDict({"linear": nn.Linear(width, 2 * width)})
         self.proj_out = nn.Linear(width, out_channels * size)
 

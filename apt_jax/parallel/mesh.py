@@ -190,7 +190,7 @@ def check_model(mesh: Mesh, model: Mapping[str, Any], discriminator_heads: int =
       UserError: naming the nearest size that works.
     """
     ways = mesh.shape["tensor"]
-    hidden = int(model["width"] * model["mlp_ratio"])
+    hidden = round(model["width"] * model["mlp_ratio"])
     sizes = {"model.heads": model["heads"], "the MLP's width": hidden}
     if discriminator_heads:
         sizes["discriminator.heads"] = discriminator_heads

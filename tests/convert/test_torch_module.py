@@ -16,7 +16,7 @@ from apt_jax.weights import save_generator
 torch = pytest.importorskip("torch")
 
 MODEL = {**synthetic.QWEN, "modulation": "shared", "in_channels": 3, "out_channels": 2, "depth": 3,
-         "patch": (2, 2, 2), "heads": 3, "head_dim": 8, "rope_axes": (4, 2, 2), "mlp_ratio": 1.5}
+         "patch": (2, 2, 2), "heads": 3, "head_dim": 8, "rope_axes": (4, 2, 2), "mlp_ratio": 1.4}
 
 RUN = """
 import sys

@@ -116,6 +116,33 @@ def test_what_was_measured_is_kept_for_the_same_recipe_only(demo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stage_that_was_moved_away_is_trained_and_measured_anew(demo, tmp_path, monkeypatch, capsys):
+    """As the demo's own warning says; otherwise a finished job prints its table again."""
+    from apt_jax.config import config_to_json
+
+    words = ["--workdir", str(tmp_path)]
+    configs = {name: demo.stage_config(name, path, tmp_path, False, 0, [])
+               for name, path in demo.stages(False, False).items()}
+    for name in configs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"seconds": 1.5}')
+    recipe = {name: json.loads(config_to_json(config)) for name, config in configs.items()}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "report.html").write_text("")
+    demo.Measured(tmp_path, recipe).put("image/apt_1", {"fd": 2.5})
+    begun = []
+    monkeypatch.setattr(demo, "train_all", lambda *_: begun.append(True))
+
+    for runs in (None, demo.run_digests(tmp_path, configs)):
+        summary = {"seed": 0, "seconds": {}} | ({} if runs is None else {"runs": runs})
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert demo.main(words) == 0 and not begun
+    assert "report: " in capsys.readouterr().out
+    (tmp_path / "video/metrics.jsonl").unlink()
+    assert demo.main(words) == 1 and begun
+    assert demo.Measured(tmp_path, recipe).get("image/apt_1") is None
+
+
 def test_ablations_start_d_where_the_base_did(demo, tmp_path, monkeypatch, capsys):
     import ablations
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt_jax.config import load_config
+from apt_jax.config import base_config, load_config
 from apt_jax.errors import UserError
 from apt_jax.parallel.mesh import (
     AXES,
@@ -132,6 +132,20 @@ def test_the_heads_of_wan_on_eight_devices_are_told_both_ways():
         check_model(make_mesh({"context": 4, "fsdp": 2}), {**wan, "heads": 6}, ulysses=4)
     with pytest.raises(UserError, match="mesh.ulysses = 8$"):
         ulysses_size(8, 24, 16)
+
+
+def test_the_width_of_the_mlp_is_the_networks():
+    """Rounded, not cut: 1344 * (3264 / 1344) is a bit less than 3264 in binary, 24 * 1.4 is 33.6."""
+    from apt_jax.convert.tables import wan
+    from apt_jax.models.presets import make_generator
+    from apt_jax.weights import flatten
+
+    for width, ratio, hidden in ((24, 1.4, 34), (1344, 3264 / 1344, 3264)):
+        model = {**base_config().model.to_dict(), "family": "wan", "width": width, "heads": 2,
+                 "head_dim": width // 2, "depth": 1, "mlp_ratio": ratio}
+        shape = flatten(make_generator(model).abstract())["backbone/blocks/mlp/up/kernel"].shape
+        assert shape[-1] == hidden == wan.config_from(model)["ffn_dim"]
+        check_model(make_mesh({"tensor": 2, "fsdp": 4}), model)
 
 
 def test_batch_must_split_over_devices_and_microbatches():

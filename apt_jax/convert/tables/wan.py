@@ -111,7 +111,7 @@ def config_from(model: Mapping[str, Any]) -> dict[str, Any]:
         "out_channels": model["out_channels"],
         "text_dim": model["text_width"],
         "freq_dim": model["frequency_width"],
-        "ffn_dim": int(model["width"] * model["mlp_ratio"]),
+        "ffn_dim": round(model["width"] * model["mlp_ratio"]),
         "num_layers": model["depth"],
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
