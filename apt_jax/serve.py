@@ -270,7 +270,11 @@ def server_of(generator: Any, *, frames: int | None = None, height: int | None =
         if weights != "fp8" and (weights or model.get("matmul") != "fp8"):
             raise UserError(f"kept = {kept} is for weights = 'fp8': no block multiplies in eight bits")
         model["matmul_kept"] = kept
-    tokens = generator.config.data.max_text_tokens if tokens is None else tokens
+    tokens = _at_least(1, "tokens",
+                       generator.config.data.max_text_tokens if tokens is None else tokens)
+    most = model.get("text_tokens") or 0
+    if most and tokens > most:
+        raise UserError(f"tokens = {tokens}, and the network reads {most} at most (model.text_tokens)")
     return Server(model, generator.params, shape,
                   batch=batch, tokens=tokens, weights=weights, scope=generator.network.scope,
                   chunk=chunk, tiling=tiling,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -154,6 +156,10 @@ def test_other_sizes_are_refused_in_a_line(generator, text):
     for weights in ("bfloat16", ""):
         with pytest.raises(UserError, match="kept = 99 is for weights = 'fp8'"):
             generator.server(weights=weights, kept=99)
+    filled = copy.copy(generator)  # a network that fills its text up
+    filled.model = {**generator.model, "text_tokens": 8}
+    with pytest.raises(UserError, match="tokens = 9, and the network reads 8 at most"):
+        filled.server(tokens=9)
     server = generator.server(frames=1, batch=2, tokens=4, weights="")
     with pytest.raises(UserError, match="up to 4 tokens"):
         server.draw(*text)

@@ -35,6 +35,8 @@ COMMANDS = {
     "prepare": "turn a folder of captioned images and clips into a data set",
 }
 
+_PATHS = ("DIR", "FILE", "FILE[:ARG]", "PATH")  # metavars of flags that name files
+
 OVERVIEW_EXAMPLES = """\
 examples:
   apt-jax train --config configs/demo_image.py --workdir runs/image
@@ -128,6 +130,10 @@ def parse_command(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespa
             raise UserError(f"unknown flag {flag!r}" + (
                 f", did you mean '--config.{meant}'?" if meant else nearest(flag, flags)))
         raise UserError(f"unexpected argument {first!r}; see 'apt-jax {name} --help'")
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.metavar in _PATHS and isinstance(value, str):
+            setattr(args, action.dest, os.path.expanduser(value))  # --out=~/x reaches us as it is
     args.overrides = overrides
     return args, module
 

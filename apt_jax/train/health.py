@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from apt_jax.errors import UserError
 
@@ -11,13 +12,14 @@ COLLAPSE_LOSS = 0.05
 COLLAPSE_STEPS = 50
 
 
-def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None) -> None:
+def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None, config: Any) -> None:
     """Raises UserError when one update gave a loss, gradient or new weight that is no number.
 
     Args:
       step: the number of the update (the first is 1).
       metrics: its scalars; those named "finite" or ".../finite" are 1.0 for a sound update.
       last_good: step of the newest checkpoint, None if there is none.
+      config: of the run; its advice names what this stage reads and has not set already.
     """
     bad = [name for name, value in metrics.items()
            if name.split("/")[-1] == "finite" and not value == 1.0]
@@ -26,10 +28,14 @@ def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None)
     network = bad[0].split("/")[0] if "/" in bad[0] else "generator"
     good = (f"the last good checkpoint is step {last_good}" if last_good is not None
             else "there is no checkpoint yet")
+    advice = ["a lower optimizer.learning_rate"]
+    if config.model.dtype != "float32":
+        advice.append("model.dtype = float32")
+    if config.stage == "adversarial":
+        advice.append("a larger objective.adversarial.r1_weight")
     raise UserError(
         f"the {network}'s loss or gradient was not finite at step {step}; {good}, the broken state "
-        "was not saved. Try a lower optimizer.learning_rate, model.dtype = float32, or a larger "
-        "objective.adversarial.r1_weight, and run the same command again")
+        f"was not saved. Try {' or '.join(advice)}, and run the same command again")
 
 
 class CollapseWatch:

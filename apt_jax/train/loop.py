@@ -17,6 +17,7 @@ from apt_jax.data.pipeline import batches, open_dataset, size_field
 from apt_jax.errors import UserError
 from apt_jax.nn.lora import join
 from apt_jax.parallel.mesh import batch_unit, check_batch, make_mesh, replicated
+from apt_jax.paths import given_path
 from apt_jax.train.adapters import BASE
 from apt_jax.train.checkpoint import Checkpoints, write_run_files
 from apt_jax.train.disk import run_disk
@@ -61,11 +62,12 @@ def train(config: Any, workdir: str | Path, *, quiet: bool = False,
     config = validate(config)
     if not str(workdir):  # Path("") would be the current directory
         raise UserError("--workdir is empty; name a run folder")
+    workdir = Path(given_path("--workdir", workdir))
     hang = config.train.hang_seconds if jax.device_count() > 1 else 0.0
     # Around all of it: devices wait for each other in a step, and processes when they restore and
     # when they leave, too.
-    with Watchdog(hang, config.train.first_step_seconds) as dog, RunFolder(Path(workdir)):
-        run = _Run(config, Path(workdir), quiet, dog)
+    with Watchdog(hang, config.train.first_step_seconds) as dog, RunFolder(workdir):
+        run = _Run(config, workdir, quiet, dog)
         try:
             summary = run.train(dataset, leave)
         except BaseException:
@@ -241,7 +243,7 @@ class _Run:
             step = self.checked + 1
             _, metrics = self.window[step - self.window[0][0]]
             flags = jax.device_get({n: v for n, v in metrics.items() if n.endswith("finite")})
-            check_finite(step, flags, self.checkpoints.latest())
+            check_finite(step, flags, self.checkpoints.latest(), self.config)
             self.checked = step
 
     def _log(self, step: int, seconds: float) -> str:

@@ -140,7 +140,7 @@ def read_start(config: Any, setup: Setup, source: str, which: str) -> Any:
     # Below adapters that go on lie weights which the other run's config names, not this one.
     key = next((f"init.{name}" for name in ("generator", "diffusion")
                 if config.init[name] == source), "")
-    if key and not source.startswith(BUNDLED) and not Path(source).exists():
+    if key and not source.startswith(BUNDLED) and not Path(source).expanduser().exists():
         stage = "the stage before" if key == "init.generator" else "pre-training"
         raise UserError(f"{key} = {source!r}: there is no such folder; a run of {stage} makes it "
                         f"(apt-jax train --workdir {source}), or give another path with "

@@ -154,7 +154,7 @@ def open_generator(path: str | Path, which: str = "ema") -> Iterator[tuple[Any, 
 
 def generator_folder(path: str | Path) -> Path:
     """The folder of the generator itself: transformer/ of a component folder, else `path`."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a run folder, a weights folder or "
                         "'bundled:base'")
@@ -176,7 +176,7 @@ def load_component(path: str | Path, name: str, kind: str, shardings: Any = None
     Returns:
       Its config.json, and its parameters as a nested dict of float32 arrays.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; apt-jax convert import writes one")
     if (folder / name / CONFIG_FILE).is_file():
@@ -197,7 +197,7 @@ def generator_card(path: str | Path) -> dict[str, Any]:
     if text.startswith(BUNDLED):
         folder = resources.files("apt_jax") / "assets" / text.removeprefix(BUNDLED)
     else:
-        folder = Path(path)
+        folder = Path(path).expanduser()
         folder = generator_folder(folder) if folder.is_dir() else folder
     return read_card(folder) if has_weights(folder) else {}
 

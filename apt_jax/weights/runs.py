@@ -42,7 +42,7 @@ def record_directory(run: Path, config: Any) -> None:
     here = Path.cwd()
     names = [name for name in (config.init.generator, config.init.discriminator,
                                config.init.diffusion) if name and not name.startswith(BUNDLED)]
-    if all((here / name).exists() for name in names) or not (run / STARTED_FILE).exists():
+    if all((here / Path(name).expanduser()).exists() for name in names) or not (run / STARTED_FILE).exists():
         write_json(run / STARTED_FILE, {"directory": str(here)})
 
 
@@ -55,7 +55,7 @@ def init_path(run: Path, name: str) -> str:
     if not name or name.startswith(BUNDLED) or not (run / STARTED_FILE).is_file():
         return name
     directory = Path(str(read_table(run / STARTED_FILE).get("directory", "")))
-    there = directory / name
+    there = directory / Path(name).expanduser()
     return str(there) if directory != Path.cwd() and there.exists() else name
 
 
@@ -77,7 +77,7 @@ def load_discriminator(folder: str | Path, abstract: Any, shardings: Any = None)
 
     UserError for any other folder, for adapters, and for a discriminator of other shapes.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not is_run(folder):
         raise UserError(f"init.discriminator = {str(folder)!r} is no run folder; give one that "
                         "apt-jax train wrote in stage adversarial, or leave it empty")
@@ -242,9 +242,9 @@ def _check_same_shapes(step: Path, which: str, abstract: Any, run: Path) -> None
 
 def adapted_run(path: str | Path, lora: Any = None) -> ml_collections.ConfigDict | None:
     """The config of a run that trained adapters (such as those of `lora`, if given); else None."""
-    if not str(path) or str(path).startswith(BUNDLED) or not is_run(Path(path)):
+    if not str(path) or str(path).startswith(BUNDLED) or not is_run(Path(path).expanduser()):
         return None
-    config = load_kept(Path(path) / CONFIG_FILE)
+    config = load_kept(Path(path).expanduser() / CONFIG_FILE)
     here = config.get("lora")
     if not here or not here.rank:
         return None
@@ -281,7 +281,7 @@ def load_adapters(path: str | Path, which: str = "ema") -> tuple[Any, dict[str, 
     if config is None:
         raise UserError(f"{path} is no run that trained adapters; give one with lora.rank set")
     adapters, _ = split(make_generator(config.model, config.lora).abstract())
-    return config, newest(Path(path), which, adapters)
+    return config, newest(Path(path).expanduser(), which, adapters)
 
 
 def _merged(folder: Path, config: Any, which: str, shardings: Any) -> dict[str, Any]:

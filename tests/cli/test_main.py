@@ -170,6 +170,28 @@ def test_too_little_memory_is_one_line_and_exit_1(capsys, monkeypatch, command, 
         assert word in one_line(err), err
 
 
+def test_a_leading_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
+    """A shell expands it in a word of its own, not in --out=~/x or --config.init.generator=~/x."""
+    import shutil
+
+    from apt_jax.weights import folders, generator_card, load_discriminator
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words, name in ((["report", "~/a"], "directory"),
+                        (["train", "--config=~/a", "--workdir=x"], "config"),
+                        (["train", "--config=x", "--workdir=~/a"], "workdir"),
+                        (["prepare", "--source=~/a", "--out=x"], "source"),
+                        (["sample", "--checkpoint=~/a", "--prompt=~/b"], "checkpoint")):
+        args, _ = cli.parse_command(words[0], words[1:])
+        assert getattr(args, name) == str(tmp_path / "a")
+    assert args.prompt == ["~/b"]
+    base = folders.__file__.replace("weights/folders.py", "assets/base")
+    shutil.copytree(base, tmp_path / "base")
+    assert folders.generator_folder("~/base") == tmp_path / "base" and generator_card("~/base")
+    with pytest.raises(UserError, match=f"{tmp_path}/base' is no run folder"):
+        load_discriminator("~/base", {})
+
+
 def test_a_bug_that_is_no_lack_of_memory_keeps_its_traceback(monkeypatch):
     for text in ("INTERNAL: x", "RESOURCE_EXHAUSTED: Shared memory size limit exceeded"):
         def broken(arguments, text=text):

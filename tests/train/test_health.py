@@ -1,24 +1,27 @@
 """Stops and warnings."""
 
 import pytest
+from tiny import tiny_config
 
 from apt_jax.errors import UserError
 from apt_jax.train.health import CollapseWatch, check_finite
 
 
 def test_sound_metrics_pass():
-    check_finite(3, {"finite": 1.0, "loss": float("nan")}, None)
+    check_finite(3, {"finite": 1.0, "loss": float("nan")}, None, tiny_config())
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_an_unsound_update_names_step_network_checkpoint_and_remedy(value):
     with pytest.raises(UserError) as error:
-        check_finite(7, {"generator/finite": 1.0, "discriminator/finite": value}, 5)
+        check_finite(7, {"generator/finite": 1.0, "discriminator/finite": value}, 5,
+                     tiny_config("adversarial", model__dtype="bfloat16"))
     text = str(error.value)
-    for part in ("discriminator", "step 7", "checkpoint is step 5", "learning_rate", "not saved"):
+    for part in ("discriminator", "step 7", "checkpoint is step 5", "learning_rate", "not saved",
+                 "float32", "r1_weight"):
         assert part in text
-    with pytest.raises(UserError, match="no checkpoint yet"):
-        check_finite(7, {"finite": value}, None)
+    with pytest.raises(UserError, match="no checkpoint yet.* Try a lower optimizer.learning_rate, and"):
+        check_finite(7, {"finite": value}, None, tiny_config("consistency", model__dtype="float32"))
 
 
 def test_collapse_warns_once_and_only_after_an_unbroken_run():
