@@ -16,19 +16,18 @@ finished one prints its table again. Stages that were trained with other setting
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
 import resource
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from limit import Limit
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"image": 1, "video": 4}  # kind -> frames of a sample of the demo
@@ -112,41 +111,6 @@ def check_runs(configs: dict, workdir: Path) -> None:
                   file=sys.stderr, flush=True)
         if step < config.train.steps:
             longer[workdir / name] = name
-
-
-class Limit:
-    """The time that one call has; training ends then as a scheduler would end it, by SIGTERM."""
-
-    def __init__(self, minutes: float):  # 0: none
-        self._end = time.monotonic() + 60 * minutes if minutes else math.inf
-
-    def over(self) -> bool:
-        return time.monotonic() >= self._end
-
-    @contextlib.contextmanager
-    def training(self):
-        """`with limit.training(): train(...)` leaves "preempted" soon after the time is up."""
-        if self._end == math.inf:
-            yield
-            return
-        done = threading.Event()
-
-        def ring():
-            wait = max(0.0, self._end - time.monotonic())
-            while not done.wait(wait):  # again: it may have come before the loop listens
-                os.kill(os.getpid(), signal.SIGTERM)
-                wait = 1.0
-
-        # Outside the loop nothing has to be saved: the next look at `over` ends the call.
-        before = signal.signal(signal.SIGTERM, lambda *_: None if self.over() else sys.exit(143))
-        thread = threading.Thread(target=ring, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            signal.signal(signal.SIGTERM, before)
 
 
 def train_all(configs: dict, workdir: Path, limit: Limit) -> dict[str, float] | None:
