@@ -20,9 +20,9 @@ from apt_jax.tensor_files import Spec, open_folder, write_files
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
-# Half as wide as Qwen-Image: 113 MB a block in bfloat16, and 22 blocks are 2.5 GB.
+# Half as wide as Qwen-Image: 113 MB a block in bfloat16, and 12 blocks are 1.4 GB.
 MODEL = {**synthetic.QWEN, "width": 1536, "heads": 12, "head_dim": 128, "rope_axes": (16, 56, 56),
-         "text_width": 3584, "depth": 22}
+         "text_width": 3584, "depth": 12}
 FILE_BYTES = 2 * 10**8
 STEM = "diffusion_pytorch_model"
 
@@ -66,8 +66,8 @@ def peak(*arguments, cwd, code=RUN):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A scratch folder that is gone after the test."""
-    if shutil.disk_usage(tmp_path).free < 8 * GIB:
-        pytest.skip("needs 8 GB of disk")
+    if shutil.disk_usage(tmp_path).free < 5 * GIB:
+        pytest.skip("needs 5 GB of disk")
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     yield tmp_path
     shutil.rmtree(tmp_path)
@@ -94,11 +94,10 @@ def write(folder, depth):
 
 
 def test_an_import_holds_no_more_than_a_few_tensors(folder):
-    """At most the largest file and 2 GiB, which is less than the checkpoint; in fact far less."""
-    plan, total, largest = write(folder / "source", MODEL["depth"])
-    assert total > largest + 2 * GIB
+    """Little more than half of the checkpoint, the process itself included."""
+    plan, total, _ = write(folder / "source", MODEL["depth"])
+    assert total > 1.25 * GIB
     used = peak("convert", "import", "--source", "source", "--to", "ours", cwd=folder)
-    assert used < largest + 2 * GIB
     assert used < 0.75 * GIB, f"{used / 1e9:.2f} GB"
     with (open_folder(folder / "source", STEM) as theirs,
           open_folder(folder / "ours" / "transformer") as ours):
