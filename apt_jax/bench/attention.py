@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from apt_jax.bench.cases import AttentionCase, parts_of_backend
 from apt_jax.bench.memory import device_memory
 from apt_jax.bench.profile import folder_of, profiled
 from apt_jax.bench.report import Results, attempt
-from apt_jax.bench.rows import make_rows
+from apt_jax.bench.rows import keep, make_rows
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
@@ -25,7 +26,8 @@ from apt_jax.kernels.attention import attention
 from apt_jax.kernels.choice import BACKENDS, Hardware, choosing
 
 # The makers' dense bfloat16 peaks, FLOP/s, by what a device calls itself.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+PEAKS = {"H100": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+         "H200 NVL": 835e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
          "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
          "TPU v6e": 918e12}
 PEERS = ("torch", "tokamax_choice")
@@ -34,7 +36,7 @@ PEERS = ("torch", "tokamax_choice")
 def peak_of(device: str) -> float | None:
     """The peak of the longest name that is in the device's: a "TPU v5 lite" is no "TPU v5"."""
     names = sorted((name for name in PEAKS if name in device), key=len)
-    return PEAKS[names[-1]] if names else None
+    return PEAKS[names[-1]] if names and "MIG" not in device else None  # a part of a device
 
 
 def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
@@ -90,7 +92,7 @@ def run(cases: Sequence[AttentionCase], backends: Sequence[str], results: Result
         name = f"{case.name}/{part}/{backend}"
         row = {**dataclasses.asdict(case), "backend": backend, "part": part}
         row |= attempt(lambda: _timed(case, part, backend, seeds, inputs, device, seconds,
-                                      folder_of(profile, name)))
+                                      folder_of(profile, name), dict(row)))
         forward = f"{case.name}/forward/{backend}"
         if part == "gradient" and "median" in row and forward in results:
             row |= backward(case, row, results.rows[forward], device)
@@ -111,7 +113,7 @@ def run(cases: Sequence[AttentionCase], backends: Sequence[str], results: Result
 
 def _timed(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],
            inputs: Callable[[], Sequence[tuple]], device: Hardware, seconds: float,
-           trace: Path | None) -> dict[str, Any]:
+           trace: Path | None, head: dict[str, Any]) -> dict[str, Any]:
     call, sets, wait, says = contender(case, part, backend, seeds, inputs)
     row = dict(says)
     try:
@@ -121,16 +123,19 @@ def _timed(case: AttentionCase, part: str, backend: str, seeds: Sequence[int],
             if error := check.wrong(found, check.limit(backend, case.dtype)):
                 return row | {"error": error}
         timing = measure(call, sets, wait, seconds=seconds)
-        if backend != "torch":
-            row |= profiled(call, sets, wait, trace)
+        flops = case.flops["forward"] + (case.flops["backward"] if part == "gradient" else 0)
+        peak = peak_of(device.name)
+        row |= {**dataclasses.asdict(timing), "tflops": flops / timing.median / 1e12,
+                "share_of_peak": flops / timing.median / peak if peak else None}
+        keep(head | row)
+        return row | (profiled(call, sets, wait, trace) if backend != "torch" else {})
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what PyTorch shall give back
+        raise
     finally:
         if backend == "torch":
             call = sets = None
             peers.release_torch()
-    flops = case.flops["forward"] + (case.flops["backward"] if part == "gradient" else 0)
-    peak = peak_of(device.name)
-    return {**row, **dataclasses.asdict(timing), "tflops": flops / timing.median / 1e12,
-            "share_of_peak": flops / timing.median / peak if peak else None}
 
 
 def backward(case: AttentionCase, gradient: dict[str, Any], forward: dict[str, Any],
@@ -157,7 +162,8 @@ def line(name: str, row: dict[str, Any]) -> str:
             + (f"  backward alone {alone:.2f} TFLOP/s" if alone else "")
             + (f"  by {', '.join(row['kernels'])}" if "kernels" in row else "")
             + (f", {row['mask']}" if "mask" in row else "")
-            + (f"  {max(row['distances'].values()):.1e} from float32" if "distances" in row else ""))
+            + (f"  {max(row['distances'].values()):.1e} from float32" if "distances" in row else "")
+            + (f"  (incomplete: {row['incomplete']})" if row.get("incomplete") else ""))
 
 
 def default_backends() -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from apt_jax.bench.arrays import random_like
 from apt_jax.bench.attention import peak_of
@@ -16,6 +18,7 @@ from apt_jax.bench.device_less import Compiled, complaint, count_kernels
 from apt_jax.bench.memory import memory_stats, peak, planned
 from apt_jax.bench.profile import CALLS, profiled
 from apt_jax.bench.report import in_a_line
+from apt_jax.bench.rows import keep
 from apt_jax.bench.tables import Pair
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
@@ -97,13 +100,15 @@ def time_case(case: Case, device: str, seconds: float, trace: Path | None = None
     """Compiles a case for this machine and times it on SETS of random inputs; a row.
 
     selected: the kernels that attention got. planned_bytes: what the compiler asks for; peak_bytes:
-    see `memory.peak`. trace: a folder for a profile, for "device_seconds" and "costliest" (`profiled`).
+    see `memory.peak`. finite, output_norm: of what came out for the first inputs, which are the same
+    for every kernel. trace: a folder for a profile, for "device_seconds" and "costliest" (`profiled`).
     """
-    # What can fail without having run comes first, and no time of a device is lost with it.
-    flops = case.flops() if case.flops else None
-    before = memory_stats()
+    # What can fail without having run comes first, and no time of a device is lost with it; first of
+    # all what a kernel refuses.
     with dispatch.recording() as selected:
         lowered = case.function.lower(*case.args)
+    flops = case.flops() if case.flops else None
+    before = memory_stats()
     compiled = lowered.compile()
     asked = planned(compiled)
     fixed = random_like(case.args[:case.weights])
@@ -128,11 +133,29 @@ def time_case(case: Case, device: str, seconds: float, trace: Path | None = None
             return compiled(*fixed, *rest)
 
         wait = jax.block_until_ready
+    first = looked_at(call(*inputs[0]))  # of a state that is updated: by the first update
     timing = measure(call, inputs, wait, seconds=seconds, apart=apart)
-    found = profiled(call, inputs, wait, trace, calls=1 if apart or timing.median > LONG else CALLS)
-    return {**dataclasses.asdict(timing), "backend": case.backend, "selected": sorted(selected),
-            "samples_per_call": case.samples,
-            **rates(flops, timing.median, device), **peak(asked, before), **found}
+    row = {**dataclasses.asdict(timing), "backend": case.backend, "selected": sorted(selected),
+           "samples_per_call": case.samples, **first,
+           **rates(flops, timing.median, device), **peak(asked, before)}
+    keep(row)
+    return row | profiled(call, inputs, wait, trace,
+                          calls=1 if apart or timing.median > LONG else CALLS)
+
+
+def looked_at(result: Any) -> dict[str, Any]:
+    """{"finite": whether a result has neither NaN nor infinity, "output_norm": its norm}: a time of
+    something else than the result says nothing, and kernels that agree give the same norm."""
+    finite, square = jax.device_get(_look(jax.tree.leaves(result)))
+    norm = math.sqrt(square) if square >= 0 else math.nan
+    return {"finite": bool(finite), "output_norm": norm if math.isfinite(norm) else None}
+
+
+@jax.jit
+def _look(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    single = [leaf.astype(jnp.float32) for leaf in leaves]
+    return (jnp.stack([jnp.isfinite(leaf).all() for leaf in single]).all(),
+            sum(jnp.sum(jnp.square(leaf)) for leaf in single))
 
 
 def rates(flops: float | None, seconds: float, device: str) -> dict[str, Any]:
@@ -156,7 +179,13 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     size = f"  {row['parameters'] / 1e9:.3g}B parameters" if row.get("parameters") else ""
     return (f"{name:<52}{1e3 * row['median']:>10.2f} ms{rate}{share}"
             f"  (quartiles {1e3 * row['low']:.2f} to {1e3 * row['high']:.2f})" + by(row) + size
-            + held(row))
+            + held(row) + lacks(row))
+
+
+def lacks(row: Mapping[str, Any]) -> str:
+    """What is wrong with a row that has a time, as text."""
+    wrong = "  NOT FINITE" if row.get("finite") is False else ""
+    return wrong + (f"  (incomplete: {row['incomplete']})" if row.get("incomplete") else "")
 
 
 def held(row: Mapping[str, Any]) -> str:

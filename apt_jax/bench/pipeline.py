@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from apt_jax.bench.arrays import random_like
-from apt_jax.bench.case import LONG, SETS, Case
+from apt_jax.bench.case import LONG, SETS, Case, looked_at
 from apt_jax.bench.cases import MARKERS
 from apt_jax.bench.memory import memory_stats, peak, planned
 from apt_jax.bench.profile import CALLS, profiled
 from apt_jax.bench.programs import forward_case
 from apt_jax.bench.report import row_name
+from apt_jax.bench.rows import keep
 from apt_jax.bench.timing import measure
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
@@ -145,14 +146,16 @@ def time_pipeline(cases: dict[str, Case], seconds: float, queued: int = 3,
 
     drawn = [(encode(ids, mask), mask, seed) for ids, mask, seed in sets]
     latents = [(draw(*inputs),) for inputs in drawn]
-    jax.block_until_ready(decode(*latents[0]))
+    frames = looked_at(decode(*latents[0]))
     row = dataclasses.asdict(time(whole, sets, apart=True))  # queued calls hide the host's part
+    row |= frames | {"backend": cases["draw"].backend, "selected": sorted(selected)}
+    keep(row)
     # A whole call takes seconds, and `several` three of them: few samples, for hosts that are lent.
     row["stages"] = {"encode": time(encode, [one[:2] for one in sets]).median,
                      "draw": time(draw, drawn, least=3).median,
                      "decode": time(decode, latents, least=3).median}
     row["per_second"] = queued / time(several, sets, least=2).median
     row |= peak(planned(compiled["draw"]), before) | {"planned_over_peak": None}  # not of the same
-    row |= profiled(whole, sets, jax.block_until_ready, trace,
-                    calls=1 if row["median"] > LONG else CALLS)
-    return {**row, "backend": cases["draw"].backend, "selected": sorted(selected)}
+    keep(row)
+    return row | profiled(whole, sets, jax.block_until_ready, trace,
+                          calls=1 if row["median"] > LONG else CALLS)

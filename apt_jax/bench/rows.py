@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,28 @@ CUT_OFF = "its process ended before it was done"
 
 class DeviceLost(Exception):
     """A row broke the device for this process: nothing more can run in it."""
+
+
+_keeping: list[Callable[[dict[str, Any]], None]] = []  # where the row that is made goes
+
+
+def keep(row: Mapping[str, Any]) -> None:
+    """Called while a row is made: what it has so far stands, whatever becomes of the rest.
+
+    A trace may end the process, and what a block is compared with may not fit the device: the time
+    that was measured before is kept, with "incomplete" and why.
+    """
+    for take in _keeping[-1:]:
+        take(dict(row))
+
+
+@contextlib.contextmanager
+def _kept_by(take: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    _keeping.append(take)
+    try:
+        yield
+    finally:
+        _keeping.pop()
 
 
 class Enough(Exception):
@@ -38,13 +61,21 @@ def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]]
     def one(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
         nonlocal failed
         results.add(name, {"error": CUT_OFF}, config)  # stands where the process ends in this row
-        row = make()
+        so_far: dict[str, Any] = {}
+
+        def take(part: dict[str, Any]) -> None:
+            so_far.update(part)
+            results.add(name, part | {"incomplete": CUT_OFF}, config)
+
+        with _kept_by(take):
+            row = make()
+        if "error" in row and so_far:
+            row = so_far | {"incomplete": row["error"]}
         results.add(name, row, config)
         tell(name, row)
-        if "error" in row:
-            failed += 1
-            if not device_works():
-                raise DeviceLost(f"the device is lost for this process after {name}")
+        failed += "error" in row
+        if ("error" in row or "incomplete" in row) and not device_works():
+            raise DeviceLost(f"the device is lost for this process after {name}")
 
     for name, config, make in todo:
         if results.has(name, config):

@@ -14,7 +14,7 @@ from apt_jax.bench.cases import INFERENCE_ONLY, parts_of_backend
 from apt_jax.bench.device_less import Compiled
 from apt_jax.bench.profile import folder_of
 from apt_jax.bench.report import Results, attempt, config_digest, row_name
-from apt_jax.bench.rows import make_rows
+from apt_jax.bench.rows import keep, make_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,7 @@ def _whole(plan: Plan, config: Any, weights: str, trace: Path | None) -> dict[st
 def _timed(plan: Plan, case: Case, device: str) -> dict[str, Any]:
     row = time_case(case, device, plan.seconds, folder_of(plan.profile, case.name))
     if plan.what == "block":
+        keep(row)
         config = plan.config(case.backend, "fp8" if case.fp8 else "")
         row |= block.parts_of(config, plan.devices[0], case.part.split()[-1], plan.seconds)
         row["over_its_parts"] = row["median"] / (

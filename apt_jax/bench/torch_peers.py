@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -270,6 +271,9 @@ def time_peer(make: Callable[[], Peer], place: Place, seconds: float, flops: flo
         peer = make()
         parameters = peer.parameters
         timing = measure(peer.call, peer.sets, place.wait, seconds=seconds)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the model, as `peer` does
+        raise
     finally:
         peer = None  # nothing of it may be held when its memory is given back
         free(place)

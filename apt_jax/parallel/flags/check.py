@@ -1,8 +1,8 @@
 """Which flags the installed XLA does not know, asked of itself in a process of its own.
 
 No accelerator is needed: jaxlib parses the flags of GPUs on a CPU too, and libtpu reads its own
-when it describes a slice that is not there. Either ends the process at the first flag it does not
-know and names it, hence the process and the repetition.
+when it describes a slice that is not there. Either ends the process at a flag it does not know and
+names it (XLA all of them), hence the process and the repetition.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ def unknown_flags(platform: str, flags: Mapping[str, str] | None = None) -> list
         if found is None or found.group(1) not in left:
             last = message.strip().splitlines()[-1:] or ["nothing"]
             raise UserError(f"XLA does not take the flags of {platform} and says: {last[0][:200]}")
-        unknown.append(found.group(1))
-        del left[found.group(1)]
+        # XLA names all of them in one line, libtpu one.
+        for name in re.findall(r"xla_\w+", message[found.start():].split("\n", 1)[0]):
+            if left.pop(name, None) is not None:
+                unknown.append(name)
     return unknown
 
 
