@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,16 +61,16 @@ GROUPS: dict[str, list[tuple[str, list[str]]]] = {
         ("attention", ["attention", *LARGE, "--backends", "hopper", "cudnn", "tokamax", "torch",
                        *BRIEF]),
         ("forward_8b", ["forward", *VIDEO_8B, *BOTH, "--backends", "hopper", "--no-peers", *BRIEF]),
-        ("vae", ["vae", *VIDEO_8B, "--decoders", "chunk 1", "--no-peers", *BRIEF]),
-        ("pipeline_8b", ["pipeline", *VIDEO_8B, "--weights", "fp8", "--backends", "hopper", *BRIEF]),
         ("train_8b", ["train", *VIDEO_8B, *FEW, "--backends", "hopper", "--no-peers", *EACH,
                       *BRIEF]),
+        # its stages hold the VAE's time
+        ("pipeline_8b", ["pipeline", *VIDEO_8B, "--weights", "fp8", "--backends", "hopper", *BRIEF]),
         ("forward_8b", ["forward", *VIDEO_8B, *BOTH, "--backends", "tokamax", "cudnn_fp8",
                         "--no-peers", *BRIEF]),
         ("forward_8b", ["forward", *VIDEO_8B, "--backends", "hopper", *BRIEF]),  # PyTorch's beside it
         ("train_8b", ["train", *VIDEO_8B, *FEW, "--backends", "tokamax", "--no-peers", *EACH,
                       *BRIEF]),
-        ("vae", ["vae", *VIDEO_8B, "--decoders", "chunk 2", "--no-peers", *BRIEF]),
+        ("vae", ["vae", *VIDEO_8B, "--decoders", "chunk 1", "chunk 2", "--no-peers", *BRIEF]),
     ],
     "attention": [
         ("attention", ["attention", "--cases", "8b_720p_joint", "8b_720p_no_mask", "16k",
@@ -96,22 +97,35 @@ GROUPS: dict[str, list[tuple[str, list[str]]]] = {
 # All of these run on one GPU, which has no transfers to hide: with the scheduler that hides them the D
 # step of `FEW` holds 44.0 GiB beside its arguments, without it 39.3 (compiled).
 ALONE = "--xla_gpu_enable_latency_hiding_scheduler=false"
+KERNEL_PATIENCE = 90.0  # seconds for a row of one kernel, whose program is small
 SILENT = 75  # a process that was ended for its silence, as one that lost its device (AGAIN)
 
 
 def command(name: str, arguments: list[str], out: Path, cache: Path, gpu: str = "h100",
-            device_less: bool = False, keep: bool = False) -> list[str]:
+            device_less: bool = False, keep: bool = False, traces: bool = True) -> list[str]:
     """The arguments of `apt-jax bench`, with the file of its rows in `out` and traces in `cache`.
     device_less: the same cases, compiled: written beside the measured ones. keep: rows of other
     sources count."""
     if not device_less:
-        return [*arguments, "--json", str(out / f"{name}_{gpu}.json"), "--profile",
-                str(cache / "profile"), *(["--keep-rows"] if keep else [])]
+        return [*arguments, "--json", str(out / f"{name}_{gpu}.json"),
+                *(["--profile", str(cache / "profile")] if traces else []),
+                *(["--keep-rows"] if keep else [])]
     for option in ("--rows", "--seconds"):  # of what is timed
         place = arguments.index(option) if option in arguments else len(arguments)
         arguments = arguments[:place] + arguments[place + 2:]
     return [*(a for a in arguments if a not in ("--no-peers", "torch")), "--json",
             str(out / f"{name}_{gpu}_compiled.json"), "--device-less", "--topology", f"{gpu}:1x1"]
+
+
+def without(arguments: list[str], names: Collection[str]) -> list[str]:
+    """The arguments less these backends; cuDNN's where no other is left of those that were named."""
+    if "--backends" not in arguments:
+        return arguments
+    first = arguments.index("--backends") + 1
+    last = next((i for i in range(first, len(arguments)) if arguments[i].startswith("--")),
+                len(arguments))
+    left = [name for name in arguments[first:last] if name not in names]
+    return [*arguments[:first], *(left or ["cudnn"]), *arguments[last:]]
 
 
 def environment(cache: Path, flags: str = "") -> dict[str, str]:
@@ -178,30 +192,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--minutes", type=float, default=9.0, help="end the group after these")
     parser.add_argument("--patience", type=float, default=240.0, metavar="S",
-                        help="end a process that keeps no row for so long (default: 240)")
+                        help="end a process that keeps no row for so long, of kernels alone for 90 "
+                             "at most (default: 240)")
+    parser.add_argument("--without", nargs="+", default=[], choices=KERNELS[1:], metavar="NAME",
+                        help="leave out kernels that check_kernels.py found wrong; where a command "
+                             f"names no other, cuDNN's is measured. Of {', '.join(KERNELS[1:])}")
+    parser.add_argument("--no-profile", action="store_true", help="no traces")
     parser.add_argument("--keep-rows", action="store_true",
                         help="rows that other sources made count too; each says which")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR",
                         help="where the results go (default: docs/results/performance)")
     parser.add_argument("--cache", type=Path, metavar="DIR",
-                        help="where programs and traces are kept (default: .cache in --out)")
+                        help="where programs and traces are kept (default: .cache/bench_h100 beside "
+                             "this checkout's folders)")
     parser.add_argument("--device-less", action="store_true",
                         help="compile every case of the group for an H100 that is not there")
     args = parser.parse_args(argv)
     end, status = time.monotonic() + 60 * args.minutes, 0
     out = args.out.resolve()
-    cache = (args.cache or out / ".cache").resolve()
+    cache = (args.cache or ROOT / ".cache" / "bench_h100").resolve()
     gpu = "h100" if args.device_less else gpu_name()
     env = environment(cache / "programs", "" if args.device_less else known_flags())
     for name, arguments in GROUPS[args.group]:
-        arguments = command(name, arguments, out, cache, gpu, args.device_less, args.keep_rows)
+        patience = args.patience
+        if arguments[0] == "attention":
+            patience = min(patience, KERNEL_PATIENCE)
+        arguments = command(name, without(arguments, args.without), out, cache, gpu,
+                            args.device_less, args.keep_rows, not args.no_profile)
         file = Path(arguments[arguments.index("--json") + 1])
         broken = 0
         while broken < PROCESSES:
             print("$ apt-jax bench", *arguments, flush=True)
             before = cut_off(file)
             found = run([sys.executable, "-m", "apt_jax", "bench", *arguments], env, end,
-                        args.patience, file)
+                        patience, file)
             if found is None:  # the row that the clock cut off did not fail: it is missing
                 forget(file, cut_off(file) - before)
                 print(f"{args.minutes:g} minutes are over; the same command goes on from here")

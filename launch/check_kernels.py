@@ -1,9 +1,11 @@
-"""Whether the attention kernels compute attention on the accelerator that is here.
+"""Whether the attention kernels compute attention on the accelerator that is here, and its products
+in eight bits products.
 
     python launch/check_kernels.py                          # every kernel that can run here
     python launch/check_kernels.py --backends hopper --cases odd vmap --json found.json
 
-Small attentions of kinds that hurt, forward and gradients, against plain JAX in float32. Prints a line
+Small attentions of kinds that hurt, forward and gradients, against plain JAX in float32 ("fp8": layers'
+products, against the same rounded factors multiplied in float32, whatever --cases says). Prints a line
 for each and keeps it in --json at once; status 1 where one is farther away than rounding explains, or
 fails. Each kernel has a process of its own and --limit seconds: one that hangs, or breaks the device,
 holds up no other, and the row that it stood in says so. The same command goes on with what is missing.
@@ -29,13 +31,14 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from apt_jax.bench.attention_peers import gradient_of  # noqa: E402
-from apt_jax.bench.check import limit, wrong  # noqa: E402
+from apt_jax.bench.cases import INFERENCE_ONLY  # noqa: E402
+from apt_jax.bench.check import HALF, limit, wrong  # noqa: E402
 from apt_jax.bench.report import Results, attempt  # noqa: E402
 from apt_jax.bench.rows import DeviceLost, make_rows  # noqa: E402
 from apt_jax.errors import UserError  # noqa: E402
-from apt_jax.kernels import dispatch  # noqa: E402
+from apt_jax.kernels import dispatch, fp8  # noqa: E402
 from apt_jax.kernels.attention import attention  # noqa: E402
-from apt_jax.kernels.choice import choosing  # noqa: E402
+from apt_jax.kernels.choice import Hardware, choosing  # noqa: E402
 from apt_jax.kernels.oracle import oracle  # noqa: E402
 
 
@@ -72,12 +75,16 @@ CASES = {"one tile": Small(128, 128, heads=1, batch=1), "tiles": Small(384, 640)
 
 
 def distances(case: Small, backend: str) -> dict[str, float]:
-    """{"out", "dq", "dk", "dv": distance from float32, norm over norm}."""
+    """{"out", "dq", "dk", "dv": distance from float32, norm over norm}; "out" alone of a kernel for
+    inference."""
     q, k, v, dout, *mask = case.arrays()
 
     def both(function):
         def one(q, k, v, dout):
-            return function(q, k, v, *mask), *gradient_of(lambda *a: function(*a, *mask))(q, k, v, dout)
+            out = function(q, k, v, *mask)
+            if backend in INFERENCE_ONLY:
+                return (out,)
+            return out, *gradient_of(lambda *a: function(*a, *mask))(q, k, v, dout)
 
         return jax.jit(jax.vmap(one) if case.ways else one)
 
@@ -91,7 +98,38 @@ def distances(case: Small, backend: str) -> dict[str, float]:
         want = both(oracle)(
             *(x.astype(jnp.float32) for x in (q, k, v, dout)))
     return {name: float(jnp.linalg.norm(f.astype(jnp.float32) - w) / jnp.linalg.norm(w))
-            for name, f, w in zip(("out", "dq", "dk", "dv"), found, want, strict=True)}
+            for name, f, w in zip(("out", "dq", "dk", "dv"), found, want)}
+
+
+PRODUCTS = {"product": (384, 1024, 512), "odd product": (331, 3072, 1040)}  # tokens, in, out
+
+
+def product_distances(sizes: tuple[int, int, int]) -> dict[str, float]:
+    """{"y", "dx", "dw": distance of the hardware's products in eight bits from those of the same
+    factors in float32}; UserError where the hardware has none."""
+    if fp8.widened() is not None:
+        raise UserError("no tensor cores for eight bits here: factors are widened first")
+    return compared_products(*sizes)
+
+
+def compared_products(tokens: int, width: int, out: int) -> dict[str, float]:
+    x, w, dy = (jax.random.normal(key, shape).astype(jnp.bfloat16) for key, shape in zip(
+        jax.random.split(jax.random.key(3), 3), ((tokens, width), (width, out), (tokens, out))))
+
+    def all_three():  # a new function each time: it is traced for another hardware
+        def one(x, w, dy):
+            y, pull = jax.vjp(fp8.matmul, x, w)
+            return y, *pull(dy)
+
+        return jax.jit(one)(x, w, dy)
+
+    found = all_three()
+    with (choosing(hardware=Hardware.of(jax.devices("cpu")[0])),
+          jax.default_matmul_precision("highest")):
+        want = all_three()
+    apart = lambda f, w: jnp.linalg.norm(f - w) / jnp.linalg.norm(w)  # noqa: E731
+    return {name: float(apart(f.astype(jnp.float32), w.astype(jnp.float32)))
+            for name, f, w in zip(("y", "dx", "dw"), found, want, strict=True)}
 
 
 def todo(backend: str, cases: list[str]) -> Iterator[tuple[str, str, functools.partial]]:
@@ -101,6 +139,17 @@ def todo(backend: str, cases: list[str]) -> Iterator[tuple[str, str, functools.p
         error = wrong(found, limit(backend, case.dtype))
         return {"distances": found, **({"error": error} if error else {})}
 
+    def product(sizes: tuple[int, int, int]) -> dict:
+        found = product_distances(sizes)
+        error = wrong(found, HALF)
+        return {"distances": found, **({"error": error} if error else {})}
+
+    if backend == "fp8":
+        for name, sizes in PRODUCTS.items():
+            yield f"{name}/fp8", "", functools.partial(
+                lambda sizes: attempt(lambda: product(sizes)) | {"backend": "fp8",
+                                                                 "sizes": sizes}, sizes)
+        return
     for name in cases:
         case = CASES[name]
         yield f"{name}/{backend}", "", functools.partial(
@@ -130,7 +179,7 @@ def check(backend: str, cases: list[str], file: Path | None, command: list[str])
 
 
 def main(argv: list[str] | None = None) -> int:
-    known = ("pallas", "hopper", "tokamax", "cudnn", "splash")
+    known = ("cudnn", "hopper", "cudnn_fp8", "fp8", "pallas", "tokamax", "splash")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", choices=known, default=known, metavar="NAME",
                         help=f"of {', '.join(known)} (default: all that can run here)")

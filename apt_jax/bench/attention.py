@@ -39,12 +39,12 @@ def peak_of(device: str) -> float | None:
     return PEAKS[names[-1]] if names and "MIG" not in device else None  # a part of a device
 
 
-def ours(case: AttentionCase, backend: str, part: str) -> Callable[..., Any]:
+def ours(backend: str, part: str, hidden_last: bool = False) -> Callable[..., Any]:
     """One backend as a jitted function of `peers.inputs_of`'s arrays; UserError where it cannot
-    serve."""
+    serve. hidden_last: see `kernels.attention.attention`."""
     def forward(q, k, v, *mask):
         with choosing(backend=backend):
-            return attention(q, k, v, *mask)
+            return attention(q, k, v, *mask, hidden_last=hidden_last)
 
     return jax.jit(forward if part == "forward" else peers.gradient_of(forward))
 
@@ -77,7 +77,7 @@ def contender(case: AttentionCase, part: str, backend: str, seeds: Sequence[int]
         raise UserError(reason)
     if backend in dispatch.PLAIN:
         check_oracle(case, part)
-    return peers.Contender(ours(case, backend, part), peers.inputs_of(part, inputs()),
+    return peers.Contender(ours(backend, part), peers.inputs_of(part, inputs()),
                            jax.block_until_ready)
 
 

@@ -90,8 +90,19 @@ def test_a_step_that_donates_its_state_is_handed_it_on():
     row = case.time_case(made, "NVIDIA H100", 0.01)
     jax.effects_barrier()
     assert seen == list(range(1, len(seen) + 1)) and len(seen) > 3
+    assert row["finite"] and row["output_norm"] > 0 and "NOT FINITE" not in case.line("a", row)
     assert row["tflops"] == pytest.approx(1e-3 / row["median"])
     assert row["share_of_peak"] == pytest.approx(row["tflops"] / 989)
+
+
+def test_a_result_that_is_no_number_is_said():
+    for value in (np.nan, np.inf):
+        found = case.looked_at({"a": np.ones(3, np.float32), "b": np.float32([1, value])})
+        assert found == {"finite": False, "output_norm": None}
+    assert case.looked_at([np.uint8([3, 4])]) == {"finite": True, "output_norm": 5.0}
+    row = {"median": 1.0, "low": 1.0, "high": 1.0, "backend": "auto", "finite": False,
+           "incomplete": "too large"}
+    assert case.line("a", row).endswith("NOT FINITE  (incomplete: too large)")
 
 
 def test_training_has_two_programs_whose_work_is_known():

@@ -113,6 +113,41 @@ def test_what_broke_its_process_or_the_device_comes_last(tmp_path, monkeypatch):
     assert rows.device_works()
 
 
+def test_what_a_row_has_before_the_rest_ends_or_fails_is_kept(tmp_path, monkeypatch):
+    """A trace that ends the process, and parts that do not fit the device."""
+    path, works, told = tmp_path / "rows.json", [True], []
+    monkeypatch.setattr(rows, "device_works", lambda: works[0])
+
+    def begin(make):
+        return rows.make_rows([("a", "", make)], Results(path, "cpu"), lambda *row: told.append(row))
+
+    def ends():
+        rows.keep({"median": 1.0})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin(ends)
+    row = Results(path, "cpu").rows["a"]
+    assert (row["median"], row["incomplete"]) == (1.0, rows.CUT_OFF)
+    assert begin(lambda: {"median": 2.0}) == 0 and not told  # it is there
+    path.unlink()
+
+    def fails():
+        rows.keep({"median": 3.0})
+        rows.keep({"stages": 4.0})
+        return {"error": "too large"}
+
+    assert begin(fails) == 0
+    row = Results(path, "cpu").rows["a"]
+    assert "error" not in row and row["incomplete"] == "too large"
+    assert (row["median"], row["stages"]) == (3.0, 4.0) and told[0][1]["incomplete"]
+    path.unlink()
+    works[0] = False
+    with pytest.raises(rows.DeviceLost):
+        begin(fails)
+    rows.keep({"median": 5.0})  # outside of a row there is nobody to take it
+
+
 def test_as_many_rows_as_are_asked_for(tmp_path):
     """A process each; what was left out is none, and what failed comes in the last."""
     path, left = tmp_path / "rows.json", {"b": "skipped", "c": "error"}

@@ -109,7 +109,7 @@ def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch, flags, tmp_pa
     line, env, _, file = asked[-1]
     assert file == tmp_path.resolve() / "train_wan_h200.json" and str(file) in line
     assert "--keep-rows" in line and "--keep-rows" not in commands("training")[0]
-    assert env["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path.resolve() / ".cache/programs")
+    assert env["JAX_COMPILATION_CACHE_DIR"] == str(ROOT / ".cache/bench_h100/programs")
     assert env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0" and "PATH" in env
     # What README tells users to export, but for one GPU, and each flag once: the user's own wins.
     assert env["XLA_FLAGS"] == f"{bench_h100.ALONE} --xla_gpu=own --xla_other=1"
@@ -119,6 +119,20 @@ def test_a_group_ends_in_time_and_reports_what_failed(monkeypatch, flags, tmp_pa
     assert str(tmp_path.resolve() / "train_wan_h100_compiled.json") in line
     replaced(monkeypatch, itertools.repeat(1))
     assert bench_h100.main(["training", *out]) == 1
+
+
+def test_kernels_that_are_wrong_are_left_out(monkeypatch, flags, tmp_path):
+    asked = replaced(monkeypatch, itertools.repeat(0))
+    assert bench_h100.main(["first", "--out", str(tmp_path), "--without", "hopper", "cudnn_fp8",
+                            "--no-profile"]) == 0
+    backends = []
+    for line, *_ in asked:
+        args, _ = parse_command("bench", line[4:])
+        backends.append((args.what, args.backends))
+        assert not args.profile
+    assert backends[0] == ("attention", ["cudnn", "tokamax", "torch"])
+    assert ("train", ["cudnn"]) in backends and ("forward", ["tokamax"]) in backends
+    assert not any(set(names or []) & {"hopper", "cudnn_fp8"} for _, names in backends)
 
 
 def test_a_row_that_the_clock_cut_off_is_missing_and_did_not_fail(monkeypatch, flags, tmp_path):

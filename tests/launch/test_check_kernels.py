@@ -26,9 +26,12 @@ def test_right_kernels_pass_and_absent_ones_are_left_out(tmp_path, capsys):
         assert set(row["distances"]) == {"out", "dq", "dk", "dv"}
         assert max(row["distances"].values()) < 5e-3 and row["queries"] == 128
     assert "NVIDIA GPU" in rows["one tile/cudnn"]["skipped"]
+    assert check_kernels.main(["--backends", "fp8", "--json", str(tmp_path / "fp8.json")]) == 0
+    rows = json.loads((tmp_path / "fp8.json").read_text())["rows"]
+    assert "widened first" in rows["product/fp8"]["skipped"] and len(rows) == 2
     assert check_kernels.main(["--backends", "cudnn", "--cases", "one tile", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    assert out.count("left out") == 1  # the other processes wrote to the terminal themselves
+    assert out.count("left out") == 3  # the other processes wrote to the terminal themselves
 
 
 def test_a_kernel_that_hangs_holds_up_no_other(tmp_path, monkeypatch, capsys):
@@ -52,6 +55,35 @@ def test_wrong_kernels_fail(wrong, monkeypatch, capsys):
     monkeypatch.setattr(check_kernels, "attention", wrong)
     assert check_kernels.main(["--backends", "pallas", "--cases", "one tile"]) == 1
     assert "FAILED: out is" in capsys.readouterr().out
+
+
+def test_products_in_eight_bits_are_held_to_the_same_factors(monkeypatch):
+    """Here both sides are widened; a product of other factors is seen."""
+    found = check_kernels.compared_products(48, 64, 32)
+    assert set(found) == {"y", "dx", "dw"} and max(found.values()) < 1e-6
+    real, calls = check_kernels.fp8.matmul, []
+
+    def wrong(x, w):
+        calls.append(1)
+        return real(x, w.at[:8].set(0) if len(calls) == 1 else w)
+
+    monkeypatch.setattr(check_kernels.fp8, "matmul", wrong)
+    assert check_kernels.compared_products(48, 64, 32)["y"] > 0.1
+
+
+def test_a_kernel_for_inference_is_checked_forward(monkeypatch):
+    """The one in eight bits, emulated: what it takes out of its result for hidden keys is seen."""
+    from apt_jax.kernels import cudnn_fp8
+
+    case = check_kernels.Small(256, 384, head_dim=64, mask="some")
+    monkeypatch.setattr(check_kernels.dispatch, "refusal", lambda *_: None)
+    monkeypatch.setattr(check_kernels.dispatch, "select", lambda backend, *_, **__: backend)
+    found = check_kernels.distances(case, "cudnn_fp8")
+    assert set(found) == {"out"} and found["out"] < check_kernels.limit("cudnn_fp8", "bfloat16")
+    real = cudnn_fp8._without_hidden
+    monkeypatch.setattr(cudnn_fp8, "_without_hidden",
+                        lambda lse, *rest: real(lse + 20, *rest))  # a sum of something else
+    assert check_kernels.distances(case, "cudnn_fp8")["out"] > 0.1
 
 
 @pytest.mark.parametrize("name", check_kernels.CASES)
