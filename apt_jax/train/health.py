@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from apt_jax.errors import UserError
 # A discriminator that wins everywhere has loss 0; at the start both softplus terms give 2 ln 2.
 COLLAPSE_LOSS = 0.05
 COLLAPSE_STEPS = 50
+# One that gives the same logit to everything has 2 ln 2 (relativistic: ln 2), and stays there for good
+# where the penalties have made it flat (docs/tuning.md, "A discriminator that falls silent").
+SILENT_WITHIN = 0.005
+SILENT_STEPS = 300
 
 
 def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None, config: Any) -> None:
@@ -59,3 +64,25 @@ class CollapseWatch:
                 f"{self._loss} for {self._run} steps; it wins everywhere and the generator learns "
                 "nothing (collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma "
                 "or r1_weight, or a lower optimizer.discriminator_learning_rate")
+
+
+class SilenceWatch:
+    """Warns once when D's GAN loss stays that of no opinion: G's gradient is noise then."""
+
+    def __init__(self, warn: Callable[[str], None], loss: str = "non_saturating",
+                 within: float = SILENT_WITHIN, steps: int = SILENT_STEPS):
+        """loss: objective.adversarial.loss."""
+        self._level = math.log(2) * (1 if loss == "relativistic" else 2)
+        self._warn, self._within, self._steps = warn, within, steps
+        self._run, self._done = 0, False
+
+    def observe(self, step: int, d_gan: float) -> None:
+        """Takes D's loss without penalties of one update."""
+        self._run = self._run + 1 if abs(d_gan - self._level) < self._within else 0
+        if self._run >= self._steps and not self._done:
+            self._done = True
+            self._warn(
+                f"step {step}: the discriminator's loss without penalties has been within "
+                f"{self._within} of {self._level:.4f} for {self._run} steps; it tells nothing apart and the "
+                "generator follows noise. If its logits stay so, start this stage anew with a smaller "
+                "r1_weight, a larger optimizer.discriminator_learning_rate, or init.discriminator")

@@ -24,7 +24,7 @@ from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import agree, describe
 from apt_jax.train.feeding import put_batch, rows_of
 from apt_jax.train.folder import RunFolder
-from apt_jax.train.health import CollapseWatch, check_finite
+from apt_jax.train.health import CollapseWatch, SilenceWatch, check_finite
 from apt_jax.train.logs import MetricLog, Progress
 from apt_jax.train.preemption import Preemption
 from apt_jax.train.state import frozen_inputs, init_state, set_up
@@ -104,7 +104,8 @@ class _Run:
         self.window: list[tuple[int, dict]] = []  # metrics on the device since the last log
         self.checked = 0  # updates known to be sound
         self.metrics: dict[str, float] = {}
-        self.watch = CollapseWatch(self.say)
+        self.watches = (CollapseWatch(self.say),
+                        SilenceWatch(self.say, config.objective.adversarial.loss))
 
     def say(self, text: str) -> None:
         """A line for the user, from one process."""
@@ -254,7 +255,8 @@ class _Run:
         self.window.clear()
         for s, row in rows:
             if "discriminator/d_gan" in row:  # its loss has the penalties in it
-                self.watch.observe(s, row["discriminator/d_gan"])
+                for watch in self.watches:
+                    watch.observe(s, row["discriminator/d_gan"])
         self.metrics = {name: float(np.mean([row[name] for _, row in rows]))
                         for name in rows[0][1] if not name.endswith("finite")}
         with run_disk(self.workdir):

@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_config
 
 from apt_jax.errors import UserError
-from apt_jax.train.health import CollapseWatch, check_finite
+from apt_jax.train.health import CollapseWatch, SilenceWatch, check_finite
 
 
 def test_sound_metrics_pass():
@@ -37,3 +37,21 @@ def test_collapse_warns_once_and_only_after_an_unbroken_run():
         watch.observe(step, 0.01)
     assert len(said) == 1
     assert "step 9" in said[0] and "collapse" in said[0]
+
+
+def test_silence_warns_once_and_only_after_an_unbroken_run():
+    said = []
+    watch = SilenceWatch(said.append, within=0.01, steps=5)
+    for step in range(4):
+        watch.observe(step, 1.386)
+    watch.observe(4, 1.40)
+    for step in range(5, 9):
+        watch.observe(step, 1.39)
+    assert said == []
+    for step in range(9, 30):
+        watch.observe(step, 1.3863)
+    assert len(said) == 1 and "step 9" in said[0] and "tells nothing apart" in said[0]
+    watch = SilenceWatch(said.append, "relativistic", within=0.01, steps=2)
+    for value in (1.386, 1.386, 0.693, 0.694):
+        watch.observe(30, value)
+    assert len(said) == 2 and "of 0.6931 for 2 steps" in said[1]
