@@ -43,7 +43,22 @@ def check_finite(step: int, metrics: Mapping[str, float], last_good: int | None,
         f"was not saved. Try {' or '.join(advice)}, and run the same command again")
 
 
-class CollapseWatch:
+class _Watch:
+    """Says once that something has held for so many updates in a row."""
+
+    def __init__(self, warn: Callable[[str], None], steps: int):
+        self._warn, self._steps = warn, steps
+        self._run, self._done = 0, False
+
+    def _saw(self, holds: bool, message: Callable[[int], str]) -> None:
+        """message: what to say after that many updates in a row."""
+        self._run = self._run + 1 if holds else 0
+        if self._run >= self._steps and not self._done:
+            self._done = True
+            self._warn(message(self._run))
+
+
+class CollapseWatch(_Watch):
     """Warns once when D's GAN loss stays near zero: the sign of collapse without R1 (Sec. 5.1).
 
     The penalties do not count: weighted, they keep the sum up for as long as D still moves.
@@ -51,38 +66,31 @@ class CollapseWatch:
 
     def __init__(self, warn: Callable[[str], None], loss: float = COLLAPSE_LOSS,
                  steps: int = COLLAPSE_STEPS):
-        self._warn, self._loss, self._steps = warn, loss, steps
-        self._run, self._done = 0, False
+        super().__init__(warn, steps)
+        self._loss = loss
 
     def observe(self, step: int, d_gan: float) -> None:
         """Takes D's loss without penalties of one update."""
-        self._run = self._run + 1 if d_gan < self._loss else 0
-        if self._run >= self._steps and not self._done:
-            self._done = True
-            self._warn(
-                f"step {step}: the discriminator's loss without penalties has been below "
-                f"{self._loss} for {self._run} steps; it wins everywhere and the generator learns "
-                "nothing (collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma "
-                "or r1_weight, or a lower optimizer.discriminator_learning_rate")
+        self._saw(d_gan < self._loss, lambda run: (
+            f"step {step}: the discriminator's loss without penalties has been below "
+            f"{self._loss} for {run} steps; it wins everywhere and the generator learns "
+            "nothing (collapse). Check objective.adversarial.r1 = True, try a larger r1_sigma "
+            "or r1_weight, or a lower optimizer.discriminator_learning_rate"))
 
 
-class SilenceWatch:
+class SilenceWatch(_Watch):
     """Warns once when D's GAN loss stays that of no opinion: G's gradient is noise then."""
 
     def __init__(self, warn: Callable[[str], None], loss: str = "non_saturating",
                  within: float = SILENT_WITHIN, steps: int = SILENT_STEPS):
         """loss: objective.adversarial.loss."""
-        self._level = math.log(2) * (1 if loss == "relativistic" else 2)
-        self._warn, self._within, self._steps = warn, within, steps
-        self._run, self._done = 0, False
+        super().__init__(warn, steps)
+        self._level, self._within = math.log(2) * (1 if loss == "relativistic" else 2), within
 
     def observe(self, step: int, d_gan: float) -> None:
         """Takes D's loss without penalties of one update."""
-        self._run = self._run + 1 if abs(d_gan - self._level) < self._within else 0
-        if self._run >= self._steps and not self._done:
-            self._done = True
-            self._warn(
-                f"step {step}: the discriminator's loss without penalties has been within "
-                f"{self._within} of {self._level:.4f} for {self._run} steps; it tells nothing apart and the "
-                "generator follows noise. If its logits stay so, start this stage anew with a smaller "
-                "r1_weight, a larger optimizer.discriminator_learning_rate, or init.discriminator")
+        self._saw(abs(d_gan - self._level) < self._within, lambda run: (
+            f"step {step}: the discriminator's loss without penalties has been within "
+            f"{self._within} of {self._level:.4f} for {run} steps; it tells nothing apart and the "
+            "generator follows noise. If its logits stay so, start this stage anew with a smaller "
+            "r1_weight, a larger optimizer.discriminator_learning_rate, or init.discriminator"))
