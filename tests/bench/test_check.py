@@ -72,7 +72,7 @@ def test_what_is_not_finite_or_far_is_wrong():
 
 def test_a_kernel_that_gives_nothing_is_the_commands_status(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.json"
-    monkeypatch.setattr(attention, "attention", lambda q, k, v, mask: q * jnp.nan)
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, mask, **_: q * jnp.nan)
     monkeypatch.setattr("apt_jax.bench.cases.CASES", {"t": TINY})
     assert cli.main(["bench", "attention", "--backends", "oracle", "--json", str(out)]) == 1
     assert "out is nan from float32" in capsys.readouterr().out
