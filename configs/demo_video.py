@@ -4,8 +4,8 @@
     apt-jax train --config configs/demo_video.py --workdir runs/video
 
 As in the paper, the generator starts from the image stage's average and the discriminator from
-the original diffusion weights. Cost: an update takes 1 to 1.4 s on two cores. Gives: a
-one-step generator of short clips.
+the original diffusion weights; at length the image stage's discriminator goes on instead. Cost: an
+update takes 1 to 1.4 s on two cores. Gives: a one-step generator of short clips.
 """
 
 from demo_common import at_length, demo_config
@@ -26,10 +26,12 @@ def get_config(length="short"):
     config.objective.adversarial.translate = 0.125  # as on images
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
-    # At length D has an opinion only after some 1,300 updates (docs/tuning.md).
-    config.train.steps = 150 if length == "short" else 2500
+    config.train.steps = 150 if length == "short" else 1500
     if length == "long":
         at_length(config)
+        # It tells real from generated from the first update; one begun anew did after 200 to 1,300
+        # updates, or never (docs/tuning.md).
+        config.init.discriminator = "runs/image"
         # Most of a clip's quality is its frames', and there are 1,527 pictures beside 606 clips: with
         # both the FD of clips is 111 after 1,000 updates where clips alone have 117 (docs/tuning.md).
         config.data.frames = (1, 4)

@@ -92,5 +92,6 @@ class SilenceWatch(_Watch):
         self._saw(abs(d_gan - self._level) < self._within, lambda run: (
             f"step {step}: the discriminator's loss without penalties has been within "
             f"{self._within} of {self._level:.4f} for {run} steps; it tells nothing apart and the "
-            "generator follows noise. If its logits stay so, start this stage anew with a smaller "
-            "r1_weight, a larger optimizer.discriminator_learning_rate, or init.discriminator"))
+            "generator follows noise. If its logits stay so, start this stage anew: with "
+            "init.discriminator where an adversarial stage went before, else with another "
+            "r1_weight or optimizer.discriminator_learning_rate"))

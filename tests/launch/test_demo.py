@@ -78,6 +78,13 @@ def test_stages_are_lengthened_with_a_word_to_those_after(demo, study, tmp_path,
     assert "image was begun with the consistency stage as it was" in capsys.readouterr().err
 
 
+def test_the_clips_d_goes_on_from_the_image_stage_at_length_only(demo, tmp_path):
+    for long, wanted in ((True, str(tmp_path / "image")), (False, "")):
+        file = demo.stages(long, True)["video"]
+        config = demo.stage_config("video", file, tmp_path, True, 0, [])
+        assert config.init.discriminator == wanted
+
+
 def test_families_have_their_own_files_and_lengths(demo, capsys, tmp_path):
     assert list(demo.stages(False, False)) == ["consistency", "image", "video"]
     found = demo.stages(False, False, "emoji_64")
