@@ -8,26 +8,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from small_configs import small
 
 from apt_jax.bench import arrays, attention, case, memory, profile, programs, report
 from apt_jax.bench.cases import AttentionCase
 from apt_jax.bench.report import Results
 from apt_jax.cli import main as cli
-from apt_jax.config import load_config
 from apt_jax.errors import UserError
 from apt_jax.kernels import dispatch
 from apt_jax.kernels.choice import Hardware
 from apt_jax.nn.rope import Rotation
-
-SMALL = ["--config.model.depth=1", "--config.model.width=32", "--config.model.heads=2",
-         "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6",
-         "--config.model.text_width=24", "--config.discriminator.taps=1,",
-         "--config.discriminator.heads=2", "--config.mesh.fsdp=1", "--config.mesh.replica=1",
-         "--config.data.max_text_tokens=4", "--config.data.height=4", "--config.data.width=4"]
-
-
-def small(name: str, *overrides: str):
-    return load_config(f"configs/{name}.py", [*SMALL, *overrides])
 
 
 def test_the_peak_of_memory_is_the_cases_own(monkeypatch):

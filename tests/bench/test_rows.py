@@ -8,23 +8,13 @@ import shlex
 import jax
 import numpy as np
 import pytest
+from small_configs import small
 
 from apt_jax.bench import attention, case, report, rows, run
 from apt_jax.bench.cases import AttentionCase
 from apt_jax.bench.report import Results, config_digest
 from apt_jax.cli import main as cli
-from apt_jax.config import load_config
 from apt_jax.errors import UserError
-
-SMALL = ["--config.model.depth=1", "--config.model.width=32", "--config.model.heads=2",
-         "--config.model.head_dim=16", "--config.model.rope_axes=4,6,6",
-         "--config.model.text_width=24", "--config.discriminator.taps=1,",
-         "--config.discriminator.heads=2", "--config.mesh.fsdp=1", "--config.mesh.replica=1",
-         "--config.data.max_text_tokens=4", "--config.data.height=4", "--config.data.width=4"]
-
-
-def small(name: str, *overrides: str):
-    return load_config(f"configs/{name}.py", [*SMALL, *overrides])
 
 
 # -- when a row is made again ----------------------------------------------------------------------
