@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,10 +62,11 @@ def matmul_of(section: Any) -> str:
     return section["matmul"] if "matmul" in section else "dtype"
 
 
-def _with_matmul(make: Callable[..., nnx.Module], section: Any) -> Callable[..., nnx.Module]:
+def _fp8_of(section: Any) -> int | None:
+    """How many of the last blocks keep their dtype where the others multiply in eight bits, else None."""
     if matmul_of(section) != "fp8":
-        return make
-    return with_fp8(make, section["matmul_kept"] if "matmul_kept" in section else 0)
+        return None
+    return section["matmul_kept"] if "matmul_kept" in section else 0
 
 
 def adapter_scale(lora: Any) -> float:
@@ -72,8 +74,33 @@ def adapter_scale(lora: Any) -> float:
     return (lora["alpha"] or lora["rank"]) / lora["rank"]
 
 
-def _with_adapters(make: Callable[..., nnx.Module], lora: Any) -> Callable[..., nnx.Module]:
-    return adapted(make, lora["rank"], adapter_scale(lora)) if lora and lora["rank"] else make
+def _adapters_of(lora: Any) -> tuple[int, float] | None:
+    return (lora["rank"], adapter_scale(lora)) if lora and lora["rank"] else None
+
+
+def _changed(make: Callable[..., nnx.Module], fp8: int | None,
+             adapters: tuple[int, float] | None) -> Callable[..., nnx.Module]:
+    if fp8 is not None:
+        make = with_fp8(make, fp8)
+    return make if adapters is None else adapted(make, *adapters)
+
+
+# A network is traced once for all in a process who ask for it, which a study does some fifty times, and
+# each trace takes a fifth of a second. What they get is a new Network nonetheless: networks are
+# compared by identity, and each has its own programs.
+@functools.lru_cache(maxsize=64)
+def _generator(family: Family, config: Any, fp8: int | None,
+               adapters: tuple[int, float] | None) -> Network:
+    make = _changed(family.generator, fp8, adapters)
+    return Network.build(lambda rngs: make(config, rngs=rngs))
+
+
+@functools.lru_cache(maxsize=64)
+def _discriminator(family: Family, config: Any, fp8: int | None,
+                   adapters: tuple[int, float] | None, taps: tuple[int, ...],
+                   heads: int) -> Network:
+    make = _changed(family.backbone, fp8, adapters)
+    return Network.build(lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs))
 
 
 def make_generator(model: Any, lora: Any = None) -> Network:
@@ -81,9 +108,8 @@ def make_generator(model: Any, lora: Any = None) -> Network:
 
     lora: config.lora, for a network with adapters.
     """
-    config = model_config(model)
-    make = _with_adapters(_with_matmul(family_of(model).generator, model), lora)
-    return Network.build(lambda rngs: make(config, rngs=rngs), attention=attention_of(model))
+    net = _generator(family_of(model), model_config(model), _fp8_of(model), _adapters_of(lora))
+    return dataclasses.replace(net, attention=attention_of(model))
 
 
 def discriminator_taps(model: Any, discriminator: Any) -> tuple[int, ...]:
@@ -98,9 +124,7 @@ def make_discriminator(model: Any, discriminator: Any, lora: Any = None) -> Netw
     """
     taps = discriminator_taps(model, discriminator)
     config = dataclasses.replace(model_config(model), depth=taps[-1])
-    heads = discriminator["heads"] or config.heads
-    make = _with_matmul(family_of(model).backbone, discriminator)
-    make = _with_adapters(make, lora if lora and lora["discriminator"] else None)
-    return Network.build(
-        lambda rngs: Discriminator(config, taps, heads, backbone=make, rngs=rngs),
-        attention=attention_of(model))
+    net = _discriminator(family_of(model), config, _fp8_of(discriminator),
+                         _adapters_of(lora if lora and lora["discriminator"] else None), taps,
+                         discriminator["heads"] or config.heads)
+    return dataclasses.replace(net, attention=attention_of(model))
