@@ -26,7 +26,7 @@ def get_config(length="short"):
     config.optimizer.name = "rmsprop"
     config.optimizer.learning_rate = 1.5e-4
     config.train.batch_size, config.train.accumulate = 32, 4
-    config.train.steps = 560 if length == "short" else 5000
+    config.train.steps = 560 if length == "short" else 8000
     if length == "long":
         at_length(config)
     return config

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config.init.generator = args.start
     started = Path(args.start)
     if (started / "config.json").is_file() and not any("init.diffusion" in o for o in overrides):
-        # D starts from the diffusion weights that the run came from, its own or the shipped ones.
+        # The diffusion weights that the run came from, its own or the shipped ones, for D to start from
+        # where init.discriminator names no run.
         came_from = load_json(started / "config.json").init.diffusion
         config.init.diffusion = init_path(started, came_from) or config.init.diffusion
     config.train.steps = args.updates
