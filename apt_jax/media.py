@@ -115,6 +115,16 @@ def save_mp4(path: Path | str, clip: np.ndarray, fps: float = 8.0, size: int = 2
 # ---------------------------------------------------------------- layouts
 
 
+def grid_size(count: int, height: int, width: int, columns: int = 0, labels: bool = False,
+              size: int = 0, gap: int = 4) -> tuple[int, int]:
+    """(height, width) in pixels of the `grid` of so many pictures of height x width."""
+    factor = max(1, round(size / min(height, width)))
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    strip = 16 if labels else 0
+    return (-(-count // columns) * (height * factor + gap + strip) + gap,
+            columns * (width * factor + gap) + gap)
+
+
 def grid(images: np.ndarray, columns: int = 0, labels: Sequence[str] | None = None,
          size: int = 0, gap: int = 4) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] as one uint8 picture, row by row, each label under its picture.
@@ -127,8 +137,7 @@ def grid(images: np.ndarray, columns: int = 0, labels: Sequence[str] | None = No
     n, height, width, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     strip = 16 if labels is not None else 0
-    rows = -(-n // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap + strip) + gap),
+    sheet = Image.new("RGB", grid_size(n, height, width, columns, labels is not None, gap=gap)[::-1],
                       PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):

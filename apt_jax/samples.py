@@ -7,6 +7,7 @@ import dataclasses
 import html
 import json
 import logging
+import math
 import operator
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 RECORD = "sample.json"
 MOST_SIZE = 4096  # pixels of a sample's shorter side when it is shown: beyond is a slip
 SHOWN = 64  # samples that a notebook draws of itself
+WEBP_SIDE = 16383  # pixels of a WebP's side at most
+SHEET_PIXELS = 2**30  # of all frames of a sheet: 3 GB in memory
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -151,10 +154,33 @@ def _check(samples: Any, call: str, size: int) -> None:
 
 
 def _sheet(samples: Samples, size: int, columns: int = 0) -> np.ndarray:
-    """All samples with their captions, uint8: a picture [H, W, 3], or a clip [F, H, W, 3]."""
+    """The samples with their captions, uint8: a picture [H, W, 3], or a clip [F, H, W, 3].
+
+    As many of the first as one file takes; usually all.
+    """
+    fit = _fitting(len(samples), samples.frames.shape[1:4], size, columns)
+    if fit < len(samples):
+        log.warning("a sheet of %s samples would be too large; it has the first %s", len(samples), fit)
+        samples, columns = samples[:fit], min(columns, fit)
     if samples.frames.shape[1] == 1:
         return media.grid(samples.frames[:, 0], columns, samples.captions, size)
     return media.clip_grid(samples.frames, columns, samples.captions, size)
+
+
+def _fitting(count: int, shape: tuple[int, int, int], size: int, columns: int) -> int:
+    """How many of `count` samples of shape (F, H, W) fit on a sheet."""
+    frames, height, width = shape
+    while count > 1:
+        high, wide = media.grid_size(count, height, width, min(columns, count), True, size)
+        if frames * high * wide <= SHEET_PIXELS and (frames == 1 or max(high, wide) <= WEBP_SIDE):
+            break
+        if not columns:  # the next smaller square
+            count = (math.isqrt(count - 1)) ** 2
+        elif count > columns:  # a row less
+            count = (count - 1) // columns * columns
+        else:
+            count -= 1
+    return count
 
 
 def _image(samples: Samples, size: int = 128, columns: int = 0) -> str:
@@ -169,9 +195,10 @@ def _image(samples: Samples, size: int = 128, columns: int = 0) -> str:
 def save(samples: Samples, folder: str | Path, size: int = 128) -> list[Path]:
     """Writes samples into a folder (made if needed); returns the paths.
 
-    Images: NNN_caption.png and grid.png. Clips: NNN_caption.mp4 and .webp, and grid.webp. Either
-    way sample.json with the settings and the names of all files, and latents.safetensors (noise,
-    latents) where they were kept. Files are the samples' own size, but MP4 and grids enlarged.
+    Images: NNN_caption.png and grid.png. Clips: NNN_caption.mp4 and .webp, and grid.webp. Grids have
+    as many as one file takes, usually all. Either way sample.json with the settings and the names
+    of all files, and latents.safetensors (noise, latents) where they were kept. Files are the
+    samples' own size, but MP4 and grids enlarged.
 
     The files that an earlier sample.json in the folder names are replaced, or removed where these
     samples have none of that name; nothing else is. UserError where they cannot be written.
@@ -206,15 +233,15 @@ def _save(samples: Samples, folder: Path, size: int) -> list[Path]:
             new = [media.save_png(folder / f"{stem}.png", frames[0])]
         paths += new
         files.append({"caption": caption, "files": [path.name for path in new]})
-    sheet = _sheet(samples, size)
-    paths.append(media.save_webp(folder / "grid.webp", sheet, fps) if clips
-                 else media.save_png(folder / "grid.png", sheet))
-    others = len(paths) - 1
+    others = len(paths)
     if samples.latents is not None:
         from safetensors.numpy import save_file
 
         paths.append(folder / "latents.safetensors")
         save_file({"noise": samples.noise, "latents": samples.latents}, paths[-1])
+    sheet = _sheet(samples, size)
+    paths.insert(others, media.save_webp(folder / "grid.webp", sheet, fps) if clips
+                 else media.save_png(folder / "grid.png", sheet))
     path = folder / RECORD
     old = _named(path) - {path.name for path in paths}
     record = {**samples.settings, "seconds": samples.seconds, "samples": files,

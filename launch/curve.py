@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         batch_size=config.train.batch_size, clip_batch_size=config.train.clip_batch_size,
         seed=config.seed, multiple=batch_unit(mesh, config.train.accumulate))
     split = evaluate.load_split(data.path, data.split, frames, data.height, data.width,
-                                data.max_text_tokens)
+                                data.max_text_tokens, data.frame_stride)
     extract = MobileNetFeatures()
     reference = Reference.build(split.frames, extract=extract)
 

@@ -72,7 +72,13 @@ def stages(long: bool, pretrain: bool, family: str = "demo") -> dict[str, str]:
 def stage_config(name: str, path: str, workdir: Path, pretrain: bool, seed: int, overrides):
     """A stage's config with its starting points moved into this job's folders."""
     from apt_jax.config import load_config, validate
+    from apt_jax.errors import UserError
 
+    for override in overrides:
+        if override.startswith(("--config.seed=", "--config.init.generator=",
+                                "--config.init.diffusion=")):
+            raise UserError(f"{override}: what the stages of a study start from follows from --workdir "
+                            "and --pretrain, and the seed from --seed; drop it")
     config = load_config(path, list(overrides))
     config.seed = seed
     base = str(workdir / "pretrain") if pretrain else "bundled:base"
@@ -194,7 +200,7 @@ def measure_kind(kind: str, config, workdir: Path, base: str, seed: int, batch: 
         return None
     data, frames = config.data, max(config.data.frames)
     split = evaluate.load_split(data.path, "train", frames, data.height, data.width,
-                                data.max_text_tokens)
+                                data.max_text_tokens, data.frame_stride)
     extract = MobileNetFeatures()
     reference = Reference.build(split.frames, cache_dir=workdir / "cache", extract=extract)
     folder = workdir / "samples" / kind
@@ -295,7 +301,7 @@ def main(argv=None) -> int:
 
     from apt_jax.errors import UserError, disk_errors
 
-    args.workdir = args.workdir or Path("runs") / args.family
+    args.workdir = (args.workdir or Path("runs") / args.family).expanduser()
     try:
         with disk_errors(args.workdir):
             return run(args, overrides)

@@ -379,3 +379,23 @@ def test_command_line_equals_the_interface(generator, folder, tmp_path, monkeypa
     assert cli.main(again) == 0 and "euler: 6 network" in capsys.readouterr().out
     assert cli.main([*again, "--steps", "1"]) == 2
     assert "negative = dog belongs to mode 'euler'" in capsys.readouterr().err
+
+
+def test_a_grid_has_as_many_as_a_webp_takes(generator, tmp_path, monkeypatch, caplog):
+    """Everything else of a large set is written too: the limit of a side is 16,383 pixels."""
+    from apt_jax import samples as module
+
+    pytest.importorskip("av")
+    samples = generator.sample("cat", frames=2, count=10)
+    _, wide = apt_jax.media.grid_size(9, 4, 4, labels=True, size=128)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "WEBP_SIDE", wide + 100)  # three in a row, and not four
+        paths = apt_jax.save(samples, tmp_path)
+    with Image.open(tmp_path / "grid.webp") as grid:
+        assert grid.size[0] == wide
+    assert len(json.loads(paths[-1].read_text())["samples"]) == 10 and len(paths) == 22
+    assert "10 samples would be too large; it has the first 9" in caplog.text
+    assert module._fitting(946, (81, 480, 832), 128, 0) == 25  # 3 GB of frames
+    assert module._fitting(946, (2, 480, 832), 128, 0) == 19**2  # 19 x 836 + 4 pixels
+    assert module._fitting(946, (2, 480, 832), 128, 40) == 19  # one row
+    assert module._fitting(400, (1, 64, 64), 128, 0) == 400

@@ -76,7 +76,7 @@ def fd_rows(checkpoint: str, results: Results, *, seeds: Sequence[int], count: i
         if not missing:
             continue
         real = real or load_split(data.path, data.split, frames, data.height, data.width,
-                                  max_text_tokens=data.max_text_tokens)
+                                  data.max_text_tokens, data.frame_stride)
         reference = reference or Reference.build(real.frames, extract=extract)
         for kind in missing:
             generator = _in(plain, kind) if kind in KINDS else plain

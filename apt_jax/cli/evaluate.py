@@ -122,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
                             width=shape[2], steps=args.steps, time=args.time,
                             fresh_noise=args.fresh_noise)
         path = args.data or data.path
-        real = load_split(path, args.split, *shape, max_text_tokens=data.max_text_tokens)
-        held_out, why = load_held_out(path, args.held_out, *shape,
-                                      max_text_tokens=data.max_text_tokens)
+        asked = {"max_text_tokens": data.max_text_tokens, "frame_stride": data.frame_stride}
+        real = load_split(path, args.split, *shape, **asked)
+        held_out, why = load_held_out(path, args.held_out, *shape, **asked)
         source = {"data": {"path": path, "split": args.split, "held_out": args.held_out}}
         kept = None  # the samples that are written
 

@@ -153,7 +153,8 @@ FIELDS: tuple[Field, ...] = (
     _f("optimizer.final_rate", 1.0, "part of the learning rate left at the last step; it falls "
        "linearly (1: constant, as in the paper)", low=0, high=1),
     # -- loop
-    _f("train.steps", 1000, "updates (adversarial: one D and one G step each)", low=1),
+    _f("train.steps", 1000, "updates (adversarial: one D and one G step each)", low=1,
+       high=2**31 - 1),
     _f("train.batch_size", 64, "samples of one update over all devices", low=1, high=2**20),
     _f("train.clip_batch_size", 0, "the same for clips (more than one frame); 0 takes batch_size",
        low=0, high=2**20),
@@ -161,7 +162,8 @@ FIELDS: tuple[Field, ...] = (
        "of devices that shares one. What does not divide is filled up with samples that do not "
        "count", low=0, high=2**20),
     _f("train.ema_decay", 0.995, "decay of the averaged generator", low=0, high=1),
-    _f("train.ema_from_step", 0, "the average follows the weights exactly up to this step", low=0),
+    _f("train.ema_from_step", 0, "the average follows the weights exactly up to this step", low=0,
+       high=2**31 - 1),
     _f("train.log_every", 10, "steps between log lines", low=1),
     _f("train.checkpoint_every", 200, "steps between checkpoints", low=1),
     _f("train.keep", 2, "checkpoints kept", low=1),

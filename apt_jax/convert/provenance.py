@@ -37,7 +37,7 @@ def component_folder(path: str | Path) -> Path | None:
     """The component folder that `path` is, or whose transformer it is; None otherwise."""
     if str(path).startswith(BUNDLED):
         return None
-    folder = Path(path)
+    folder = Path(path).expanduser()
     for candidate in (folder, folder.parent if folder.name == TRANSFORMER else folder):
         if (candidate / CONFIG_FILE).is_file() and not (candidate / CHECKPOINTS).is_dir():
             if read_card(candidate).get("kind") == PIPELINE:
@@ -65,7 +65,7 @@ def history(path: str | Path) -> History:
             bundled = bundled or name
             continue
         base = base or component_folder(name)
-        folder = Path(name)
+        folder = Path(name).expanduser()
         if not folder.exists() and name != str(path):
             missing.append(name)
         elif (folder / CHECKPOINTS).is_dir():

@@ -13,7 +13,7 @@ from apt_jax.errors import UserError
 def parse_size(text: str) -> tuple[int, int]:
     """'96x64' (width x height, in pixels) -> (height, width) = (64, 96)."""
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
-    if not match or "0" in match.groups():
+    if not match or not all(map(int, match.groups())):
         raise UserError(f"{text!r} is no size; write WIDTHxHEIGHT in pixels, for example 96x64")
     return int(match[2]), int(match[1])
 

@@ -33,6 +33,7 @@ MAGIC = b"APTR"
 VERSION = 1
 HEAD = struct.Struct("<4sBI")
 _WEBP_LIMIT = 16383
+_MOST_PIXELS = 2 * 89_478_485  # beyond, Pillow takes a picture for an attack
 _KEYS = ("frames", "height", "width", "fps", "caption", "source", "group", "tokens", "text_width")
 
 
@@ -76,11 +77,13 @@ def _columns(frames: int, height: int) -> tuple[int, int]:
 
 
 def check_size(frames: int, height: int, width: int) -> None:
-    """UserError where such a clip does not fit one WebP."""
-    if height > _WEBP_LIMIT or _columns(frames, height)[1] * width > _WEBP_LIMIT:
+    """UserError where such a clip does not fit one WebP, or one that Pillow reads again."""
+    rows, columns = _columns(frames, height)
+    if (height > _WEBP_LIMIT or columns * width > _WEBP_LIMIT
+            or rows * height * columns * width > _MOST_PIXELS):
         raise UserError(
             f"{frames} frames of {width}x{height} do not fit one WebP ({_WEBP_LIMIT} pixels a "
-            "side); prepare smaller or shorter clips"
+            f"side, {_MOST_PIXELS:,} in all); prepare smaller or shorter clips, or latents (--vae)"
         )
 
 
@@ -103,8 +106,11 @@ def encode_frames(frames: np.ndarray, quality: int = 90) -> bytes:
 
 def decode_frames(picture: bytes, frames: int, height: int, width: int) -> np.ndarray:
     """The inverse of `encode_frames` up to WebP's loss; ValueError if the size disagrees."""
-    with Image.open(io.BytesIO(picture), formats=("WEBP",)) as image:
-        array = np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(picture), formats=("WEBP",)) as image:
+            array = np.asarray(image.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     rows, columns = _columns(frames, height)
     if array.shape != (rows * height, columns * width, 3):
         raise ValueError(f"picture {array.shape} is not {frames} frames of {height}x{width}")

@@ -136,8 +136,8 @@ def tried_again(out: pathlib.Path) -> int:
     """How many of the files that a finished data set lacks the same command tries again."""
     if not (out / WORK / _AGAIN).is_file():
         return 0
-    lines = (out / SKIPPED).read_text("utf-8").splitlines()
-    return sum(json.loads(line).get("passing", False) for line in lines)
+    lines = (out / SKIPPED).read_text("utf-8").split("\n")  # a file's name may hold other ends of lines
+    return sum(json.loads(line).get("passing", False) for line in lines if line)
 
 
 def _clear(out: pathlib.Path) -> None:

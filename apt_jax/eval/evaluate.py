@@ -37,14 +37,15 @@ class Split(NamedTuple):
 
 
 def load_split(path: str, split: str, frames: int, height: int, width: int,
-               max_text_tokens: int = 16) -> Split:
-    """Load one split of a prepared data set in one shape."""
-    dataset = open_dataset(path, split, (frames,), height, width, max_text_tokens=max_text_tokens)
+               max_text_tokens: int = 16, frame_stride: int = 1) -> Split:
+    """Load one split of a prepared data set in one shape; `frame_stride` as config.data has it."""
+    dataset = open_dataset(path, split, (frames,), height, width, frame_stride, max_text_tokens)
     return Split(*load_all(dataset), (dataset.null_text, dataset.null_mask))
 
 
 def load_held_out(path: str, split: str, frames: int, height: int, width: int,
-                  max_text_tokens: int = 16) -> tuple[Split | None, list[str]]:
+                  max_text_tokens: int = 16, frame_stride: int = 1
+                  ) -> tuple[Split | None, list[str]]:
     """The split for the kernel distance, or None and a line that says why there is none.
 
     "" asks for none. Data may have been prepared without the default, HELD_OUT, or with nothing of
@@ -53,7 +54,7 @@ def load_held_out(path: str, split: str, frames: int, height: int, width: int,
     if not split:
         return None, []
     try:
-        return load_split(path, split, frames, height, width, max_text_tokens), []
+        return load_split(path, split, frames, height, width, max_text_tokens, frame_stride), []
     except UserError as error:
         if split != HELD_OUT:
             raise

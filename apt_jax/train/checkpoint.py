@@ -25,6 +25,7 @@ from apt_jax.installed import versions_of
 from apt_jax.train.course import check_course
 from apt_jax.train.disk import run_disk
 from apt_jax.train.distributed import check_shared, everywhere, same_everywhere
+from apt_jax.train.rescheduled import as_saved, as_today
 from apt_jax.weights import CHECKPOINTS, CONFIG_FILE
 from apt_jax.weights.runs import may_be_whole
 
@@ -176,8 +177,10 @@ class Checkpoints:
 
     def _read_from(self, folder: Any, step: int, abstract: dict[str, Any]) -> Restored:
         meta = ocp.JsonCheckpointHandler().restore(folder / META, args=ocp.args.JsonRestore())
-        self._check(config_from_json(meta["config"]), step)
-        state = ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=_restore_args(abstract))
+        saved = config_from_json(meta["config"])
+        self._check(saved, step)
+        state = as_today(ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=_restore_args(
+            as_saved(abstract, self._config, saved))), abstract)
         if int(state["step"]) != step:
             raise ValueError(f"it holds step {int(state['step'])}")
         return Restored(state, step, float(meta["seconds"]))

@@ -33,7 +33,7 @@ PLACES = ("init.generator", "init.discriminator", "init.diffusion", "data.path")
 MARKS = ("metrics.jsonl", "manifest.json", "config.json")
 
 
-def _get(config: Any, key: str) -> Any:
+def saved_field(config: Any, key: str) -> Any:
     """The field of a run's config; its default where the run is older than the field."""
     for part in key.split("."):
         if part not in config:
@@ -103,17 +103,18 @@ def changes(saved: Any, config: Any, step: int, folder: str | Path) -> tuple[str
     folder = Path(folder)
 
     def says(key):
-        return f"{key} = {_get(saved, key)!r} there, {_get(config, key)!r} here"
+        return f"{key} = {saved_field(saved, key)!r} there, {saved_field(config, key)!r} here"
 
     identity = [key for key in IDENTITY
                 if config.stage == "adversarial" or not key.startswith("discriminator")]
     identity += [f"model.{key}" for key in config.model if key not in COMPUTE_ONLY]
-    hard = next((says(key) for key in identity if _get(saved, key) != _get(config, key)), None)
+    hard = next((says(key) for key in identity
+                 if saved_field(saved, key) != saved_field(config, key)), None)
     course = [says(key) for key in BY_KEY if _counts(key, config)
-              and not _same(key, _get(saved, key), _get(config, key), folder)]
+              and not _same(key, saved_field(saved, key), saved_field(config, key), folder)]
     steps = config.train.steps
-    falls = _get(saved, "optimizer.final_rate") != 1 or config.optimizer.final_rate != 1
-    if steps < step or (falls and steps != _get(saved, "train.steps")):
+    falls = saved_field(saved, "optimizer.final_rate") != 1 or config.optimizer.final_rate != 1
+    if steps < step or (falls and steps != saved_field(saved, "train.steps")):
         course.append(says("train.steps"))
     return hard, course
 

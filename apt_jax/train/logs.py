@@ -19,7 +19,8 @@ def truncate_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # A damaged byte costs its line, not the run.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")

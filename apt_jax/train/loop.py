@@ -207,8 +207,11 @@ class _Run:
                 if step % config.train.log_every == 0 or step == total:
                     note = self._log(step, seconds())
                 self.progress.update(step, note)
+                if step % config.train.checkpoint_every == 0 or step == total:
+                    save()
                 if config.train.sample_every and (
                         step % config.train.sample_every == 0 or step == total):
+                    # After the checkpoint: a sampler is another program, and may be the first to fail.
                     pause()
                     if previews is None:
                         previews = self._previews(dataset)
@@ -216,8 +219,6 @@ class _Run:
                     with run_disk(self.workdir):
                         for preview in previews:
                             preview.write(step, params)
-                if step % config.train.checkpoint_every == 0 or step == total:
-                    save()
                 if step < total and (name := stop.asked(step)):
                     save()
                     self.checkpoints.wait()

@@ -37,10 +37,15 @@ def stop_frozen(params: Any) -> Any:
         params)
 
 
+def is_constant(config: Any) -> bool:
+    """Whether the learning rate is the same in every update; optax counts no updates then."""
+    return not config.optimizer.warmup_steps and config.optimizer.final_rate == 1
+
+
 def _schedule(config: Any, rate: float) -> Any:
     """rate, or a function of the update: linear warm-up, linear fall to final_rate times rate."""
     warmup, final = int(config.optimizer.warmup_steps), float(config.optimizer.final_rate)
-    if not warmup and final == 1.0:
+    if is_constant(config):
         return rate
 
     def schedule(count):

@@ -50,12 +50,16 @@ def init_path(run: Path, name: str) -> str:
     """init.generator or init.diffusion of a run's config as a path from here.
 
     It is `name` itself for "", bundled weights, and where training recorded no directory or the
-    recorded place is gone.
+    recorded place is gone; a home folder's ~ is written out.
     """
-    if not name or name.startswith(BUNDLED) or not (run / STARTED_FILE).is_file():
+    if not name or name.startswith(BUNDLED):
+        return name
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
+    if not (run / STARTED_FILE).is_file():
         return name
     directory = Path(str(read_table(run / STARTED_FILE).get("directory", "")))
-    there = directory / Path(name).expanduser()
+    there = directory / name
     return str(there) if directory != Path.cwd() and there.exists() else name
 
 
@@ -260,7 +264,7 @@ def base_of_adapters(source: str, which: str, lora: Any) -> tuple[str, str]:
     config = adapted_run(source, lora)
     if config is None:
         return source, which
-    return base_of_adapters(*_start_of(Path(source), config), lora)
+    return base_of_adapters(*_start_of(Path(source).expanduser(), config), lora)
 
 
 def _start_of(folder: Path, config: Any) -> tuple[str, str]:

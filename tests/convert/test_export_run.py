@@ -250,3 +250,20 @@ def test_relative_paths_are_those_of_the_training(wan_components, tmp_path, monk
     assert [stage.name for stage in past.stages] == ["apt", "cd"] and not past.missing
     assert past.base.samefile(wan_components)
     assert (export_folder(str(last), tmp_path / "out") / "vae" / "config.json").is_file()
+
+
+def test_a_start_in_the_home_folder_is_found_again(wan_components, tmp_path, monkeypatch):
+    """`~` as a config holds it, with and without a record of where training was."""
+    from apt_jax.config import load_json
+    from apt_jax.weights import record_directory
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "wan").symlink_to(wan_components)
+    run = make_run(tmp_path / "apt", "consistency", diffusion="~/ckpt/wan")
+    for recorded in (False, True):
+        if recorded:
+            record_directory(run, load_json(run / "config.json"))
+        for path in (run, "~/apt"):
+            past = history(path)
+            assert past.base.samefile(wan_components) and not past.missing

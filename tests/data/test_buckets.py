@@ -86,6 +86,6 @@ def test_split_is_by_group_and_has_its_part():
 
 def test_parse_size():
     assert parse_size("96x64") == (64, 96)
-    for wrong in ("64", "64x", "axb", "0x64", "-4x8", "64x64x3"):
+    for wrong in ("64", "64x", "axb", "0x64", "00x64", "64x000", "-4x8", "64x64x3"):
         with pytest.raises(UserError, match="WIDTHxHEIGHT"):
             parse_size(wrong)

@@ -39,6 +39,15 @@ def failing(real, name, error):
     return work
 
 
+def test_the_name_of_a_skipped_file_may_hold_any_end_of_a_line(tmp_path):
+    (tmp_path / work.WORK).mkdir()
+    work.mark_again(tmp_path)
+    lines = [json.dumps({"path": f"a{end}b.png", "passing": True}, ensure_ascii=False)
+             for end in "\u2028\u2029\x85"]
+    (tmp_path / prepare.SKIPPED).write_text("\n".join(lines) + "\n", "utf-8")
+    assert work.tried_again(tmp_path) == 3
+
+
 @pytest.mark.parametrize("where", ["probe", "read"])
 @pytest.mark.parametrize("error", [
     OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "Permission denied"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from apt_jax.data import records
 from apt_jax.data.quantise import dequantise, pad_states, quantise
+from apt_jax.errors import UserError
 
 
 def make(frames, caption="a caption", tokens=3):
@@ -65,6 +66,16 @@ def test_damaged_records_are_told(spoil):
     data = records.pack(make(np.zeros((1, 4, 4, 3), np.uint8)))
     with pytest.raises(ValueError):
         records.unpack(spoil(data))
+
+
+def test_a_clip_of_more_pixels_than_pillow_reads_is_refused_when_prepared(monkeypatch):
+    records.check_size(160, 720, 1280)
+    with pytest.raises(UserError, match="240 frames of 1280x720 do not fit one WebP .*178,956,970"):
+        records.check_size(240, 720, 1280)
+    picture = records.encode_frames(np.zeros((4, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(records.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        records.decode_frames(picture, 4, 8, 8)
 
 
 def test_a_shard_appears_whole_or_not_at_all(tmp_path):

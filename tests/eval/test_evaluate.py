@@ -200,6 +200,13 @@ def test_a_sweep_that_is_interrupted_keeps_what_it_measured(tmp_path, capsys, mo
     assert load_samples(tmp_path / "samples.npz").captions == ["a"]
 
 
+def test_clips_are_compared_at_the_speed_that_the_run_trained_at():
+    eight, thinned = (load_split("bundled:emoji", "holdout", frames, 16, 16, frame_stride=stride)
+                      for frames, stride in ((8, 1), (2, 4)))
+    assert thinned.captions == eight.captions
+    np.testing.assert_array_equal(thinned.frames, eight.frames[:, ::4])
+
+
 def test_data_without_the_default_split_leave_kid_out(monkeypatch):
     from apt_jax.eval import evaluate
 

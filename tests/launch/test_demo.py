@@ -184,6 +184,21 @@ def test_a_wrong_flag_is_one_line(demo, capsys, tmp_path, flags, says):
     assert ended.value.code == 2 and said.startswith("demo: ") and says in said
 
 
+@pytest.mark.parametrize("override", ["--config.seed=3", "--config.init.generator=runs/x"])
+def test_what_a_study_sets_itself_is_no_override(demo, capsys, tmp_path, override):
+    assert demo.main(["--workdir", str(tmp_path / "study"), override]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"demo: {override}: ") and "--seed" in said
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_home_folder_is_one_folder(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = []
+    monkeypatch.setattr(demo, "run", lambda args, _: found.append(args.workdir) or 0)
+    assert demo.main(["--workdir=~/study"]) == 0 and found == [tmp_path / "study"]
+
+
 def test_an_interruption_says_that_the_same_command_goes_on(demo, capsys, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt

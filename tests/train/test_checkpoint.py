@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import emoji_config
+from tiny import emoji_config, tiny_config
 
 from apt_jax.config import save_json
 from apt_jax.errors import UserError
+from apt_jax.parallel.mesh import make_mesh
+from apt_jax.parallel.sharding import path_string
 from apt_jax.train.checkpoint import SHARED_WRITING, Checkpoints
+from apt_jax.train.state import set_up
 from apt_jax.weights import load_generator, open_generator, runs
 
 
@@ -136,3 +139,47 @@ def test_a_leaf_that_the_checkpoint_lacks_is_named(two):
     more = unflatten({**flat, "proj_out/gate": flat["proj_out/bias"]})
     with pytest.raises(UserError, match="lacks parameter 'proj_out/gate'"):
         runs.newest(folder, "ema", more)
+
+
+# -- a rate that begins or ceases to change --------------------------------------------------------
+
+
+FALLS = {"optimizer__final_rate": 0.1, "optimizer__warmup_steps": 3}
+
+
+@pytest.mark.parametrize("mode", ["train", "rate"])
+@pytest.mark.parametrize(("there", "here"), [({}, FALLS), (FALLS, {})], ids=["falls", "stays"])
+def test_a_run_goes_on_with_a_rate_that_changes_or_no_longer_does(tmp_path, mode, there, here):
+    mesh = make_mesh({"replica": 1, "fsdp": 8})
+    config, other = (tiny_config("adversarial", discriminator__backbone=mode, **overrides)
+                     for overrides in (there, here))
+    setup, wanted = (set_up(c, mesh, min_elements=1) for c in (config, other))
+    numbers = iter(range(1, 1000))
+    state = jax.tree.map(lambda leaf: jax.device_put(
+        np.full(leaf.shape, next(numbers), leaf.dtype), leaf.sharding), setup.abstract)
+    state["step"] = jax.device_put(np.int32(3), setup.abstract["step"].sharding)
+    said = []
+    saving, reading = Checkpoints(tmp_path, config), None
+    try:
+        saving.save(3, state, {}, 0.0)
+        saving.wait()
+        reading = Checkpoints(tmp_path, other, said.append)
+        restored = reading.restore(wanted.abstract).state
+    finally:
+        saving.close()
+        if reading:
+            reading.close()
+    assert len(said) == 2 and "final_rate" in "".join(said) and "warmup_steps" in "".join(said)
+    before = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    counts = 0
+    assert jax.tree.structure(restored) == jax.tree.structure(wanted.abstract)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+        name = path_string(path)
+        if name in before:
+            np.testing.assert_array_equal(leaf, before[name], name)
+        else:
+            assert name.endswith("count") and leaf == 3, name
+            counts += 1
+    assert counts == (len(here) > 0) * (2 if mode == "train" else 3)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted.abstract)
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings

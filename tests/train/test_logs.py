@@ -26,6 +26,13 @@ def test_resume_drops_later_and_torn_lines(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_damaged_byte_costs_its_line_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 2}\n{"step": 4, "\xff\xfe": 1\n{"step": 6, "at": "\xe2\x80\xa8"}\n')
+    truncate_lines(path, 8)
+    assert [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] == [2, 6]
+
+
 def test_a_process_that_does_not_write_leaves_no_files(tmp_path):
     log = MetricLog(tmp_path, 0, writes=False)
     log.write(1, {"loss": 0.5})

@@ -107,6 +107,18 @@ def test_pictures_while_training_change_nothing(whole, tmp_path):
     assert losses(tmp_path) == losses(whole[0])
 
 
+def test_a_sampler_that_fails_costs_no_update(copy, monkeypatch):
+    """Its program is another, and may be the first that the device has no memory for."""
+    def fails(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr("apt_jax.train.previews.Previews.write", fails)
+    config = emoji_config(train__steps=5, train__sample_every=5, sample__steps=1)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        train(config, copy, quiet=True)
+    assert (copy / "checkpoints" / "5").is_dir()
+
+
 def test_a_finished_run_returns_at_once(copy, whole, capsys):
     before = (copy / "config.json").stat().st_mtime_ns
     other = emoji_config(train__log_every=3, train__checkpoint_every=7)  # same course
