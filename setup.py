@@ -24,7 +24,7 @@ REQUIREMENTS = [
     "safetensors>=0.5",
     "tokenizers>=0.20",
     "pillow>=10.4",
-    "av>=13",
+    "av>=14.1",
     "tensorboardX>=2.6.2",
     "tqdm>=4.66",
 ]

@@ -158,22 +158,28 @@ def _sheet(samples: Samples, size: int, columns: int = 0) -> np.ndarray:
 
     As many of the first as one file takes; usually all.
     """
-    fit = _fitting(len(samples), samples.frames.shape[1:4], size, columns)
+    shape = samples.frames.shape[1:4]
+    fit = _fitting(len(samples), shape, size, columns)
     if fit < len(samples):
         log.warning("a sheet of %s samples would be too large; it has the first %s", len(samples), fit)
-        samples, columns = samples[:fit], min(columns, fit)
+        samples = samples[:fit]
+    columns = min(columns, fit)
+    while size > 1 and not _fits(fit, shape, size, columns):  # one sample, enlarged too much
+        size //= 2
     if samples.frames.shape[1] == 1:
         return media.grid(samples.frames[:, 0], columns, samples.captions, size)
     return media.clip_grid(samples.frames, columns, samples.captions, size)
 
 
-def _fitting(count: int, shape: tuple[int, int, int], size: int, columns: int) -> int:
-    """How many of `count` samples of shape (F, H, W) fit on a sheet."""
+def _fits(count: int, shape: tuple[int, int, int], size: int, columns: int) -> bool:
     frames, height, width = shape
-    while count > 1:
-        high, wide = media.grid_size(count, height, width, min(columns, count), True, size)
-        if frames * high * wide <= SHEET_PIXELS and (frames == 1 or max(high, wide) <= WEBP_SIDE):
-            break
+    high, wide = media.grid_size(count, height, width, min(columns, count), True, size)
+    return frames * high * wide <= SHEET_PIXELS and (frames == 1 or max(high, wide) <= WEBP_SIDE)
+
+
+def _fitting(count: int, shape: tuple[int, int, int], size: int, columns: int) -> int:
+    """How many of `count` samples of shape (F, H, W) fit on a sheet; at least one."""
+    while count > 1 and not _fits(count, shape, size, columns):
         if not columns:  # the next smaller square
             count = (math.isqrt(count - 1)) ** 2
         elif count > columns:  # a row less

@@ -44,7 +44,8 @@ def at_length(config) -> None:
 
     Moved samples alone keep D from knowing 1,527 pictures by heart for the length of `make demo`;
     after 5,000 updates unseen pictures lost two thirds of what told D seen ones from generated, and
-    G had stopped improving. In other colours and with a hole as well it goes on (docs/tuning.md).
+    G hardly improved any more. In other colours and with a hole as well it goes on; from the start
+    these slow it down, so the image stage has them once it has come so far (docs/tuning.md).
 
     With the penalty on real samples alone D won for good after 3,000 updates; the authors' later work
     (arXiv 2506.05301, 2506.09350) has it on generated ones too. With both the generator improves with

@@ -29,4 +29,5 @@ def get_config(length="short"):
     config.train.steps = 560 if length == "short" else 8000
     if length == "long":
         at_length(config)
+        config.objective.adversarial.augment_after = 5000
     return config

@@ -52,7 +52,7 @@ def sweep(run: Path, config, kind: str) -> list[dict]:
 
     data = config.data
     split = evaluate.load_split(data.path, "train", KINDS[kind], data.height, data.width,
-                                data.max_text_tokens)
+                                data.max_text_tokens, data.frame_stride)
     extract = MobileNetFeatures()
     reference = Reference.build(split.frames, extract=extract)
     generator, found = api.load(run), []

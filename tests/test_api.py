@@ -399,3 +399,8 @@ def test_a_grid_has_as_many_as_a_webp_takes(generator, tmp_path, monkeypatch, ca
     assert module._fitting(946, (2, 480, 832), 128, 0) == 19**2  # 19 x 836 + 4 pixels
     assert module._fitting(946, (2, 480, 832), 128, 40) == 19  # one row
     assert module._fitting(400, (1, 64, 64), 128, 0) == 400
+    few = generator.sample("cat", frames=2, count=2)  # as wide as two, however many columns are asked
+    assert module._sheet(few, 128, 200).shape == module._sheet(few, 128, 2).shape
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "WEBP_SIDE", 100)
+        assert max(module._sheet(few, 4096).shape[1:3]) <= 100  # one, and no larger than it may be

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if codec is not None and (out / REPORT).is_file():
         print(report.table(report.load(out / REPORT)))
     if result.skipped:
-        print(f"{result.skipped} files were left out; the reasons are in {out / SKIPPED}")
+        print(f"{result.skipped} entries were left out; the reasons are in {out / SKIPPED}")
     with disk_errors(out, "read"):
         again = tried_again(out)
     if again:

@@ -136,6 +136,8 @@ FIELDS: tuple[Field, ...] = (
        "part of its height and width; 0 none", low=0, high=0.9),
     _f("objective.adversarial.color", 0.0, "small data, RGB pixels: D sees every sample in other "
        "brightness, saturation and contrast, by up to this; 0 as it is", low=0, high=1),
+    _f("objective.adversarial.augment_after", 0, "small data: finished updates before the first with "
+       "color and cutout; 0 has them from the start", low=0, high=2**31 - 1),
     _f("objective.adversarial.mirror", 0.0, "small data: D sees this part of all samples mirrored, left "
        "and right exchanged; 0 none", low=0, high=0.5, open_high=True),
     _f("objective.adversarial.backwards", 0.0, "small data: D sees this part of all clips with the last "

@@ -205,7 +205,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _probe_picture(path: File) -> Media:
     with Image.open(opened(path), formats=_FORMATS) as image:
-        frames = getattr(image, "n_frames", 1)
+        frames = len(_numbers(image))
         width, height = image.size
         if frames == 1:
             if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # stored on its side
@@ -215,13 +215,23 @@ def _probe_picture(path: File) -> Media:
         return Media(frames, height, width, 1000.0 * frames / milliseconds, milliseconds / 1000)
 
 
+def _numbers(image: Image.Image) -> range:
+    """The frames of an image or animation among all pictures of its file.
+
+    A JPEG may hold a preview or the other eye's picture, a PNG a still for those who do not animate.
+    """
+    if image.format == "MPO":
+        return range(1)
+    return range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
+
+
 def frame_times(file: File) -> np.ndarray:
     """When each frame of an animation begins, and the last one ends: seconds, float64 [frames + 1].
 
     [0, 0] for an image. Raises what the decoder raises where a frame is damaged.
     """
     with Image.open(opened(file), formats=_FORMATS) as image:
-        still = getattr(image, "n_frames", 1) == 1
+        still = len(_numbers(image)) == 1
         return np.cumsum([0.0] + ([0.0] if still else _durations(image))) / 1000
 
 
@@ -231,7 +241,7 @@ def _durations(image: Image.Image) -> list[float]:
     A frame says how long it stays only once it is loaded; so a file that is cut short is found, too.
     """
     found = []
-    for number in range(image.n_frames):
+    for number in _numbers(image):
         image.seek(number)
         image.load()
         found.append(image.info.get("duration") or 100)
@@ -241,12 +251,13 @@ def _durations(image: Image.Image) -> list[float]:
 def read_picture(path: File, wanted: Sequence[int], background):
     """Frames number `wanted` of an image or animation, RGB, as long as there are any."""
     with Image.open(opened(path), formats=_FORMATS) as image:
-        if getattr(image, "n_frames", 1) == 1:
+        numbers = _numbers(image)
+        if len(numbers) == 1:
             yield from (flatten(ImageOps.exif_transpose(image), background) for _ in wanted[:1])
             return
         for number in wanted:
             try:
-                image.seek(number)
+                image.seek(number + numbers.start)
             except EOFError:
                 return
             yield flatten(image, background)
@@ -260,16 +271,25 @@ def _probe_video(path: File) -> Media:
         first = next(container.decode(stream), None)
         if first is None:
             raise ValueError("no frame could be decoded")
-        height, width = first.height, first.width
+        height, width = first.height, round(first.width * _stretch(stream))
         if round(getattr(first, "rotation", 0) or 0) % 180:
             height, width = width, height
         rate = stream.average_rate or stream.guessed_rate or 25
-        frames = stream.frames
+        rate = float(rate)
         seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-    if not frames:  # webm and mkv do not say; packets are frames for the codecs in use
-        with open_video(path) as container:
-            frames = sum(p.size > 0 for p in container.demux(container.streams.video[0]))
-    return Media(int(frames), height, width, float(rate), seconds or frames / float(rate))
+    # What a file says of its frames and length may be nothing (webm, mkv), those of its first fragment,
+    # or those too that it hides; packets are frames for the codecs in use.
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        packets = [(p.pts, p.duration or 0) for p in container.demux(stream)
+                   if p.size and not p.is_discard]
+        times = [(start, start + long) for start, long in packets if start is not None]
+        if times:
+            seconds = float((max(end for _, end in times) - min(times)[0]) * stream.time_base)
+    frames = len(packets)
+    if seconds and not 0.9 < frames / seconds / rate < 1.1:  # the rate changes, or is not what it says
+        rate = frames / seconds
+    return Media(frames, height, width, rate, seconds or frames / rate)
 
 
 def _read_video(path: pathlib.Path, wanted: Sequence[int]):
@@ -282,10 +302,24 @@ def _read_video(path: pathlib.Path, wanted: Sequence[int]):
                 return
             if number == left[0]:
                 left.pop(0)
-                yield upright(frame, frame.to_ndarray(format="rgb24"))
+                yield rgb(frame, stream)
 
 
-def upright(frame, array: np.ndarray) -> Image.Image:
-    """The RGB array of a PyAV frame, turned as its display metadata say."""
+def _stretch(stream) -> float:
+    """How much wider than high the pixels of a video are shown."""
+    ratio = float(stream.sample_aspect_ratio or 1)
+    return ratio if 0.1 < ratio < 10 else 1.0
+
+
+def rgb(frame, stream) -> Image.Image:
+    """A PyAV frame as it is shown: its colours, its pixels' shape, turned as its metadata say.
+
+    Files that do not say are BT.709 from 720 lines on and BT.601 below, as players take them.
+    """
+    matrix = "ITU709" if frame.colorspace == 2 and frame.height >= 720 else None
+    image = Image.fromarray(frame.reformat(format="rgb24", src_colorspace=matrix).to_ndarray())
+    if (stretch := _stretch(stream)) != 1:
+        image = image.resize((round(image.width * stretch), image.height),
+                             Image.Resampling.LANCZOS)
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
-    return Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)))
+    return Image.fromarray(np.ascontiguousarray(np.rot90(np.asarray(image), turns)))

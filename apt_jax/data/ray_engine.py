@@ -68,7 +68,8 @@ class RayEngine:
             raise UserError("--engine ray needs Ray; pip install 'apt_jax[ray]'") from None
         self._ray = ray
         source, out, *rest = worker
-        self._args = (pathlib.Path(source).resolve(), pathlib.Path(out).resolve(), *rest)
+        # Not resolved: the items of an archive that is a link carry the link's name.
+        self._args = (pathlib.Path(source).absolute(), pathlib.Path(out).absolute(), *rest)
         self._threads = threads
         self._started = not ray.is_initialized()
         if self._started:

@@ -65,7 +65,7 @@ def _video(file, times: np.ndarray) -> Iterator[Image.Image]:
         period = 1.0 / float(stream.average_rate or stream.guessed_rate or 25)
         begin = float((stream.start_time or 0) * stream.time_base)
         frames = _from(container, stream, begin, times[0])
-        yield from _on_screen(frames, [begin + t for t in times], period)
+        yield from _on_screen(frames, [begin + t for t in times], period, stream)
 
 
 def _from(container, stream, begin: float, start: float) -> Iterator:
@@ -84,27 +84,25 @@ def _from(container, stream, begin: float, start: float) -> Iterator:
     yield from frames
 
 
-def _on_screen(frames: Iterator, times: list[float], period: float) -> Iterator[Image.Image]:
-    """For each of the ascending times the last frame shown by then."""
+def _on_screen(frames: Iterator, times: list[float], period: float, stream
+               ) -> Iterator[Image.Image]:
+    """For each of the ascending times the last frame shown by then; the last of all stays as long as
+    it says, or one period."""
     left, held, image = list(times), None, None
     for frame in frames:
         if frame.time is None:
             raise ValueError("a frame without a time")
         while left and held is not None and frame.time > left[0] + _EARLY * period:
-            image = image or _rgb(held)
+            image = image or decode.rgb(held, stream)
             yield image
             left.pop(0)
         if not left:
             return
         held, image = frame, None
-    while left and held is not None and left[0] < held.time + (1 + _EARLY) * period:
-        image = image or _rgb(held)
+    if held is None:
+        return
+    stays = max(period, float((held.duration or 0) * held.time_base))
+    while left and left[0] < held.time + stays + _EARLY * period:
+        image = image or decode.rgb(held, stream)
         yield image
         left.pop(0)
-
-
-def _rgb(frame) -> Image.Image:
-    # Files that do not say are BT.709 from 720 lines on and BT.601 below, as players take them.
-    unsaid = frame.colorspace == 2
-    matrix = "ITU709" if unsaid and frame.height >= 720 else None
-    return decode.upright(frame, frame.reformat(format="rgb24", src_colorspace=matrix).to_ndarray())

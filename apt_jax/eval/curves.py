@@ -79,8 +79,8 @@ def line_plot(title: str, series: Sequence[Series], x_label: str = "step", y_lab
 
 def _clean(series: Series, log: bool) -> Series:
     """Values that cannot be drawn become None; long lines are averaged down to MAX_POINTS."""
-    y = [v if isinstance(v, int | float) and math.isfinite(v) and (v > 0 or not log) else None
-         for v in series.y]
+    lowest = 1e-100 if log else -1e100  # beyond, axes and ticks would overflow
+    y = [v if isinstance(v, int | float) and lowest <= v <= 1e100 else None for v in series.y]
     if all(v is None for v in y):
         return Series(series.name, [], [])
     bucket = -(-len(y) // MAX_POINTS)

@@ -121,7 +121,7 @@ def table(result: dict, name: str) -> tuple[list[str], list[list[str]], list[flo
     rows = [("real against real", floor)] if floor else []
     sweep = result.get("sweep", [])
     for entry in sweep or [best]:
-        text = f"{name}, guidance {entry['guidance']:g}" if "guidance" in entry else name
+        text = f"{name}, guidance {entry['guidance']:g}" if entry.get("guidance") is not None else name
         rows.append((text + (" (best)" if sweep and entry == best else ""), entry))
     return headings, [cells(*row) for row in rows], [entry["fd"] for _, entry in rows]
 

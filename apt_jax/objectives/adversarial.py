@@ -32,9 +32,10 @@ def _draw_time(keys: jax.Array, config) -> jax.Array:
     return uniform_time(keys, config["time_shift"])
 
 
-def _shown(keys: jax.Array, x: jax.Array, config) -> jax.Array:
+def _shown(keys: jax.Array, x: jax.Array, config, frozen) -> jax.Array:
     """What D sees of x, with keys of its own: runs that augment nothing keep their other draws."""
-    return shown(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), x, config)
+    return shown(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), x, config,
+                 frozen.get("step", 0))
 
 
 def generate(velocity, params, batch, keys) -> jax.Array:
@@ -56,7 +57,8 @@ def exact_r1(discriminate, params, x, t, text, text_mask) -> jax.Array:
 
 
 def discriminator_loss(params, frozen, batch, keys, nets: Nets, config):
-    """D's loss [B] (Eq. 10). params: discriminator; frozen: {"generator": params};
+    """D's loss [B] (Eq. 10). params: discriminator; frozen: {"generator": params, and "step", the
+    finished updates (0 if absent)};
 
     config: config.objective.adversarial. Real, perturbed and fake samples go through D together on a
     new leading axis, so the batch axis stays sharded as it was.
@@ -67,7 +69,7 @@ def discriminator_loss(params, frozen, batch, keys, nets: Nets, config):
     t_real, t_fake = _draw_time(real_time, config), _draw_time(fake_time, config)
     sigma, approximate = config["r1_sigma"], config["r1_mode"] == "approximate"
     # T before the perturbation: the twin is x's own, moved alike, as near as sigma says.
-    x, fake = _shown(real_time, x, config), _shown(fake_time, fake, config)
+    x, fake = _shown(real_time, x, config, frozen), _shown(fake_time, fake, config, frozen)
 
     samples, times = [x, fake], [t_real, t_fake]
     if config["r1"] and approximate:
@@ -103,7 +105,7 @@ def discriminator_loss(params, frozen, batch, keys, nets: Nets, config):
 
 
 def generator_loss(params, frozen, batch, keys, nets: Nets, config):
-    """G's loss [B]. params: generator; frozen: {"discriminator": params}.
+    """G's loss [B]. params: generator; frozen: {"discriminator": params, and "step" as above}.
 
     The gradient flows through D's whole computation into G; D's parameters are not differentiated.
     """
@@ -111,11 +113,11 @@ def generator_loss(params, frozen, batch, keys, nets: Nets, config):
     fake_keys, fake_time, real_time = split_keys(keys, 3)
     fake = generate(nets.velocity, params, batch, fake_keys)
     discriminate = functools.partial(nets.discriminate, frozen["discriminator"])
-    seen = _shown(fake_time, fake, config)
+    seen = _shown(fake_time, fake, config, frozen)
     logit = discriminate(seen, _draw_time(fake_time, config), text, mask)
     if config["loss"] == "relativistic":
-        real = discriminate(_shown(real_time, batch["x"], config), _draw_time(real_time, config),
-                            text, mask)
+        real = discriminate(_shown(real_time, batch["x"], config, frozen),
+                            _draw_time(real_time, config), text, mask)
         value = jax.nn.softplus(real - logit)
     else:
         value = jax.nn.softplus(-logit)

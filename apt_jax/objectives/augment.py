@@ -6,8 +6,9 @@ helping G (launch/memorised.py shows it). Differentiable augmentation (Zhao et a
 both steps, with a T drawn anew for each sample: D cannot know pictures by heart, and G, judged
 through T, gains nothing from making T's traces itself. That holds of a change with two outcomes only
 where one is the rarer (Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data"):
-mirrored half the time, left and right would look alike to D. With the paper's millions of samples,
-leave all of it off.
+mirrored half the time, left and right would look alike to D. Colours and holes hold D back as well, so
+they may begin late, once there is something to forget (`augment_after`). With the paper's millions of
+samples, leave all of it off.
 """
 
 from __future__ import annotations
@@ -62,20 +63,27 @@ def _backwards(key: jax.Array, x: jax.Array, part: float) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, part), x[::-1], x)
 
 
-def shown(keys: jax.Array, x: jax.Array, config) -> jax.Array:
+LATE = ("color", "cutout")  # what `augment_after` puts off
+
+
+def shown(keys: jax.Array, x: jax.Array, config, step: jax.Array | int = 0) -> jax.Array:
     """T(x): what D sees of samples x [B, F, H, W, C]; x itself where the config asks for nothing.
 
     keys: [B], one per sample. config: config.objective.adversarial; `translate` (largest move, part
     of the height and width), `cutout` (side of the hole, part of them), `color` (0 to 1; pixels),
-    `mirror` and `backwards` (how much of the time, below a half).
+    `mirror` and `backwards` (how much of the time, below a half), `augment_after` (finished updates
+    before the first with `color` and `cutout`). step: finished updates.
     """
-    chosen = [(change, config[name]) for name, change in (
+    begun = step >= config["augment_after"]
+    chosen = [(name, change, config[name]) for name, change in (
         ("color", _coloured), ("translate", _moved), ("cutout", _holed), ("mirror", _mirrored),
         ("backwards", _backwards)) if config[name]]
 
     def one(key, sample):
-        for number, (change, amount) in enumerate(chosen):
-            sample = change(jax.random.fold_in(key, number), sample, amount)
+        for number, (name, change, amount) in enumerate(chosen):
+            new = change(jax.random.fold_in(key, number), sample, amount)
+            late = name in LATE and config["augment_after"]
+            sample = jnp.where(begun, new, sample) if late else new
         return sample
 
     return jax.vmap(one)(keys, x) if chosen else x

@@ -153,7 +153,7 @@ def generator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientTrans
     def step(state, frozen, batch):
         keys = sample_keys(state["key"], state["step"], GENERATOR_TAG, batch["x"].shape[0])
         if "discriminator" in state:
-            frozen = {**frozen, "discriminator": state["discriminator"]}
+            frozen = {**frozen, "discriminator": state["discriminator"], "step": state["step"]}
         frozen = freeze(frozen)
         grads, metrics = gradient(
             lambda params, part, part_keys: loss_fn(params, frozen, part, part_keys),
@@ -178,7 +178,7 @@ def discriminator_update(loss_fn: Callable[..., Any], optimizer: optax.GradientT
 
     def step(state, frozen, batch):
         keys = sample_keys(state["key"], state["step"], DISCRIMINATOR_TAG, batch["x"].shape[0])
-        frozen = freeze({**frozen, "generator": state["generator"]})
+        frozen = freeze({**frozen, "generator": state["generator"], "step": state["step"]})
 
         def loss(params, part, part_keys):
             params = stop_frozen(params) if frozen_backbone else params

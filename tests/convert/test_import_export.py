@@ -209,6 +209,10 @@ def test_a_weights_folder_of_our_own_becomes_a_transformer(tmp_path):
     with pytest.raises(UserError, match="rope_theta"):
         export_folder(str(save_generator(tmp_path / "other", {**synthetic.QWEN, "rope_theta": 5.0},
                                          params)), tmp_path / "no")
+    short = {**synthetic.WAN, "text_tokens": 0}
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), make_generator(short).abstract())
+    with pytest.raises(UserError, match="text_tokens = 0, diffusers' pipeline fills texts up to 512"):
+        export_folder(str(save_generator(tmp_path / "short", short, params)), tmp_path / "no")
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Every kind of file: how long it is, which frames come out, orientation and transparency."""
 
+import fractions
+
 import numpy as np
 import pytest
 import tiny_media as tiny
@@ -139,3 +141,70 @@ def test_rubbish_raises(tmp_path, name):
     (tmp_path / name).write_bytes(b"this is no picture" * 20)
     with pytest.raises(Exception):  # noqa: B017 each decoder has its own
         decode.probe(tmp_path / name)
+
+
+def test_a_jpeg_with_a_second_picture_is_its_first_upright(tmp_path):
+    """A preview, or the other eye's picture, makes no clip of a photograph."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = (Image.fromarray(tiny.picture(n, 20, 30)) for n in (0, 3))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], exif=exif, quality=100)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.n_frames == 2
+    assert decode.probe(tmp_path / "a.jpg") == decode.Media(1, 30, 20, 0.0)
+    want = np.rot90(tiny.picture(0, 20, 30), -1)
+    for frame in (decode.read(tmp_path / "a.jpg", [0], 30, 20)[0],
+                  resample.read_clip(tmp_path / "a.jpg", 0, 0, 1, 30, 20)[0]):
+        assert np.abs(frame.astype(int) - want).mean() < 8
+
+
+def test_the_still_of_an_animated_png_is_no_frame_of_it(tmp_path):
+    still, *frames = (Image.fromarray(np.full((8, 8, 3), 20 * n, np.uint8)) for n in (9, 1, 2, 3))
+    still.save(tmp_path / "a.png", save_all=True, append_images=frames, default_image=True,
+               duration=100)
+    assert decode.probe(tmp_path / "a.png") == decode.Media(3, 8, 8, 10.0, pytest.approx(0.3))
+    assert grey(decode.read(tmp_path / "a.png", [0, 1, 2], 8, 8)) == [1, 2, 3]
+    assert grey(resample.read_clip(tmp_path / "a.png", 0, 10, 3, 8, 8)) == [1, 2, 3]
+
+
+def film(path, times, stretch=None, size=(64, 48), **options):
+    """Frame i, flat grey i * 20, at times[i] thousandths of a second."""
+    import av
+
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = fractions.Fraction(1, 1000)
+        if stretch:
+            stream.sample_aspect_ratio = stretch
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((*size[::-1], 3), i * 20 % 256, np.uint8),
+                                               format="rgb24")
+            frame.pts, frame.time_base = time, fractions.Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_a_film_in_fragments_has_the_frames_of_all(tmp_path):
+    film(tmp_path / "a.mp4", range(0, 1200, 50), movflags="frag_keyframe")
+    media = decode.probe(tmp_path / "a.mp4")
+    assert media.frames == 24 and media.seconds == pytest.approx(1.2, abs=0.06)
+    assert media.fps == pytest.approx(20, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_film_that_slows_down_is_as_long_as_it_is_seen(tmp_path, name):
+    """20 frames in a second, then ten more of one second each."""
+    film(tmp_path / name, [*range(0, 1000, 50), *range(1000, 11000, 1000)])
+    media = decode.probe(tmp_path / name)
+    assert media.frames == 30 and 10 < media.seconds < 11.1
+    assert media.fps == pytest.approx(30 / media.seconds)
+
+
+def test_pixels_that_are_not_square_are_shown_as_they_are_meant(tmp_path):
+    film(tmp_path / "a.mp4", [0, 50], stretch=fractions.Fraction(16, 9))
+    media = decode.probe(tmp_path / "a.mp4")
+    assert (media.height, media.width) == (48, 114)
+    left = decode.read(tmp_path / "a.mp4", [1], 48, 114)
+    np.testing.assert_array_equal(left, resample.read_clip(tmp_path / "a.mp4", 0.05, 20, 1, 48, 114))
+    assert left.shape == (1, 48, 114, 3) and grey(left) == [1]

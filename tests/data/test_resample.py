@@ -132,8 +132,9 @@ def test_colours_of_films_that_do_not_say(tmp_path, height, matrix):
         container.mux(stream.encode())
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert next(container.decode(video=0)).colorspace == 2
-    found = resample.read_clip(tmp_path / "a.mp4", 0, 10, 1, height, 64)
-    assert np.abs(found[0].mean((0, 1)) - [200, 0, 0]).max() < 6
+    for found in (resample.read_clip(tmp_path / "a.mp4", 0, 10, 1, height, 64),
+                  decode.read(tmp_path / "a.mp4", [0], height, 64)):
+        assert np.abs(found[0].mean((0, 1)) - [200, 0, 0]).max() < 6
 
 
 def test_windows_lie_in_the_middle_of_equal_parts():
@@ -177,3 +178,26 @@ def test_the_rule_on_a_ten_second_film():
     assert len(plans(seconds=36000.0, frames=3)) == 3  # of windows not more than frames
     even = plans(dataclasses.replace(SETTINGS, sampling="even"))
     assert even == [(clip, 0, pytest.approx(4.9))]
+
+
+def test_a_last_frame_that_stays_is_shown_as_long_as_it_says(tmp_path):
+    """Two seconds of 20 frames, then one that stays for three."""
+    import av
+
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        packets = []
+        for i in range(41):
+            array = np.full((32, 48, 3), i * 5, np.uint8)
+            packets += stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24"))
+        packets += stream.encode()
+        packets[-1].duration = round(3 / packets[-1].time_base)
+        for packet in packets:
+            container.mux(packet)
+    assert decode.probe(path).seconds == pytest.approx(5, abs=0.06)
+    found = resample.read_clip(path, 0, 16, 79, 32, 48).mean((1, 2, 3)) / 5
+    np.testing.assert_allclose(found[32:], 40, atol=0.5)
+    with pytest.raises(ValueError, match="ends after"):
+        resample.read_clip(path, 0, 16, 83, 32, 48)

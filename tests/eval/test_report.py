@@ -218,6 +218,13 @@ def test_plots_are_xml_with_every_finite_point_inside():
     assert "no values" in line_plot("x", [Series("y", [1, 2], [float("nan"), None])])
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("odd", [10**400, 1e308, -1e308, 5e-324, 1e-300, True])
+def test_a_damaged_value_leaves_the_curve_of_the_others(odd, log):
+    svg = line_plot("x", [Series("y", [1, 2, 3], [2.0, odd, 3.0])], log=log)
+    assert "line s0" in svg and ElementTree.fromstring(svg) is not None
+
+
 def test_long_series_are_averaged_not_cut():
     n = 10_000
     svg = line_plot("x", [Series("", range(n), [float(i) for i in range(n)])])

@@ -54,6 +54,13 @@ def test_a_measured_file_has_a_row_and_not_the_samples_of_before(tmp_path):
     assert "<td>apt_1</td>" in page and "data:image" not in page and "real against real<" not in page
 
 
+def test_a_guidance_that_is_none_is_not_named(tmp_path):
+    evaluation(tmp_path, {"train": ENTRY | {"guidance": None}, "floor": None})
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "120.5" in page and "guidance None" not in page
+
+
 def test_a_runs_folder_shows_its_curves_and_its_evaluation(tmp_path):
     run(tmp_path)
     assert main(["report", str(tmp_path)]) == 0

@@ -126,3 +126,26 @@ def test_real_twin_and_generated_are_all_moved_before_d_sees_them():
     made = np.asarray(adversarial.one_step(
         lambda *a: recorder.nets.velocity(G, *a), call.x, batch["text"], batch["text_mask"]))
     assert len(np.unique(move_of(seen.x, made))) == 9
+
+
+def test_colours_and_holes_may_begin_late(samples):
+    """Moves are there from the start, and what begins is what a run without the field has."""
+    amounts = {"translate": 0.125, "cutout": 0.5, "color": 0.5}
+    config, plain = ADVERSARIAL | amounts | {"augment_after": 10}, ADVERSARIAL | amounts
+    late = jax.jit(lambda x, step: shown(KEYS, x, config, step))
+    before, after = (np.asarray(late(samples, np.int32(step))) for step in (9, 10))
+    np.testing.assert_array_equal(after, jax.jit(lambda x: shown(KEYS, x, plain, 0))(samples))
+    assert len(np.unique(samples)) > 1e5 and np.isin(before, samples).all()  # moved, nothing else
+    assert (before != samples).any(axis=(1, 2, 3, 4)).mean() > 0.8
+    assert not np.isin(after, samples).all()
+
+
+def test_both_losses_hand_on_the_step(monkeypatch):
+    steps = []
+    monkeypatch.setattr(adversarial, "shown", lambda keys, x, config, step: steps.append(step) or x)
+    batch, keys, nets = make_batch(dtype=np.float32), make_keys(), Recorder().nets
+    G, D = (jax.tree.map(np.float32, parameters(kind, 1)) for kind in ("velocity", "discriminate"))
+    adversarial.discriminator_loss(D, {"generator": G, "step": 7}, batch, keys, nets, ADVERSARIAL)
+    adversarial.generator_loss(G, {"discriminator": D, "step": 7}, batch, keys, nets,
+                               ADVERSARIAL | {"loss": "relativistic"})
+    assert steps == [7] * 4

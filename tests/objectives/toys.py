@@ -76,7 +76,7 @@ def make_keys(size: int = 3, seed: int = 0):
 ADVERSARIAL = {
     "r1": True, "r1_mode": "approximate", "r1_weight": 100.0, "r1_sigma": 0.01, "time_shift": 1.0,
     "fixed_time": -1.0, "loss": "non_saturating", "r2": False, "translate": 0.0, "cutout": 0.0,
-    "color": 0.0, "mirror": 0.0, "backwards": 0.0,
+    "color": 0.0, "mirror": 0.0, "backwards": 0.0, "augment_after": 0,
 }
 CONSISTENCY = {"steps": 8, "shift": 3.0, "guidance": 7.5}
 FLOW = {"shift": 2.0, "logit_mean": -0.2, "logit_std": 1.1}

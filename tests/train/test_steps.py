@@ -146,7 +146,10 @@ def still_parts(before, after):
             if s]
 
 
-def test_an_adversarial_update_moves_both_networks():
+def test_an_adversarial_update_moves_both_networks(monkeypatch):
+    asked = []
+    monkeypatch.setattr("apt_jax.objectives.adversarial.shown",
+                        lambda keys, x, config, step: asked.append(step) or x)
     before, after, metrics = two_updates("train")
     assert after["step"] == 2
     np.testing.assert_array_equal(before["key"], after["key"])
@@ -157,6 +160,9 @@ def test_an_adversarial_update_moves_both_networks():
     assert not np.array_equal(after["generator"]["proj_out"]["bias"],
                               after["generator_ema"]["proj_out"]["bias"])
     assert metrics["discriminator/finite"] == metrics["generator/finite"] == 1.0
+    # Both steps tell what D is shown how many updates are done (`augment_after`).
+    assert len(asked) >= 3 and all(isinstance(step, jax.core.Tracer) and step.shape == ()
+                                   and step.dtype == jnp.int32 for step in asked)
 
 
 def test_a_frozen_backbone_stays_bit_equal_while_heads_and_generator_move():

@@ -102,6 +102,10 @@ def config_from(model: Mapping[str, Any]) -> dict[str, Any]:
     if model["rope_theta"] != 10_000.0:
         raise refuse("config.model", f"rope_theta = {model['rope_theta']}, diffusers' {CLASS} has "
                                      "10000")
+    tokens = model["text_tokens"] if "text_tokens" in model else TEXT_TOKENS
+    if tokens != TEXT_TOKENS:
+        raise refuse("config.model", f"text_tokens = {tokens}, diffusers' pipeline fills texts up to "
+                                     f"{TEXT_TOKENS}")
     return {
         "_class_name": CLASS,
         "patch_size": list(model["patch"]),
