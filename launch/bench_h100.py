@@ -118,14 +118,16 @@ def command(name: str, arguments: list[str], out: Path, cache: Path, gpu: str = 
 
 
 def without(arguments: list[str], names: Collection[str]) -> list[str]:
-    """The arguments less these backends; cuDNN's where no other is left of those that were named."""
+    """The arguments less these backends; where none is left of those that were named, cuDNN's, or our
+    Triton kernel's, or none: attention in plain jax."""
     if "--backends" not in arguments:
         return arguments
     first = arguments.index("--backends") + 1
     last = next((i for i in range(first, len(arguments)) if arguments[i].startswith("--")),
                 len(arguments))
     left = [name for name in arguments[first:last] if name not in names]
-    return [*arguments[:first], *(left or ["cudnn"]), *arguments[last:]]
+    instead = next((name for name in ("cudnn", "pallas") if name not in names), "oracle")
+    return [*arguments[:first], *(left or [instead]), *arguments[last:]]
 
 
 def environment(cache: Path, flags: str = "") -> dict[str, str]:
@@ -168,7 +170,8 @@ def run(line: list[str], env: dict[str, str], end: float, patience: float, file:
     """Runs a command. Returns its status; None where the time `end` came before; SILENT where its
     process was ended, `file` having stayed as it was for `patience` seconds."""
     began = time.time()
-    process = subprocess.Popen(line, cwd=ROOT, env=env, start_new_session=True)
+    # A group of its own, to end all of it; not a session, in which it would outlive whoever ends us.
+    process = subprocess.Popen(line, cwd=ROOT, env=env, process_group=0)
     try:
         while True:
             try:
@@ -240,4 +243,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended from outside it ends its bench too, which would keep the GPU.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     raise SystemExit(main())

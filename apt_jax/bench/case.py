@@ -137,7 +137,7 @@ def time_case(case: Case, device: str, seconds: float, trace: Path | None = None
     timing = measure(call, inputs, wait, seconds=seconds, apart=apart)
     row = {**dataclasses.asdict(timing), "backend": case.backend, "selected": sorted(selected),
            "samples_per_call": case.samples, **first,
-           **rates(flops, timing.median, device), **peak(asked, before)}
+           **rates(flops, timing.median, device, len(devices)), **peak(asked, before)}
     keep(row)
     return row | profiled(call, inputs, wait, trace,
                           calls=1 if apart or timing.median > LONG else CALLS)
@@ -158,13 +158,13 @@ def _look(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
             sum(jnp.sum(jnp.square(leaf)) for leaf in single))
 
 
-def rates(flops: float | None, seconds: float, device: str) -> dict[str, Any]:
-    """TFLOP/s of model FLOPs, and their share of the device's dense bfloat16 peak."""
+def rates(flops: float | None, seconds: float, device: str, devices: int = 1) -> dict[str, Any]:
+    """TFLOP/s of model FLOPs over all devices, and their share of the devices' dense bfloat16 peak."""
     peak = peak_of(device)
     if flops is None:
         return {"tflop": None, "tflops": None, "share_of_peak": None}
     return {"tflop": flops / 1e12, "tflops": flops / seconds / 1e12,
-            "share_of_peak": flops / seconds / peak if peak else None}
+            "share_of_peak": flops / seconds / (devices * peak) if peak else None}
 
 
 def line(name: str, row: Mapping[str, Any]) -> str:

@@ -67,13 +67,25 @@ def forward_case(config: Any, devices: Sequence[Any], weights: str,
                 exactly=True)
 
 
+# Fields that a bench's own flags stand for.
+SWITCHES = {"model.attention": "backends", "model.matmul": "weights", "discriminator.matmul": "weights"}
 BATCH_FIELDS = ("train.batch_size", "train.clip_batch_size", "train.accumulate")
+
+
+def _fields(overrides: Sequence[str]) -> list[str]:
+    return [o.removeprefix("--").removeprefix("config.").partition("=")[0] for o in overrides]
+
+
+def check_switches(overrides: Sequence[str]) -> None:
+    """UserError for a field of the config that a bench sets itself, row by row."""
+    for field in _fields(overrides):
+        if field in SWITCHES:
+            raise UserError(f"bench sets {field} itself; give --{SWITCHES[field]} instead")
 
 
 def check_overrides(overrides: Sequence[str], as_trained: bool) -> None:
     """UserError where a command names the size of an update and does not ask to time it."""
-    for override in overrides:
-        field = override.removeprefix("--").removeprefix("config.").partition("=")[0]
+    for field in _fields(overrides):
         if field in BATCH_FIELDS and not as_trained:
             raise UserError(f"bench train times one sample per copy of the mesh, whatever {field} "
                             "says; add --as-trained for the update that train runs")

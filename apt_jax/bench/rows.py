@@ -60,7 +60,10 @@ def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]]
 
     def one(name: str, config: str, make: Callable[[], dict[str, Any]]) -> None:
         nonlocal failed
-        results.add(name, {"error": CUT_OFF}, config)  # stands where the process ends in this row
+        older = results.rows.get(name, {})  # of other sources: a time, until there is a new one
+        older = older if "median" in older else older.get("before")
+        before = {"before": older} if older else {}
+        results.add(name, {"error": CUT_OFF, **before}, config)  # where the process ends in this row
         so_far: dict[str, Any] = {}
 
         def take(part: dict[str, Any]) -> None:
@@ -71,7 +74,7 @@ def make_rows(todo: Todo, results: Results, tell: Callable[[str, dict[str, Any]]
             row = make()
         if "error" in row and so_far:
             row = so_far | {"incomplete": row["error"]}
-        results.add(name, row, config)
+        results.add(name, row | before if "error" in row else row, config)
         tell(name, row)
         failed += "error" in row
         if ("error" in row or "incomplete" in row) and not device_works():
@@ -109,8 +112,10 @@ def cut_off(path: Path) -> set[str]:
 
 
 def forget(path: Path, names: Collection[str]) -> None:
-    """Takes rows out of a file: they are missing then, and come in their turn."""
+    """Takes rows out of a file: they are missing then, or as they were, and come in their turn."""
     if names:
         found = read(path)
-        found["rows"] = {name: row for name, row in found["rows"].items() if name not in names}
+        found["rows"] = {name: row["before"] if name in names else row
+                         for name, row in found["rows"].items()
+                         if name not in names or "before" in row}
         write(path, found)

@@ -152,7 +152,7 @@ def _timed(plan: Plan, case: Case, device: str) -> dict[str, Any]:
     row = time_case(case, device, plan.seconds, folder_of(plan.profile, case.name))
     if plan.what == "block":
         keep(row)
-        config = plan.config(case.backend, "fp8" if case.fp8 else "")
+        config = plan.config(case.backend, "fp8" if case.fp8 else "bfloat16")
         row |= block.parts_of(config, plan.devices[0], case.part.split()[-1], plan.seconds)
         row["over_its_parts"] = row["median"] / (
             row["products_seconds"] + row["attention_seconds"])

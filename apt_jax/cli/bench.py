@@ -187,13 +187,14 @@ def _config(args: argparse.Namespace, backend: str = ""):
 def _plan(args: argparse.Namespace, devices, backends):
     from apt_jax.bench.cases import INFERENCE_ONLY
     from apt_jax.bench.pipeline import DECODERS, check_latents
-    from apt_jax.bench.programs import STEPS, check_overrides
+    from apt_jax.bench.programs import STEPS, check_overrides, check_switches
     from apt_jax.bench.run import Plan
     from apt_jax.errors import UserError
     from apt_jax.kernels.choice import BACKENDS
     from apt_jax.serve import WEIGHTS
 
     config = _config(args)  # complain of it before anything is compiled
+    check_switches(args.overrides)
     if args.what == "train":
         check_overrides(args.overrides, args.as_trained)
     _some(args.backends, BACKENDS, "--backends")

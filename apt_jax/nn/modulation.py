@@ -26,7 +26,9 @@ def split_modulation(m: jax.Array) -> tuple[Modulation, Modulation]:
 
 def modulate(x: jax.Array, m: Modulation) -> jax.Array:
     """layer_norm(x) * (1 + scale) + shift, for x [B, N, D]; float32 inside, x's dtype out."""
-    return (layer_norm(x.astype(jnp.float32)) * (1 + m.scale) + m.shift).astype(x.dtype)
+    scale, shift = m.scale.astype(jnp.float32), m.shift.astype(jnp.float32)
+    # In bfloat16 1 + scale would be 1 up to a scale of 0.002.
+    return (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(x.dtype)
 
 
 def add_gated(x: jax.Array, m: Modulation, branch: jax.Array) -> jax.Array:

@@ -111,6 +111,19 @@ def test_auto_says_which_kernel_it_was(monkeypatch):
     assert case.line("a", row).endswith("by pallas")
 
 
+def test_the_share_of_the_peak_is_that_of_all_devices():
+    half = case.rates(8 * 989e12 / 2, 1.0, "NVIDIA H100 80GB HBM3", 8)
+    assert half["share_of_peak"] == pytest.approx(0.5) and half["tflops"] == pytest.approx(3956)
+
+
+@pytest.mark.parametrize(("field", "flag"), [
+    ("model.attention=cudnn", "--backends"), ("discriminator.matmul=fp8", "--weights")])
+def test_what_a_bench_sets_itself_is_no_override(field, flag):
+    with pytest.raises(UserError, match=f"{field.partition('=')[0]} itself; give {flag}"):
+        programs.check_switches([f"--config.{field}"])
+    programs.check_switches(["--config.model.depth=2"])
+
+
 def test_a_call_takes_several_inputs_in_turns_and_its_trace_is_read(tmp_path):
     seen = []
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -204,6 +204,34 @@ def test_rows_of_other_sources_count_where_they_are_kept(tmp_path, monkeypatch):
     assert not Results(file, "cpu", keep=True).rows
 
 
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, "illegal access"])
+def test_an_older_time_stands_until_there_is_a_new_one(tmp_path, monkeypatch, ends):
+    file = tmp_path / "rows.json"
+    Results(file, "cpu").add("a", {"median": 1.0})
+    monkeypatch.setattr(report, "_own_revision", lambda: "another")
+
+    def fails():
+        if isinstance(ends, str):
+            return {"error": ends}
+        raise ends
+
+    def begin(make):
+        return rows.make_rows([("a", "", make)], Results(file, "cpu"), lambda *_: None)
+
+    for _ in range(2):  # also where it fails again
+        if isinstance(ends, str):
+            assert begin(fails) == 1
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                begin(fails)
+        kept = Results(file, "cpu")
+        assert kept.failed("a") and kept.rows["a"]["before"]["median"] == 1.0
+    rows.forget(file, {"a"})
+    assert Results(file, "cpu").rows["a"]["median"] == 1.0 and not Results(file, "cpu").has("a")
+    assert begin(lambda: {"median": 2.0}) == 0
+    assert Results(file, "cpu").has("a") and "before" not in Results(file, "cpu").rows["a"]
+
+
 def test_a_driver_s_patch_is_no_other_driver():
     def head(driver):
         return {"device": "NVIDIA H100", "versions": {}, "nvidia": {"driver": driver}, "rows": {}}

@@ -161,6 +161,13 @@ def test_an_interpreter_that_would_wait_for_ever_is_refused(monkeypatch):
     assert refusal("hopper", request()) is None
 
 
+@pytest.mark.parametrize("dim", [96, 192, 384])
+@pytest.mark.parametrize("backend", ["hopper", "cudnn", "pallas"])
+def test_a_discriminators_query_may_have_heads_of_any_size(backend, dim):
+    """discriminator.heads are its own, and its one query never goes to a kernel."""
+    assert select(backend, request(queries=1, dim=dim)) == "oracle"
+
+
 def test_a_named_kernel_leaves_few_queries_to_the_plain_path(tokamax):
     tokamax(True)
     for backend in ("pallas", "hopper", "cudnn", "cudnn_fp8", "tokamax"):

@@ -135,6 +135,13 @@ def test_kernels_that_are_wrong_are_left_out(monkeypatch, flags, tmp_path):
     assert not any(set(names or []) & {"hopper", "cudnn_fp8"} for _, names in backends)
 
 
+@pytest.mark.parametrize(("excluded", "left"), [
+    (["hopper"], "cudnn"), (["hopper", "cudnn"], "pallas"), (["hopper", "cudnn", "pallas"], "oracle")])
+def test_what_is_left_out_comes_in_for_nothing(excluded, left):
+    found = bench_h100.without(["forward", "--backends", "hopper", "--no-peers"], excluded)
+    assert found == ["forward", "--backends", left, "--no-peers"]
+
+
 def test_a_row_that_the_clock_cut_off_is_missing_and_did_not_fail(monkeypatch, flags, tmp_path):
     """One that hung before stands as failed, and is tried last."""
     file = tmp_path / "forward_8b_h200.json"

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from networks import relative_error
 
 from apt_jax.errors import UserError
+from apt_jax.kernels.choice import Hardware, choosing
 from apt_jax.media import to_uint8
 from apt_jax.models.vae import FrameDecoder, decode_sharded, encode_sharded
 
@@ -51,6 +52,15 @@ def test_encode_equals_one_device(tiny_vae):
     split = jax.jit(partial(encode_sharded, vae, mesh=mesh(a=2, b=4), axis="b"))(params, x)
     assert split.shape == whole.shape == (1, 3, 5, 3, 3)
     assert relative_error(split, whole) < 2e-6
+
+
+def test_a_kernel_may_serve_the_attention_of_the_middle(tiny_vae):
+    """Traced for a GPU, where frames of more than 256 places take our kernel."""
+    vae, params = tiny_vae
+    z = jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32)
+    with choosing(hardware=Hardware("gpu", "NVIDIA H200", 9.0), backend="pallas"):
+        traced = jax.make_jaxpr(partial(decode_sharded, vae, mesh=mesh(a=8), axis="a"))(params, z)
+    assert "pallas_call" in str(traced)
 
 
 def test_only_rows_and_the_middle_travel(tiny_vae):
