@@ -20,7 +20,7 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 help:
 	@echo "make demo        the whole method on the bundled data: writes runs/demo, prints the table"
 	@echo "make demo-full   the same, pre-training the base model too"
-	@echo "make demo-long   the same at length: four to seven hours on one core; SEED=1: another seed"
+	@echo "make demo-long   the same at length: five to eight hours on one core; SEED=1: another seed"
 	@echo "make demo-wan    a tiny Wan pipeline from diffusers through training and back; needs PyTorch"
 	@echo "make test        all tests"
 	@echo "make test-mesh   every mesh shape on eight virtual devices, four real processes: longer"

@@ -2,7 +2,7 @@
 
 Not a config by itself; demo_pretrain.py, demo_consistency.py, demo_image.py and demo_video.py
 import it. Each of them takes an argument: `demo_image.py:long` is the same stage at length, as
-`make demo-long` runs it: four to seven hours on one core of a CPU, less on two.
+`make demo-long` runs it: five to eight hours on one core of a CPU, less on two.
 """
 
 from apt_jax.config import base_config
