@@ -176,13 +176,13 @@ def select(backend: str, r: Request, *, tell: bool = True) -> str:
     if backend not in BACKENDS:
         raise UserError(f"model.attention = {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend != "auto":
-        if r.queries < FEW_QUERIES or not r.keys:  # D's one query, whatever its heads are
-            return "oracle"
-        reason = refusal(backend, r)
+        few = r.queries < FEW_QUERIES or not r.keys
+        # Few queries, such as D's one, never reach the kernel: their heads may be of any size.
+        reason = refusal(backend, dataclasses.replace(r, head_dim=64) if few else r)
         if reason:
             raise UserError(f"model.attention = {backend!r} cannot serve this: {reason}; 'auto' "
                             "takes what can")
-        return backend
+        return "oracle" if few else backend
     found = _automatic(r)
     if tell and r.hardware.platform != "cpu":  # there is nothing to choose on a CPU
         _note(found, r.hardware.name, str(r.dtype), r.head_dim)

@@ -39,7 +39,7 @@ def test_killed_and_repeated_ends_with_the_same_bytes(tmp_path):
     whole = subprocess.run(command(source, tmp_path / "whole" / "data"), capture_output=True,
                            text=True, timeout=120)
     assert whole.returncode == 0, whole.stderr
-    assert "1 files were left out" in whole.stdout and "writing: 100%" in whole.stderr
+    assert "1 entries were left out" in whole.stdout and "writing: 100%" in whole.stderr
 
     out = tmp_path / "killed" / "data"
     process = subprocess.Popen(command(source, out), stderr=subprocess.DEVNULL)

@@ -142,7 +142,7 @@ def test_the_width_of_the_mlp_is_the_networks():
 
     for width, ratio, hidden in ((24, 1.4, 34), (1344, 3264 / 1344, 3264)):
         model = {**base_config().model.to_dict(), "family": "wan", "width": width, "heads": 2,
-                 "head_dim": width // 2, "depth": 1, "mlp_ratio": ratio}
+                 "head_dim": width // 2, "depth": 1, "mlp_ratio": ratio, "text_tokens": 512}
         shape = flatten(make_generator(model).abstract())["backbone/blocks/mlp/up/kernel"].shape
         assert shape[-1] == hidden == wan.config_from(model)["ffn_dim"]
         check_model(make_mesh({"tensor": 2, "fsdp": 4}), model)

@@ -309,7 +309,7 @@ def test_the_stages_follow_each_other(whole, tmp_path, capsys, monkeypatch, pati
           consistency, quiet=True)
     said = capsys.readouterr().err
     assert "no such caption" in said and "no text encoder here" in said
-    assert patience[:7] == ["slowly", "step", "step", "slowly", "pictures", "slowly", "checkpoint"]
+    assert patience[:7] == ["slowly", "step", "step", "slowly", "checkpoint", "slowly", "pictures"]
     with Image.open(consistency / "samples" / "step_000002.png") as picture:
         assert min(picture.size) >= 90
     _, teacher = load_generator(base, "ema")
